@@ -10,12 +10,13 @@ __all__ = ['ROOT', 'EMBEDDED', 'PRECISIONS', 'SPLIT', 'IMAGE_TOKENS', 'CHAT_TEMP
 
 # %% ../notebooks/library/30_models.ipynb #4588432e
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,8 @@ def train_tokenizer(
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
+    roles = itertools.repeat("user\nassistant\n", 100_000)  # in every prompt, so one token each
+    tokenizer.train_from_iterator(itertools.chain(texts, roles), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left", clean_up_tokenization_spaces=False,
         extra_special_tokens=IMAGE_TOKENS, chat_template=CHAT_TEMPLATE, processor_class="InternVLProcessor",
