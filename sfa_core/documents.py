@@ -103,7 +103,8 @@ def _embedded(kind, rng, size, language):
     colours = tuple(str(c) for c in rng.choice(names, coloured, replace=False)) if coloured else ()
     values = tuple(tuple(int(v) for v in line) for line in rng.integers(1, 100, (n_rows, n_columns)))
     content = Content(kind, "", tuple(words[:n_rows]), columns, values, NumberFormat(), colours, True, language)
-    style = Style(size, "DejaVuSans" if language == "en" else "SFAGothicKR", max(9, size // 11), gap=float(rng.uniform(0.2, 0.4)), grid=bool(rng.integers(2)),
+    gap = rng.uniform(0.12, 0.2) if n_columns > 1 else rng.uniform(0.2, 0.4)
+    style = Style(size, "DejaVuSans" if language == "en" else "SFAGothicKR", max(9, size // 11), gap=float(gap), grid=bool(rng.integers(2)),
                   stripes=bool(rng.integers(2)), shades=_shades(rng, 8))
     return content, style
 

@@ -139,7 +139,7 @@ def bars(content: Content, style: Style) -> Sheet:
     slot = (right - left) / len(content.rows)
     width = slot * (1 - style.gap) / len(content.columns)
     shown = [content.shown(r, c) for r in range(len(content.rows)) for c in range(len(content.columns))]
-    size = fitting_size(shown, style.font, style.font_size, slot / len(content.columns) - 1 if len(content.columns) == 1 else width + 1)
+    size = fitting_size(shown, style.font, style.font_size, slot - 1 if len(content.columns) == 1 else width)
     for r in range(len(content.rows)):
         for c in range(len(content.columns)):
             value, colour = values[r, c], content.colours[r if len(content.columns) == 1 else c]
