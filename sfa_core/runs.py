@@ -75,6 +75,11 @@ def study_parameters(study: str) -> dict[str, dict]:  # name -> type, default, h
             raise ValueError(f"parameter {name} of study {study!r} must be a bool, int, float or str with a literal default, "
                              f"not {entry['inferred_type_name']} = {entry['default']}") from None
         found[name] = {"type": kind, "default": default, "help": entry["help"]}
+    cells = [cell.source for cell in nbformat.read(study_path(study), 4).cells if "parameters" in cell.metadata.get("tags", [])]
+    assigned = [node.target.id for cell in cells for node in ast.parse(cell).body if isinstance(node, ast.AnnAssign)]
+    if list(found) != assigned:
+        raise ValueError(f"papermill cannot read the parameters {sorted(set(assigned) - set(found))} of study {study!r}: one `name: type = default  # meaning` "
+                         "a line, without a second '='")
     missing = {"out_dir", "seed", "interactive"} - set(found)
     if missing:
         raise ValueError(f"study {study!r} lacks the parameters {sorted(missing)}; every study has out_dir, seed and interactive")

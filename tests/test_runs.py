@@ -1,0 +1,262 @@
+"""A run is finished, failed or unfinished, and never looks like another of these."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import pandas as pd
+import pytest
+from sfa_core.results import find_run, finished_runs, runs_root, write_json, write_metrics, write_records
+from sfa_core.runs import StudyFailed, main, resolve_parameters, run_study, run_table, study_parameters
+
+PARAMETERS = """
+out_dir: str = ""  # folder of the results
+seed: int = 0  # seed of the draw
+size: int = 4  # how many numbers
+rate: float = 0.5  # a share, 0..1
+label: str = "a: b"  # any text
+seconds: float = 0.0  # pause
+checkpoint: bool = False  # whether an earlier attempt must have left one
+interactive: bool = True  # live widgets
+"""
+CODE = """
+import os, time
+from pathlib import Path
+import numpy as np
+import pandas as pd
+from sfa_core.results import out_folder, write_metrics, write_records, write_summary, write_timings
+assert size > 0, f"size is {size}, expected at least 1"
+folder = out_folder(out_dir, "draw")
+with open(os.environ["DRAW_LOG"], "a") as stream: print(os.getpid(), file=stream)
+left = folder / "checkpoint" / "state"
+found, _ = left.exists(), left.parent.mkdir(exist_ok=True)
+left.write_text("half way")
+print("drawing")
+time.sleep(0 if found else seconds)
+assert found or not checkpoint, "no checkpoint"
+values = np.random.default_rng(seed).random(size)
+write_records(folder, pd.DataFrame({"value": values}))
+write_metrics(folder, {"z": np.float64(values.mean()), "a": {"n": size, "label": label}})
+write_timings(folder, {"draw_seconds": 0.1})
+write_summary(folder, f"mean {values.mean():.3f}")
+print("written to", folder)
+"""
+SFA = [sys.executable, "-c", "import sys; from sfa_core.runs import main; sys.exit(main())"]
+
+
+def write_study(folder, name="draw", code=CODE, parameters=PARAMETERS):
+    cells = [nbformat.v4.new_markdown_cell("# Draw\n\n> Numbers out of a hat."),
+             nbformat.v4.new_code_cell(parameters.strip(), metadata={"tags": ["parameters"]}),
+             nbformat.v4.new_markdown_cell("## Drawing"), nbformat.v4.new_code_cell(code.strip())]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
+    folder.mkdir(exist_ok=True)
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), folder / f"{name}.ipynb")
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    "A place of its own for studies and results, with the study draw in it."
+    monkeypatch.setenv("SFA_EXPORTS", str(tmp_path / "exports"))
+    monkeypatch.setenv("SFA_STUDIES", str(tmp_path / "studies"))
+    monkeypatch.setenv("DRAW_LOG", str(tmp_path / "log"))  # one line per execution
+    write_study(tmp_path / "studies")
+    return tmp_path
+
+
+def everything(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) if folder.exists() else []
+
+
+def test_a_run_holds_notebook_parameters_metrics_records_and_provenance(home, capsys):
+    run = run_study("draw", {"size": 6, "rate": 1}, name="six")
+    assert run.parent == home / "exports" / "runs" / "draw"
+    assert {path.name for path in run.iterdir()} == {"notebook.ipynb", "parameters.yaml", "metrics.json", "timings.json", "records.parquet", "summary.txt",
+                                                    "provenance.json", "figures", "checkpoint"}
+    metrics = (run / "metrics.json").read_text()
+    assert list(json.loads(metrics)) == ["a", "z"] and "seconds" not in metrics
+    assert (run / "parameters.yaml").read_text().splitlines() == ["checkpoint: false", "interactive: false", "label: 'a: b'", "rate: 1.0",
+                                                                 "seconds: 0.0", "seed: 0", "size: 6"]
+    facts = json.loads((run / "provenance.json").read_text())
+    assert {"git", "packages", "hardware", "seeds", "revisions", "wall_seconds", "started", "python", "study", "run"} <= set(facts)
+    assert facts["seeds"] == {"seed": 0} and set(json.loads((run / "timings.json").read_text())) == {"draw_seconds", "wall_seconds"}
+    assert len(pd.read_parquet(run / "records.parquet")) == 6
+    notebook = (run / "notebook.ipynb").read_text()
+    assert f"written to {run}" in notebook and ".partial" not in notebook and "widgets" not in nbformat.reads(notebook, 4).metadata
+    assert find_run("six") == find_run("draw/six") == find_run(run.name) == run
+    assert main(["show", "six"]) == 0 and "mean 0." in capsys.readouterr().out
+
+
+def test_a_finished_run_is_not_repeated_and_forced_ones_get_new_folders_with_the_same_bytes(home):
+    first = run_study("draw")
+    assert run_study("draw", {"seed": 0}) == first == run_study("draw", {"size": "4"})
+    again = run_study("draw", force=True)
+    assert again.name == f"{first.name}-2" and again.parent == first.parent
+    assert len((home / "log").read_text().splitlines()) == 2
+    assert run_study("draw") == again, "the newest of equal runs answers"
+    assert (first / "metrics.json").read_bytes() == (again / "metrics.json").read_bytes()
+
+
+def test_the_id_follows_parameters_and_code_but_not_prose(home, monkeypatch):
+    first = run_study("draw")
+    other = run_study("draw", {"seed": 1})
+    study = home / "studies" / "draw.ipynb"
+    notebook = nbformat.read(study, 4)
+    notebook.cells[2].source = "## Another heading"
+    nbformat.write(notebook, study)
+    assert run_study("draw") == first != other
+    notebook.cells[3].source += "\n2 + 2"
+    nbformat.write(notebook, study)
+    assert run_study("draw") not in (first, other)
+
+
+def test_a_failed_study_keeps_its_traceback_and_is_no_run(home, capsys):
+    with pytest.raises(StudyFailed, match="AssertionError: size is -1, expected at least 1") as caught:
+        run_study("draw", {"size": -1}, name="bad")
+    failed = caught.value.folder
+    assert failed.name.startswith("failed-") and finished_runs() == []
+    notebook = nbformat.read(failed / "notebook.ipynb", 4)
+    assert any(output.output_type == "error" for cell in notebook.cells for output in cell.get("outputs", []))
+    assert "AssertionError" in (failed / "error.txt").read_text() and "\x1b" not in (failed / "error.txt").read_text()
+    assert [row[:2] for row in run_table()] == [(f"draw/{failed.name}", "failed")]
+    with pytest.raises(FileNotFoundError, match="bad"):
+        find_run("bad")
+    assert main(["run", "draw", "-p", "size", "-1"]) == 1, "a failed run does not block the next try, and the exit code says it failed"
+    assert "size is -1" in capsys.readouterr().err.splitlines()[-1]
+    assert len(run_table()) == 2 and everything(home / "exports" / "runs" / "draw").count(failed.name) == 1
+
+
+@pytest.mark.parametrize("code, message", [("1 / 0", "ZeroDivisionError: division by zero"), ("import os; os._exit(3)", "DeadKernel"),
+                                           ("1 + 1", "without writing metrics.json"), ("import time; time.sleep(60)", "not finished within 4 seconds")],
+                         ids=["error", "dead kernel", "no metrics", "hangs"])
+def test_whatever_stops_a_study_is_named(home, code, message):
+    write_study(home / "studies", "broken", code)
+    with pytest.raises(StudyFailed, match=message) as caught:
+        run_study("broken", timeout=4 if "sleep" in code else None)
+    assert (caught.value.folder / "notebook.ipynb").exists() and message in (caught.value.folder / "error.txt").read_text()
+    assert finished_runs() == [] and [row[1] for row in run_table()] == ["failed"]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["run", "drwa"], "unknown study 'drwa'; known: draw"),
+    (["run", "draw", "-p", "sise", "8"], "parameter 'sise' of study 'draw' is unknown; known: seed, size, rate"),
+    (["run", "draw", "-p", "size", "many"], "parameter 'size' of study 'draw' expects int, got 'many'"),
+    (["run", "draw", "-p", "size", "1.5"], "expects int, got '1.5'"),
+    (["run", "draw", "-p", "rate", "nan"], "expects float, got 'nan'"),
+    (["run", "draw", "-p", "checkpoint", "maybe"], "expects bool, got 'maybe'"),
+    (["run", "draw", "-p", "out_dir", "/tmp"], "parameter 'out_dir' of study 'draw' is set by the run itself"),
+    (["run", "../studies/draw"], "a study name is letters"),
+    (["run", "draw", "--name", "../../../escaped"], "a run name is letters"),
+    (["run", "draw", "--name", "0123456789ab"], "cannot be the name of a run"),
+    (["run", "draw", "--timeout", "0"], "timeout is a number of seconds above 0, got 0.0"),
+    (["show", "../../etc"], "a run name is letters"),
+    (["show", "nothing"], "no finished run is named 'nothing'"),
+    (["list", "drwa"], "unknown study 'drwa'"),
+    (["studies", "drwa"], "unknown study 'drwa'"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_bad_input_is_one_line_and_leaves_nothing_behind(home, capsys, arguments, message):
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("sfa: ") and captured.err.count("\n") == 1 and message in captured.err
+    assert everything(home / "exports") == [] and everything(home) == ["studies", "studies/draw.ipynb"]
+
+
+def test_a_study_must_have_the_common_parameters_and_readable_ones(home):
+    write_study(home / "studies", "bare", parameters="size: int = 4  # numbers")
+    with pytest.raises(ValueError, match=r"lacks the parameters \['interactive', 'out_dir', 'seed'\]"):
+        study_parameters("bare")
+    write_study(home / "studies", "list", parameters=f"{PARAMETERS}\nsizes: list = [1, 2]  # numbers")
+    with pytest.raises(ValueError, match="parameter sizes of study 'list' must be a bool, int, float or str"):
+        resolve_parameters("list", {})
+    write_study(home / "studies", "twice", parameters=f"{PARAMETERS}\nbound: int = 1  # must be >= 1")
+    with pytest.raises(ValueError, match=r"papermill cannot read the parameters \['bound'\] of study 'twice'"):
+        resolve_parameters("twice", {})
+
+
+def test_a_link_out_of_exports_is_not_followed(home):
+    run = run_study("draw")
+    outside = home / "0123456789ab"
+    run.rename(outside)
+    for name in ("abcdefabcdef", "shortcut"):
+        (run.parent / name).symlink_to(outside)
+    assert finished_runs() == []
+    for name in ("draw/abcdefabcdef", "draw/shortcut"):
+        with pytest.raises(FileNotFoundError):
+            find_run(name)
+
+
+def test_one_name_in_two_studies_is_refused_until_the_study_is_said(home):
+    write_study(home / "studies", "second")
+    runs = [run_study(study, name="same") for study in ("draw", "second")]
+    with pytest.raises(ValueError, match="several runs are named 'same': draw/.*, second/"):
+        find_run("same")
+    assert [find_run(f"{study}/same") for study in ("draw", "second")] == runs
+
+
+def start(*arguments):
+    return subprocess.Popen([*SFA, "run", "draw", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(condition, what, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"{what} did not happen within {seconds} s"
+        time.sleep(0.05)
+
+
+def test_two_processes_that_start_the_same_run_execute_it_once(home):
+    both = [start("-p", "seconds", "3") for _ in range(2)]
+    outputs = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert len((home / "log").read_text().splitlines()) == 1
+    assert len(finished_runs()) == 1 and len({output.splitlines()[-1] for output in outputs}) == 1
+    assert sum("waiting for it" in output for output in outputs) == 1
+    assert [path.name for path in (runs_root() / "runs" / "draw").iterdir()] == [finished_runs()[0].name], "no lock, no partial folder stays behind"
+
+
+def test_a_killed_run_looks_unfinished_and_goes_on_from_its_checkpoint(home):
+    arguments = ("-p", "seconds", "60", "-p", "checkpoint", "true")
+    process = start(*arguments)
+    state = runs_root() / "runs" / "draw"
+    wait_for(lambda: any(state.glob(".partial-*/checkpoint/state")), "the first checkpoint")
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    kernel = int((home / "log").read_text())
+    wait_for(lambda: not os.path.exists(f"/proc/{kernel}") or "Z" in open(f"/proc/{kernel}/stat").read().rsplit(")")[1].split()[0], "the end of the kernel")
+    assert finished_runs() == [] and [row[1] for row in run_table()] == ["unfinished"]
+    again = start(*arguments)
+    output = again.communicate(timeout=120)[0]
+    assert again.returncode == 0, output
+    assert [row[1] for row in run_table()] == ["finished"]
+
+
+def test_progress_and_output_of_the_cells_reach_the_terminal_while_they_run(home):
+    process = start("-p", "seconds", "3")
+    seen = ""
+    while "drawing" not in seen:
+        line = process.stdout.readline()
+        assert line, seen
+        seen += line
+    assert process.poll() is None and "== Drawing" in seen, "before the study ends"
+    output = process.communicate(timeout=60)[0]
+    assert "mean 0." in output and output.splitlines()[-1] == str(finished_runs()[0] / "notebook.ipynb")
+
+
+def test_results_are_whole_or_absent(tmp_path):
+    with pytest.raises(ValueError, match=r"metrics.json: .*; write None for a value that does not exist"):
+        write_metrics(tmp_path, {"rate": float("nan")})
+    with pytest.raises(TypeError, match="not set"):
+        write_metrics(tmp_path, {"kinds": {1, 2}})
+    with pytest.raises(ValueError, match=r"give \['seconds'\] to write_timings"):
+        write_metrics(tmp_path, {"rows": [{"seconds": 3}]})
+    assert list(tmp_path.iterdir()) == []
+    write_json(tmp_path / "metrics.json", {"a": 1})
+    with pytest.raises(ValueError):
+        write_json(tmp_path / "metrics.json", {"a": float("inf")})
+    assert json.loads((tmp_path / "metrics.json").read_text()) == {"a": 1}
+    records = pd.DataFrame({"id": ["1"], "answers": [["a", "b"]], "error": [None]})
+    write_records(tmp_path, records)
+    assert list(pd.read_parquet(tmp_path / "records.parquet").answers[0]) == ["a", "b"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.json", "records.parquet"]
