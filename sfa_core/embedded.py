@@ -77,7 +77,10 @@ class EmbeddedConfig:
     language_hidden: int = 384  # width of the gated MLP
     downsample_ratio: float = 0.5  # pixel shuffle: 0.5 makes 2 x 2 patches one language token
     layer_scale: float = 1.0  # initial lambda_1, lambda_2 of the encoder
-    initializer_range: float = 0.02  # standard deviation of the initial weights
+    initializer_range: float = 0.05  # standard deviation of the initial weights; 0.02, made for widths of thousands, stalls at 128
+    position_range: float = 0.5  # of the position embeddings; small ones drown in the patch embedding
+    pixel_mean: float = 0.9  # documents are white: centred there, empty paper is almost zero
+    pixel_std: float = 0.25
     max_positions: int = 4096  # tokens
     prompt_suffix: str = ""  # text after every question, in training and evaluation
 
@@ -126,7 +129,7 @@ def new_model(
         model = InternVLForConditionalGeneration(settings).float()
         embeddings = model.model.vision_tower.embeddings
         for weight in (embeddings.cls_token, embeddings.position_embeddings):
-            torch.nn.init.normal_(weight, std=config.initializer_range)
+            torch.nn.init.normal_(weight, std=config.position_range)
     ids = settings.text_config
     model.generation_config = GenerationConfig(eos_token_id=ids.eos_token_id, pad_token_id=ids.pad_token_id, do_sample=False)
     return model.eval()
@@ -150,14 +153,13 @@ def image_only(
 
 def build_processor(
     tokenizer: PreTrainedTokenizerBase,
-    image_size: int,  # pixels, square
-    image_tokens: int,  # language tokens per tile
+    config: EmbeddedConfig,
     max_tiles: int = 1,  # tiles an image may be cut into
 ) -> InternVLProcessor:
-    "Build an InternVL processor from a tokenizer and the encoder's input size."
+    "Build an InternVL processor from a tokenizer and the encoder's input."
     image_processor = GotOcr2ImageProcessorPil(
-        size={"height": image_size, "width": image_size}, image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225],
+        size={"height": config.image_size, "width": config.image_size}, image_mean=[config.pixel_mean] * 3, image_std=[config.pixel_std] * 3,
         crop_to_patches=max_tiles > 1, min_patches=1, max_patches=max_tiles,
     )
     build = image_only(InternVLProcessor)
-    return build(image_processor=image_processor, tokenizer=tokenizer, image_seq_length=image_tokens, chat_template=tokenizer.chat_template)
+    return build(image_processor=image_processor, tokenizer=tokenizer, image_seq_length=config.image_tokens, chat_template=tokenizer.chat_template)

@@ -68,7 +68,7 @@ def new_bundle(
 ) -> Bundle:
     "Build a randomly initialised embedded model with its processor."
     model = new_model(config, tokenizer, seed)
-    return Bundle(model, build_processor(tokenizer, config.image_size, config.image_tokens), family_of(model), name)
+    return Bundle(model, build_processor(tokenizer, config), family_of(model), name)
 
 # %% ../notebooks/library/30_models.ipynb #7ff3533c
 @contextmanager
