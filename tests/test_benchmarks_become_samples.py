@@ -5,7 +5,7 @@ import json
 import datasets
 import pytest
 from datasets import ClassLabel, Features, Image, List, Value
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as PILImage
 
@@ -240,6 +240,7 @@ def test_bad_input_is_named(call, kind, words):
         call()
 
 
+@settings(deadline=None)
 @given(st.text(), st.lists(st.text(), min_size=1, max_size=6))
 def test_options_are_read_back(question, choices):
     assert list(choices_of(with_choices(question, choices)).values()) == [" ".join(choice.split()) for choice in choices]

@@ -11,6 +11,7 @@ RIGHT = st.lists(st.booleans(), min_size=1, max_size=60)
 PAIRS = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 5000), st.floats(0, 1), st.sampled_from([0.5, 0.9, 0.95, 0.99]))
 def test_wilson_is_scipys_and_holds_its_rate(n, share, level):
     correct = round(share * n)
@@ -20,6 +21,7 @@ def test_wilson_is_scipys_and_holds_its_rate(n, share, level):
     assert 0 <= low <= rate + 1e-12 and rate - 1e-12 <= high <= 1 and rate == correct / n
 
 
+@settings(deadline=None)
 @given(PAIRS)
 def test_mcnemar_is_a_coin_toss_over_the_changes(pairs):
     a, b = np.array(pairs).T
@@ -31,7 +33,7 @@ def test_mcnemar_is_a_coin_toss_over_the_changes(pairs):
     assert mcnemar(b, a)[:4] == (result.both, result.won, result.lost, result.neither)
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(PAIRS.filter(lambda pairs: len(pairs) > 1), st.integers(0, 2**31))
 def test_paired_bootstrap_is_antisymmetric_in_estimate_seeded_and_bounded(pairs, seed):
     a, b = np.array(pairs).T
@@ -113,6 +115,7 @@ def test_wilson_covers_rates_near_one():
     assert 0.92 <= np.mean([wilson_interval(k, 60).low <= 0.97 <= wilson_interval(k, 60).high for k in rng.binomial(60, 0.97, 2000)]) <= 0.985
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-10, 10), min_size=2, max_size=8))
 def test_seed_interval_is_the_t_interval(values):
     estimate, low, high = seed_interval(values)

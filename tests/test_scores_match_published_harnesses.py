@@ -3,7 +3,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sfa_core.metrics import (PROFILES, anls, exact_match, normalise_answer, ocrbench_score, option_letter, relaxed_accuracy, vqa_accuracy)
@@ -72,6 +72,7 @@ def test_lenient_reads_through_units(reply, target, right):
 TEXT = st.one_of(st.text(max_size=12), st.floats().map(str), st.integers(-10**6, 10**6).map(str), st.floats(-1e4, 1e4).map("{:,.2f}%".format))
 
 
+@settings(deadline=None)
 @given(TEXT, st.lists(TEXT, min_size=1, max_size=4))
 def test_scores_are_bounded_and_the_best_answer_counts(reply, answers):
     for profile in PROFILES:
