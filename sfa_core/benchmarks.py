@@ -286,8 +286,10 @@ def load_benchmark(
     if name == "synthetic":
         if split != benchmark.split:
             raise ValueError(f"benchmark synthetic has no split {split!r}, expected {benchmark.split!r}; other documents come from other seeds")
-        number = min(limit or SYNTHETIC_DOCUMENTS, SYNTHETIC_DOCUMENTS)
-        found = samples(documents(number, SYNTHETIC_SEED if seed is None else seed, preset=str(source or "embedded")))
+        number, found = min(limit or SYNTHETIC_DOCUMENTS, SYNTHETIC_DOCUMENTS), []
+        while len(found) < (limit or 1):
+            found = samples(documents(number, SYNTHETIC_SEED if seed is None else seed, preset=str(source or "embedded")))
+            number *= 2   # the first documents of a seed stay the same
         return unique(found[:limit], name)
     if not benchmark.hubs:
         if source is None or not Path(source).is_dir():

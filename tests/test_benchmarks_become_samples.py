@@ -180,6 +180,8 @@ def test_synthetic_is_repeatable_and_has_evidence():
     assert [(s.id, s.question, s.answers) for s in one] == [(s.id, s.question, s.answers) for s in two] and all(s.evidence.table for s in one)
     assert {s.document for s in one}.isdisjoint(s.document for s in load_benchmark("synthetic", limit=12, seed=3))
     assert load_benchmark("synthetic", source="rich", limit=2)[0].image.size == (448, 448)
+    many = load_benchmark("synthetic", limit=4000)
+    assert len(many) == 4000 and [s.id for s in many[:12]] == [s.id for s in one], "a larger limit brings more documents, the same ones first"
 
 
 def test_missing_pieces_of_a_copy_are_named(copy, tmp_path):
