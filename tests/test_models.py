@@ -1,0 +1,246 @@
+"""Models: what is saved comes back, and a folder that is not exactly a whole supported model is refused in one line."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from huggingface_hub import constants
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import InternVLForConditionalGeneration
+
+import sfa_core.models
+from sfa_core.embedded import IMAGE_TOKENS, EmbeddedConfig, build_processor, new_model, train_tokenizer
+from sfa_core.models import find_model, load_model, new_bundle, place, quantized_layers, save_model
+
+TEXTS = ["What is the value of red in 2015?", "How much are cat and sun together?", "List all values.", "elm 9, cat 31"]
+TOKENIZER = train_tokenizer(TEXTS, 320)
+SMALL = EmbeddedConfig(image_size=56, vision_width=32, vision_layers=2, vision_heads=2, vision_hidden=64, language_width=32, language_layers=2,
+                       language_heads=2, language_kv_heads=1, head_dim=16, language_hidden=64)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return save_model(new_bundle(SMALL, TOKENIZER, seed=3), tmp_path_factory.mktemp("models") / "small")
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    """A copy of a good model folder, to be damaged."""
+    return shutil.copytree(saved, tmp_path / "copy")
+
+
+def refused(folder, *words, error=ValueError, **options):
+    """Load and return the message, which must be one line that contains the words."""
+    with pytest.raises(error) as caught:
+        load_model(folder, placement="cpu", **options)
+    message = str(caught.value)
+    assert "\n" not in message and all(word in message for word in words), message
+    return message
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_saved_model_comes_back_weight_for_weight(saved):
+    made, loaded = new_bundle(SMALL, TOKENIZER, seed=3), load_model(saved, placement="cpu")
+    assert type(loaded.model) is InternVLForConditionalGeneration and not loaded.model.training
+    ours, theirs = made.model.state_dict(), loaded.model.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert loaded.model.config.prompt_suffix == "" and loaded.model.generation_config.eos_token_id == TOKENIZER.eos_token_id
+    assert loaded.processor.image_seq_length == SMALL.image_tokens == 4
+    assert loaded.processor.image_processor.to_dict() == made.processor.image_processor.to_dict()
+    assert loaded.tokenizer.chat_template == TOKENIZER.chat_template
+
+
+def test_the_revision_is_that_of_the_weights_and_settings(saved, folder, tmp_path):
+    first = load_model(saved, placement="cpu").revision
+    assert len(first) == 12 and load_model(folder, placement="cpu").revision == first
+    assert load_model(save_model(new_bundle(SMALL, TOKENIZER, seed=4), tmp_path / "other"), placement="cpu").revision != first
+    edit(folder / "config.json", prompt_suffix=" Answer:")
+    assert load_model(folder, placement="cpu").revision != first
+
+
+def test_a_seed_decides_the_weights_and_leaves_the_global_state_alone():
+    state = torch.random.get_rng_state()
+    one, again, other = (new_model(SMALL, TOKENIZER, seed) for seed in (0, 0, 1))
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), again.parameters(), strict=True))
+    assert not torch.equal(one.lm_head.weight, other.lm_head.weight)
+    embeddings = one.model.vision_tower.embeddings
+    assert embeddings.cls_token.std() > 0.01 and embeddings.position_embeddings.shape == (1, 17, 32)
+
+
+def test_the_embedded_architecture_has_its_size():
+    model = new_model(EmbeddedConfig(), train_tokenizer(TEXTS, 512))
+    assert 1_000_000 < model.num_parameters() < 2_500_000 and model.dtype == torch.float32
+    assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("change", [dict(image_size=110), dict(image_size=98), dict(vision_heads=3), dict(language_kv_heads=3)])
+def test_numbers_that_do_not_fit_are_refused(change):
+    with pytest.raises(ValueError, match="expected"):
+        new_model(EmbeddedConfig(**change), TOKENIZER)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text())
+def test_any_text_round_trips(text):
+    ids = TOKENIZER(text)["input_ids"]
+    assert TOKENIZER.decode(ids) == text
+
+
+def test_the_loaded_tokenizer_is_the_saved_one(saved):
+    loaded = load_model(saved, placement="cpu").tokenizer
+    for text in (*TEXTS, "e\u0301 é Å 총 ½ 👩‍👩‍👧 \r\n\t", " <|im_start|> <img>", "\ufeff\u200b\x00"):
+        assert loaded(text)["input_ids"] == TOKENIZER(text)["input_ids"] and loaded.decode(loaded(text)["input_ids"]) == text
+
+
+def test_every_digit_is_a_token_and_training_is_deterministic():
+    text = "1234.5 in 2015, x9y"
+    pieces = TOKENIZER.convert_ids_to_tokens(TOKENIZER(text)["input_ids"])
+    assert [piece for piece in pieces if any(map(str.isdigit, piece))] == list("1234520159")
+    assert train_tokenizer(TEXTS, 320).get_vocab() == TOKENIZER.get_vocab()
+    assert all(len(TOKENIZER(token)["input_ids"]) == 1 for token in (*IMAGE_TOKENS.values(), "<|im_start|>", "<|im_end|>", "user", "assistant"))
+    with pytest.raises(ValueError, match="vocab_size 100; expected at least"):
+        train_tokenizer(TEXTS, 100)
+
+
+def test_a_missing_model_is_named(tmp_path):
+    refused(tmp_path / "nothing", "nothing", "expected", error=FileNotFoundError)
+    refused("nothing", "'nothing'", "embedded", error=FileNotFoundError)
+    refused(tmp_path, "config.json is missing", error=FileNotFoundError)
+    (tmp_path / "file").write_text("")
+    refused(tmp_path / "file", "file", error=FileNotFoundError)
+
+
+def test_a_hub_id_without_a_network_says_how_to_get_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    message = refused("OpenGVLab/InternVL3_5-1B-HF", "hf download OpenGVLab/InternVL3_5-1B-HF", "path", error=FileNotFoundError)
+    assert len(message) < 300
+    refused("no such/na me", "no such/na me", error=FileNotFoundError)
+
+
+def test_a_missing_embedded_model_names_its_study(monkeypatch, tmp_path):
+    monkeypatch.setattr(sfa_core.models, "EMBEDDED", tmp_path / "embedded_model")
+    with pytest.raises(FileNotFoundError, match="05_embedded_model"):
+        find_model("embedded")
+
+
+@pytest.mark.parametrize("text, word", [("{", "no model configuration"), ("[]", "no model configuration"), ("{}", "model_type")])
+def test_a_broken_configuration_is_refused(folder, text, word):
+    (folder / "config.json").write_text(text)
+    refused(folder, "config.json", word)
+
+
+def test_an_unsupported_family_lists_the_supported_ones(folder):
+    edit(folder / "config.json", model_type="internvl_chat")
+    refused(folder, "'internvl_chat'", "internvl", "-HF")
+
+
+def test_pickled_weights_are_refused(folder):
+    (folder / "model.safetensors").unlink()
+    refused(folder, "no weights", error=FileNotFoundError)
+    torch.save({"weight": torch.zeros(1)}, folder / "pytorch_model.bin")
+    refused(folder, "pytorch_model.bin", "safetensors")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
+def test_truncated_weights_are_refused(folder, share):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: int(weights.stat().st_size * share)])
+    refused(folder, "model.safetensors", "damaged or cut off")
+
+
+def test_weights_of_another_model_are_refused(folder, tmp_path):
+    wider = save_model(new_bundle(EmbeddedConfig(**{**vars(SMALL), "vision_hidden": 96}), TOKENIZER), tmp_path / "wider")
+    shutil.copy2(wider / "model.safetensors", folder)
+    refused(folder, "copy", "vision_tower")
+    deeper = save_model(new_bundle(EmbeddedConfig(**{**vars(SMALL), "vision_layers": 3}), TOKENIZER), tmp_path / "deeper")
+    shutil.copy2(deeper / "model.safetensors", folder)
+    refused(folder, "do not fit its config.json", "unexpected keys", "layer.2")
+
+
+@pytest.mark.parametrize("name", ["vision_tower.embeddings.cls_token", "language_model.model.norm.weight"])
+def test_a_missing_weight_is_not_made_up(folder, name):
+    weights = load_file(folder / "model.safetensors")
+    del weights[name]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    refused(folder, "do not fit its config.json", "1 missing keys", name.rpartition("model.")[2])
+
+
+def test_a_tokenizer_of_another_model_is_refused(folder):
+    bigger = train_tokenizer([*TEXTS, "some more words for more merges"], 400)
+    bigger.save_pretrained(folder)
+    refused(folder, "tokens", "embeddings")
+    edit(folder / "config.json", image_token_id=7)
+    refused(folder, "<IMG_CONTEXT>", "7")
+
+
+def test_a_folder_without_a_processor_is_refused(folder):
+    (folder / "preprocessor_config.json").unlink()
+    refused(folder, "processor", "copy")
+    (folder / "tokenizer.json").write_text("{")
+    refused(folder, "processor", "copy")
+
+
+def test_code_in_a_folder_is_never_run(folder, tmp_path):
+    ran = tmp_path / "ran"
+    (folder / "modeling_own.py").write_text(f"open({str(ran)!r}, 'w')\nclass Own: pass\n")
+    own = {"AutoConfig": "modeling_own.Own", "AutoModelForImageTextToText": "modeling_own.Own", "AutoProcessor": "modeling_own.Own"}
+    edit(folder / "config.json", auto_map=own)
+    edit(folder / "preprocessor_config.json", auto_map={"AutoImageProcessor": "modeling_own.Own"})
+    edit(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["modeling_own.Own", None]})
+    assert type(load_model(folder, placement="cpu").model) is InternVLForConditionalGeneration and not ran.exists()
+
+
+@pytest.mark.parametrize("options, word", [
+    (dict(precision="fp8"), "bfloat16"), (dict(language_bits=3), "expected None, 4 or 8"), (dict(placement="gpu"), "'gpu'"),
+    (dict(placement="cpu,cpu,cpu"), "3 devices"), (dict(placement="cuda:99"), "CUDA device"),
+])
+def test_unknown_options_are_refused(saved, options, word):
+    with pytest.raises(ValueError, match=word) as caught:
+        load_model(saved, **{"placement": "cpu"} | options)
+    assert "\n" not in str(caught.value)
+
+
+def test_precision_and_a_pair_of_devices(saved):
+    bundle = load_model(saved, precision="bfloat16", placement="cpu,cpu")
+    assert {weight.dtype for weight in bundle.model.parameters()} == {torch.bfloat16}
+    assert place(bundle, "cpu") is bundle and bundle.devices == (torch.device("cpu"), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_only_the_language_model_is_quantised(saved, bits):
+    bundle = load_model(saved, language_bits=bits, placement="cpu")
+    family, model = bundle.family, bundle.model
+    assert len(quantized_layers(family.language_of(model))) == 2 * 7  # layers x (q, k, v, o, gate, up, down)
+    assert not any(quantized_layers(part) for part in (family.tower_of(model), family.projector_of(model), model.lm_head))
+    ids = torch.tensor([[1, 40, 41, 42]])
+    plain = load_model(saved, placement="cpu").model(ids).logits
+    assert torch.isfinite(model(ids).logits).all() and not torch.equal(model(ids).logits, plain)
+
+
+def test_saving_replaces_a_model_but_nothing_else(saved, folder, tmp_path, monkeypatch):
+    (folder / "README.md").write_text("card")
+    bundle = new_bundle(SMALL, TOKENIZER, seed=5)
+    save_model(bundle, folder)
+    assert (folder / "README.md").read_text() == "card" and load_model(folder, placement="cpu").revision != load_model(saved, placement="cpu").revision
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "thesis.txt").write_text("years")
+    with pytest.raises(ValueError, match="holds no model"):
+        save_model(bundle, tmp_path / "work")
+    revision = load_model(folder, placement="cpu").revision
+    monkeypatch.setattr(type(bundle.tokenizer), "save_pretrained", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        save_model(new_bundle(SMALL, TOKENIZER, seed=6), folder)
+    assert load_model(folder, placement="cpu").revision == revision and not list(tmp_path.glob(".copy-*"))
+
+
+def test_a_processor_can_cut_an_image_into_tiles():
+    processor = build_processor(TOKENIZER, SMALL, max_tiles=4)
+    assert processor.image_processor.crop_to_patches and processor.image_processor.max_patches == 4
