@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['random_state', 'set_random_state', 'random_kept', 'checkpoints', 'remove_checkpoint', 'flush_to_disk', 'digest',
-           'write_checkpoint', 'read_checkpoint']
+           'write_folder', 'read_folder', 'write_checkpoint']
 
 # %% ../notebooks/library/43_checkpoints.ipynb #b5d3f1f7
 import hashlib, json, os, random, shutil
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -63,37 +64,36 @@ def digest(path: Path) -> str:
     with path.open("rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
 
 # %% ../notebooks/library/43_checkpoints.ipynb #c07cf3ed
-def write_checkpoint(
-    folder: Path,                           # holds the checkpoints
-    step: int,                              # names the new one
+def write_folder(
+    path: Path,                             # not there yet
     tensors: dict[str, dict[str, Tensor]],  # file name without ending -> named tensors
     notes: dict[str, object],               # file name without ending -> anything JSON can hold
-    keep: int = 2,                          # checkpoints left in the folder, this one included
+    more: Callable[[Path], object] | None = None,  # writes further files into the folder it is given
 ) -> Path:
-    "Write a checkpoint under a hidden name, rename it when it is complete, and drop the oldest; OSError when the disk refuses."
-    final, partial = folder / f"step-{step:08d}", folder / f".step-{step:08d}.partial"
+    "Write a folder with checksums under a hidden name and rename it when it is complete; OSError when the disk refuses."
+    partial = path.with_name(f".{path.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         for stem, named in tensors.items():
             save_file({name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}, partial / f"{stem}.safetensors")
         for stem, note in notes.items(): (partial / f"{stem}.json").write_text(json.dumps(note, sort_keys=True))
-        (partial / "SHA256SUMS").write_text("".join(f"{digest(path)}  {path.name}\n" for path in sorted(partial.iterdir())))
-        for path in [*partial.iterdir(), partial]: flush_to_disk(path)
-        partial.rename(final)
-        flush_to_disk(folder)
+        if more: more(partial)
+        (partial / "SHA256SUMS").write_text("".join(f"{digest(file)}  {file.name}\n" for file in sorted(partial.iterdir())))
+        for file in [*partial.iterdir(), partial]: flush_to_disk(file)
+        partial.rename(path)
+        flush_to_disk(path.parent)
     except (OSError, SafetensorError) as error:
+        raise OSError(f"{path} could not be written ({error})") from error
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        last = checkpoints(folder)
-        raise OSError(f"checkpoint {final} could not be written ({error}); the last good one is {last[-1] if last else 'none'}") from error
-    for old in checkpoints(folder)[:-keep]: remove_checkpoint(old)
-    return final
+    return path
 
 # %% ../notebooks/library/43_checkpoints.ipynb #9dd12a05
-def read_checkpoint(path: Path) -> tuple[dict, dict]:  # tensors and notes, as given to write_checkpoint
-    "Read a checkpoint after comparing every file with its checksum; ValueError with the reason when one is missing or altered."
+def read_folder(path: str | Path) -> tuple[dict, dict]:  # tensors and notes, as given to write_folder
+    "Read a folder after comparing every file with its checksum; ValueError with the reason when one is missing or altered."
     path = Path(path)
-    if not path.is_dir(): raise FileNotFoundError(f"no checkpoint at {path}")
+    if not path.is_dir(): raise FileNotFoundError(f"no folder {path}")
     if not (path / "SHA256SUMS").exists(): raise ValueError(f"{path} is refused: it has no SHA256SUMS")
     sums = dict(reversed(line.split("  ", 1)) for line in (path / "SHA256SUMS").read_text(errors="replace").splitlines() if "  " in line)
     present = {file.name for file in path.iterdir()} - {"SHA256SUMS"}
@@ -102,3 +102,17 @@ def read_checkpoint(path: Path) -> tuple[dict, dict]:  # tensors and notes, as g
         if digest(path / name) != expected: raise ValueError(f"{path} is refused: {name} does not match its checksum (truncated or altered)")
     tensors = {name.removesuffix(".safetensors"): load_file(path / name) for name in sums if name.endswith(".safetensors")}
     return tensors, {name.removesuffix(".json"): json.loads((path / name).read_text()) for name in sums if name.endswith(".json")}
+
+# %% ../notebooks/library/43_checkpoints.ipynb #a7fcd558
+def write_checkpoint(
+    folder: Path,                           # holds the checkpoints
+    step: int,                              # names the new one
+    tensors: dict[str, dict[str, Tensor]],  # as in write_folder
+    notes: dict[str, object],
+    keep: int = 2,                          # checkpoints left in the folder, this one included
+) -> Path:
+    "Write a checkpoint and drop the oldest; OSError, naming the last good one, when the disk refuses."
+    try: path = write_folder(folder / f"step-{step:08d}", tensors, notes)
+    except OSError as error: raise OSError(f"{error}; the last good checkpoint is {([None] + checkpoints(folder))[-1] or 'none yet'}") from error
+    for old in checkpoints(folder)[:-keep]: remove_checkpoint(old)
+    return path

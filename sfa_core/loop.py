@@ -21,7 +21,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch.nn import Parameter
 from tqdm.auto import tqdm
 
-from .checkpoints import checkpoints, random_kept, random_state, read_checkpoint, remove_checkpoint, set_random_state, write_checkpoint
+from .checkpoints import checkpoints, random_kept, random_state, read_folder, remove_checkpoint, set_random_state, write_checkpoint
 
 # %% ../notebooks/library/44_loop.ipynb #0dbfa015
 DECAYS = ("cosine", "linear", "constant")
@@ -129,7 +129,7 @@ def save_run(run: Run) -> Path:
 
 def load_run(run: Run, path: Path) -> None:
     "Put a run where a checkpoint left it; ValueError with the first difference when the checkpoint is of another run."
-    tensors, notes = read_checkpoint(path)
+    tensors, notes = read_folder(path)
     difference = first_difference(notes["run"], run.description())
     if difference: raise ValueError(f"{path} is refused: it belongs to another run, {difference}")
     with torch.no_grad():
@@ -236,6 +236,7 @@ def take_step(run: Run, batch_at: Callable, losses: Callable, split: Callable = 
     position.skipped += bool(reason)
     position.skipped_in_row = position.skipped_in_row + 1 if reason else 0
     line = dict(step=position.step, loss=sum(means.values()), **{f"loss_{name}": value for name, value in means.items()})
+    line |= {f"learning_rate_{part.strip('.')}": rate * share for part, rate in config.group_rates}
     line |= dict(learning_rate=config.learning_rate * share, gradient_norm=norm, targets=targets, parts=position.parts, skipped=reason)
     return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()}
 
@@ -267,11 +268,11 @@ def memory_gib() -> float:
 class Recorder:
     "Write a run's log and show its progress: speed since the last line, memory, and time over all restarts."
 
-    def __init__(self, run: Run, last: int, progress: bool):
+    def __init__(self, run: Run, last: int, progress: bool, title: str):
         self.main, self.every, self.last = run.accelerator.is_main_process, run.config.log_every, last
         self.spent = rewind_log(run.folder, run.position.step) if self.main else 0.0
         self.file = (run.folder / "log.jsonl").open("a")
-        self.bar = tqdm(total=last, initial=run.position.step, disable=not (progress and self.main), unit="step")
+        self.bar = tqdm(total=last, initial=run.position.step, disable=not (progress and self.main), unit="step", desc=title or None)
         self.started = self.since = time.perf_counter()
         self.targets = 0
 
@@ -321,6 +322,8 @@ def start_run(parameters: dict[str, Parameter], config: LoopConfig, folder: Path
         with torch.no_grad():
             for parameter in parameters.values(): parameter.copy_(broadcast(parameter.detach().clone()))
     resume_run(run, resume)
+    if acc.is_main_process:
+        for old in checkpoints(run.folder / "checkpoints")[:-config.keep]: remove_checkpoint(old)
     return run
 
 # %% ../notebooks/library/44_loop.ipynb #2428d93a
@@ -336,6 +339,7 @@ def train(
     split: Callable = split_batch,            # (batch, parts) -> pieces, used when memory runs out
     accelerator: Accelerator | None = None,   # processes and mixed precision
     progress: bool = True,                    # show a bar with loss, tokens/s and memory
+    title: str = "",                          # in front of the bar
 ) -> LoopResult:
     """Train parameters step by step, and go on from the folder's checkpoint when there is one.
 
@@ -347,7 +351,7 @@ def train(
         run = start_run(parameters, config, Path(folder), identity, resume, accelerator)
         position, last = run.position, config.steps if until is None else min(until, config.steps)
         path = save_run(run) if position.step == last == 0 else run.folder / "checkpoints" / f"step-{position.step:08d}"
-        with Recorder(run, last, progress) as recorder:
+        with Recorder(run, last, progress, title) as recorder:
             while position.step < last:
                 line = take_step(run, batch_at, losses, split)
                 recorder.write(line)
