@@ -1,6 +1,7 @@
 """Models: what is saved comes back, and a folder that is not exactly a whole supported model is refused in one line."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import InternVLForConditionalGeneration
 
 import sfa_core.models
+from sfa_core.attention import inject, save_structure, structures_of
 from sfa_core.embedded import IMAGE_TOKENS, EmbeddedConfig, build_processor, new_model, train_tokenizer
 from sfa_core.models import find_model, load_model, new_bundle, place, quantized_layers, save_model
 
@@ -188,6 +190,19 @@ def test_a_folder_without_a_processor_is_refused(folder):
     refused(folder, "processor", "copy")
 
 
+def test_folders_as_others_write_them_are_read(saved, folder):
+    ours = load_model(saved, placement="cpu").processor
+    edit(folder / "preprocessor_config.json", image_processor_type="GotOcr2ImageProcessorFast", processor_class="InternVLProcessor", default_to_square=True)
+    edit(folder / "tokenizer_config.json", tokenizer_class="Qwen2Tokenizer", add_bos_token=False)
+    theirs = load_model(folder, placement="cpu").processor
+    assert theirs.image_processor.to_dict()["size"] == ours.image_processor.to_dict()["size"]
+    assert theirs.tokenizer("12 a")["input_ids"] == TOKENIZER("12 a")["input_ids"]
+    (folder / "preprocessor_config.json").unlink()
+    edit(folder / "processor_config.json", image_processor=json.loads(ours.image_processor.to_json_string()))
+    theirs = load_model(folder, placement="cpu").processor
+    assert theirs.image_processor.to_dict() == ours.image_processor.to_dict() and theirs.image_seq_length == 4
+
+
 def test_code_in_a_folder_is_never_run(folder, tmp_path):
     ran = tmp_path / "ran"
     (folder / "modeling_own.py").write_text(f"open({str(ran)!r}, 'w')\nclass Own: pass\n")
@@ -235,12 +250,40 @@ def test_saving_replaces_a_model_but_nothing_else(saved, folder, tmp_path, monke
     with pytest.raises(ValueError, match="holds no model"):
         save_model(bundle, tmp_path / "work")
     revision = load_model(folder, placement="cpu").revision
-    monkeypatch.setattr(type(bundle.tokenizer), "save_pretrained", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        save_model(new_bundle(SMALL, TOKENIZER, seed=6), folder)
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    def fail_when_done(source, target):
+        if str(target) == str(folder) and not str(source).endswith(".replaced"):
+            fail()
+        return replace(source, target)
+
+    replace = os.replace
+    for owner, name, failure in ((type(bundle.tokenizer), "save_pretrained", fail), (os, "replace", fail_when_done)):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+            patch.setattr(owner, name, failure)
+            save_model(new_bundle(SMALL, TOKENIZER, seed=6), folder)
     assert load_model(folder, placement="cpu").revision == revision and not list(tmp_path.glob(".copy-*"))
 
 
 def test_a_processor_can_cut_an_image_into_tiles():
     processor = build_processor(TOKENIZER, SMALL, max_tiles=4)
     assert processor.image_processor.crop_to_patches and processor.image_processor.max_patches == 4
+
+
+def test_structural_weights_are_attached_in_float32(saved, tmp_path):
+    trained = load_model(saved, placement="cpu")
+    inject(trained.model, trained.family, seed=5)
+    save_structure(trained.model, tmp_path / "structure")
+    with pytest.raises(ValueError, match="save_structure"):
+        save_model(trained, tmp_path / "model")
+    again, plain = load_model(saved, placement="cpu", structure=tmp_path / "structure"), load_model(saved, placement="cpu")
+    assert again.revision.startswith(f"{plain.revision}+") and not again.model.training
+    pixels = torch.rand(1, 3, 56, 56)
+    ours, theirs, bare = (bundle.model.get_image_features(pixel_values=pixels).pooler_output for bundle in (again, trained, plain))
+    assert torch.equal(ours, theirs) and not torch.equal(ours, bare)
+    low = load_model(saved, placement="cpu", precision="bfloat16", structure=tmp_path / "structure")
+    biases = structures_of(low.model, low.family)
+    assert low.model.dtype == torch.bfloat16 and {weight.dtype for bias in biases for weight in bias.parameters()} == {torch.float32}
+    refused(saved, "nowhere", error=FileNotFoundError, structure=tmp_path / "nowhere")
