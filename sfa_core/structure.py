@@ -71,8 +71,8 @@ def grid_geometry(
         outside = index[~special & ((index < 0) | (index >= side))]
         if outside.numel():
             raise ValueError(f"a token has {name} {int(outside[0])}, expected 0 to {side - 1} on a grid of {height} x {width}")
-    patch = (~special).float()[:, None]
-    one_hot = [nn.functional.one_hot(torch.where(special, 0, index).long(), side).float() * patch for index, side in ((row, height), (column, width))]
+    patch = (~special).double()[:, None]
+    one_hot = [nn.functional.one_hot(torch.where(special, 0, index).long(), side) * patch for index, side in ((row, height), (column, width))]
     return Geometry(*one_hot, special)
 
 
