@@ -1,0 +1,397 @@
+"""Each arm trains what its name says on the same documents in the same order, and gives the model back as it was."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import InternVLConfig, InternVLForConditionalGeneration
+
+import sfa_core.finetune as finetune_module
+from sfa_core.answers import answer_loss, training_batch
+from sfa_core.attention import eject, inject, load_structure
+from sfa_core.checkpoints import TIMING, read_folder
+from sfa_core.documents import documents, samples
+from sfa_core.embedded import EmbeddedConfig, train_tokenizer
+from sfa_core.families import family_of
+from sfa_core.finetune import ARMS, FinetuneConfig, finetune, load_arm, prepared, read_arm, trainable
+from sfa_core.models import new_bundle
+from sfa_core.stream import DocumentSet, batches, steps_in
+from sfa_core.structure import StructuralBias
+
+TINY = EmbeddedConfig(
+    vision_width=32,
+    vision_layers=2,
+    vision_heads=2,
+    vision_hidden=32,
+    language_width=32,
+    language_layers=2,
+    language_heads=2,
+    language_kv_heads=1,
+    head_dim=16,
+    language_hidden=32,
+)
+QUICK = dict(steps=4, batch_size=4, questions=3, learning_rate=5e-3, structure_rate=5e-3, checkpoint_every=2)
+
+
+@pytest.fixture(scope="module")
+def charts(tmp_path_factory):
+    return documents(11, seed=5)
+
+
+def tiny(seed=0, **changes):
+    texts = ["What is the value of oak? yes no 1 2 3 4 5 6 7 8 9 0"]
+    return new_bundle(replace(TINY, **changes), train_tokenizer(texts, 300), seed, name="tiny")
+
+
+@pytest.fixture(scope="module")
+def shared():
+    return tiny()
+
+
+@pytest.fixture
+def bundle(shared):
+    "A tiny model that must be the same after the test as before."
+    before = weights_of(shared.model)
+    flags = [p.requires_grad for p in shared.model.parameters()]
+    yield shared
+    assert_equal(weights_of(shared.model), before)
+    assert not shared.model.training and not any(isinstance(m, StructuralBias) for m in shared.model.modules())
+    assert flags == [p.requires_grad for p in shared.model.parameters()] and all(p.grad is None for p in shared.model.parameters())
+    assert shared.model.config.vision_config._attn_implementation == "sdpa"
+
+
+def weights_of(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_equal(a, b):
+    assert list(a) == list(b) and all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
+
+
+def run(bundle, data, arm, folder, **changes):
+    resume, until = changes.pop("resume", "latest"), changes.pop("until", None)
+    return finetune(bundle, data, FinetuneConfig(arm, **QUICK | changes), folder, resume, until, progress=False)
+
+
+@torch.no_grad()
+def outputs(bundle, data):
+    batch = training_batch(bundle, [data[i] for i in range(3)])
+    return bundle.model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+
+
+def part_of(name):
+    if ".structure." in name:
+        return "structure"
+    return {"model.vision_tower": "tower", "model.multi_modal_projector": "projector"}.get(".".join(name.split(".")[:2]), "language")
+
+
+# What learns
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_an_arm_changes_all_of_its_parts_and_nothing_else(bundle, charts, tmp_path, arm):
+    before = weights_of(bundle.model)
+    result = run(bundle, charts, arm, tmp_path)
+    with load_arm(bundle, result.arm):
+        after = weights_of(bundle.model)
+        changed = {name for name in after if name not in before or not torch.equal(after[name], before[name])}
+    learned = {name for name, _ in bundle.model.named_parameters() if part_of(name) in ARMS[arm].parts}
+    structure = {name for name in after if part_of(name) == "structure"}
+    assert changed == learned | structure and bool(structure) == ("structure" in ARMS[arm].parts)
+    start = read_folder(sorted((tmp_path / "checkpoints").glob("*"))[0])[0]["weights"]
+    assert set(start) == changed and all(not torch.equal(start[name], after[name]) for name in changed)
+
+
+def test_every_arm_has_a_control_that_differs_from_it(shared):
+    for name, arm in ARMS.items():
+        assert arm.against == "baseline" or set(ARMS[arm.against].parts) < set(arm.parts), name
+
+
+def test_the_arms_of_the_real_model_have_the_known_sizes():
+    vision = {
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+        "image_size": [448, 448],
+        "patch_size": [14, 14],
+        "attention_bias": True,
+        "use_mean_pooling": True,
+    }
+    text = {
+        "model_type": "qwen3",
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+    }
+    with torch.device("meta"):
+        model = InternVLForConditionalGeneration(InternVLConfig(vision_config=vision, text_config=text))
+    family = family_of(model)
+    with pytest.raises(ValueError, match="trains structural weights"):
+        trainable(model, family, "sfa")
+    inject(model, family)
+    sizes = {arm: sum(p.numel() for p in trainable(model, family, arm).values()) for arm in ARMS}
+    assert sizes == dict(sfa=7_296, control=337_583_104, vision=337_590_400, projector=33_570_816)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == sizes["projector"]  # of the last call, nothing is left awake
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_no_step_changes_nothing(bundle, charts, tmp_path, arm):
+    expected = outputs(bundle, charts)
+    with prepared(bundle, FinetuneConfig(arm)) as parameters:
+        if "structure" in ARMS[arm].parts:
+            with torch.no_grad():
+                [p.zero_() for name, p in parameters.items() if ".structure." in name]
+        assert torch.allclose(outputs(bundle, charts), expected, atol=1e-5)
+        if "structure" not in ARMS[arm].parts:
+            assert torch.equal(outputs(bundle, charts), expected)
+    result = run(bundle, charts, arm, tmp_path, until=0)
+    assert result.log.empty and result.arm is None and not (tmp_path / "arm").exists()
+    assert torch.equal(outputs(bundle, charts), expected)
+
+
+def test_structure_starts_from_its_seed_and_the_named_terms(bundle):
+    def structure(**changes):
+        with prepared(bundle, FinetuneConfig("sfa", **changes)) as parameters:
+            return {name: p.detach().clone() for name, p in parameters.items()}
+
+    assert_equal(structure(seed=1), structure(seed=1, data_seed=9))
+    assert not torch.equal(
+        structure(seed=1)["model.vision_tower.encoder.layer.0.attention.structure.row"],
+        structure(seed=2)["model.vision_tower.encoder.layer.0.attention.structure.row"],
+    )
+    assert {name.rpartition(".")[2] for name in structure(terms=("distance", "row"))} == {"row", "distance"}
+
+
+# The same documents in the same order
+
+
+def test_all_arms_see_the_same_documents_and_questions_in_the_same_order(bundle, charts, tmp_path, monkeypatch):
+    seen = {}
+
+    def spy(given, rows, **options):
+        seen.setdefault(arm, []).append([(row["id"], [q["id"] for q in row["questions"]]) for row in rows])
+        return training_batch(given, rows, **options)
+
+    monkeypatch.setattr(finetune_module, "training_batch", spy)
+    for arm in ARMS:
+        run(bundle, charts, arm, tmp_path / arm, seed=len(arm))
+    assert len({json.dumps(order) for order in seen.values()}) == 1 and len(seen) == len(ARMS)
+    for arm in ("other",):
+        run(bundle, charts, "sfa", tmp_path / arm, data_seed=1)
+    assert seen["other"] != seen["sfa"]
+
+
+@given(st.integers(1, 30), st.integers(0, 3), st.sampled_from([1, 2, 4, 8]), st.integers(0, 6))
+def test_how_a_step_is_cut_does_not_change_its_documents(size, seed, accumulation, step):
+    data = [type("S", (), dict(id=f"{i}/0", document=str(i), question="?", answers=("1",)))() for i in range(size)]
+    stream = [sample.document for i in range(step + 1) for [sample] in batches(DocumentSet(data), 8, data_seed=seed)(i, 0)]
+    cut = batches(DocumentSet(data), 8, accumulation, data_seed=seed)
+    assert [s.document for micro in range(accumulation) for [s] in cut(step, micro)] == stream[-8:]
+    for start in range(0, len(stream) - size + 1, size):
+        assert len({*stream[start : start + size]}) == size  # each pass visits every document once
+
+
+def test_steps_of_the_reported_training():
+    assert steps_in(3, 28_299, 32) == 2_653 == 3 * -(-28_299 // 4) // 8
+    assert steps_in(1, 31, 32) == 0 and steps_in(1.5, 32, 16) == 3
+
+
+def test_eight_by_one_is_two_by_four(bundle, charts, tmp_path):
+    whole = run(bundle, charts, "vision", tmp_path / "a", batch_size=8, questions=2)
+    cut = run(bundle, charts, "vision", tmp_path / "b", batch_size=8, questions=2, accumulation=4)
+    np.testing.assert_allclose(whole.log.loss, cut.log.loss, rtol=1e-4)
+    assert whole.log.targets.equals(cut.log.targets)
+
+
+def test_samples_train_as_their_documents_do(bundle, charts, tmp_path):
+    a, b = run(bundle, charts, "control", tmp_path / "a", questions=0), run(bundle, samples(charts), "control", tmp_path / "b", questions=0)
+    assert a.log.drop(columns=list(TIMING)).equals(b.log.drop(columns=list(TIMING)))
+
+
+def test_memory_that_runs_out_halves_the_documents_at_once(bundle, charts, tmp_path, monkeypatch):
+    plenty = run(bundle, charts, "vision", tmp_path / "a")
+
+    def hungry(model, batch):
+        if len(batch["input_ids"]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return answer_loss(model, batch)
+
+    monkeypatch.setattr(finetune_module, "answer_loss", hungry)
+    little = run(bundle, charts, "vision", tmp_path / "b")
+    assert (little.log.parts == 2).all() and little.log.targets.equals(plenty.log.targets)
+    np.testing.assert_allclose(plenty.log.loss, little.log.loss, rtol=1e-4)
+
+
+# Kept and put back
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_a_trained_arm_put_back_answers_as_it_did_when_training_ended(bundle, charts, tmp_path, monkeypatch, arm):
+    ended, save = [], finetune_module.save_arm
+
+    def spy(given, *rest):
+        ended.append(outputs(given, charts))
+        return save(given, *rest)
+
+    monkeypatch.setattr(finetune_module, "save_arm", spy)
+    result, base = run(bundle, charts, arm, tmp_path), outputs(bundle, charts)
+    loaded = load_arm(bundle, result.arm)
+    assert torch.equal(outputs(bundle, charts), ended[0]) and not torch.equal(ended[0], base)
+    assert loaded.about["arm"] == arm and loaded.about["against"] == ARMS[arm].against and loaded.about["training"]["documents"] == 11
+    loaded.remove()
+    loaded.remove()
+    assert torch.equal(outputs(bundle, charts), base)
+
+
+@pytest.mark.parametrize("arm", ["sfa", "vision"])
+def test_a_stopped_arm_goes_on_exactly(bundle, charts, tmp_path, arm):
+    whole = run(bundle, charts, arm, tmp_path / "a")
+    for until in (1, 3):
+        assert run(bundle, charts, arm, tmp_path / "b", until=until).arm is None
+    parts = run(bundle, charts, arm, tmp_path / "b")
+    assert parts.log.drop(columns=list(TIMING)).equals(whole.log.drop(columns=list(TIMING)))
+    assert {p.name: p.read_bytes() for p in whole.arm.iterdir()} == {p.name: p.read_bytes() for p in parts.arm.iterdir()}
+    written = {p: p.stat().st_mtime_ns for p in parts.arm.rglob("*")}
+    assert run(bundle, charts, arm, tmp_path / "b").log.equals(parts.log) and written == {p: p.stat().st_mtime_ns for p in parts.arm.rglob("*")}
+
+
+def test_the_structure_of_an_arm_can_be_used_alone(bundle, charts, tmp_path):
+    result = run(bundle, charts, "sfa", tmp_path)
+    with load_arm(bundle, result.arm):
+        expected = outputs(bundle, charts)
+    load_structure(bundle.model, bundle.family, result.arm)
+    assert torch.equal(outputs(bundle, charts), expected)
+    eject(bundle.model, bundle.family)
+
+
+def test_another_arm_data_or_base_does_not_go_on_in_the_same_folder(bundle, charts, tmp_path):
+    run(bundle, charts, "sfa", tmp_path, until=2)
+    for change, said in [
+        (dict(data_seed=1), "identity.finetune.data_seed"),
+        (dict(terms=("row",)), "identity.finetune.terms"),
+        (dict(arm="control"), "config.learning_rate|identity.arm"),
+    ]:
+        with pytest.raises(ValueError, match=f"belongs to another run, ({said})"):
+            run(bundle, charts, change.pop("arm", "sfa"), tmp_path, **change)
+    with pytest.raises(ValueError, match="identity.data is"):
+        run(bundle, charts.select(range(10)), "sfa", tmp_path)
+    with pytest.raises(ValueError, match="identity.base is 'tiny' there and 'abc' here"):
+        run(replace(bundle, revision="abc"), charts, "sfa", tmp_path)
+
+
+@pytest.mark.parametrize("arm", ["sfa", "vision"])
+def test_an_arm_of_another_base_or_a_damaged_one_is_refused_and_changes_nothing(bundle, charts, tmp_path, arm):
+    folder = run(bundle, charts, arm, tmp_path).arm
+    with pytest.raises(ValueError, match="trained on tiny of revision ''; tiny has 'abc'"):
+        load_arm(replace(bundle, revision="abc"), folder)
+    with pytest.raises(ValueError, match="do not fit this model|does not fit tiny"):
+        load_arm(tiny(vision_layers=3), folder)
+    with pytest.raises(ValueError, match="do not fit this model|does not fit tiny"):
+        load_arm(tiny(vision_width=64), folder)
+    with pytest.raises(FileNotFoundError, match="no trained arm at"):
+        load_arm(bundle, tmp_path)
+    name = next(folder.glob("*.safetensors")).name
+    data = bytearray((folder / name).read_bytes())
+    data[-2] ^= 1
+    (folder / name).write_bytes(bytes(data))
+    with pytest.raises(ValueError, match=f"{name} does not match its checksum"):
+        load_arm(bundle, folder)
+    (folder / name).unlink()
+    with pytest.raises(ValueError, match="SHA256SUMS lists"):
+        read_arm(folder)
+
+
+def test_a_model_with_structure_is_not_a_base(charts, tmp_path):
+    given = tiny()
+    inject(given.model, given.family)
+    with pytest.raises(ValueError, match="plain base model is expected"):
+        run(given, charts, "control", tmp_path)
+    with pytest.raises(ValueError, match="plain base model is expected"):
+        load_arm(given, run(tiny(), charts, "control", tmp_path).arm)
+
+
+# Precision and memory
+
+
+@pytest.mark.parametrize("arm", ["sfa", "vision"])
+def test_a_bfloat16_model_trains_in_float32_and_is_given_back(charts, tmp_path, monkeypatch, arm):
+    given = tiny()
+    exact = run(given, charts, arm, tmp_path / "exact")
+    given.model.to(torch.bfloat16)
+    before, dtypes = weights_of(given.model), []
+
+    def spy(model, batch):
+        dtypes.append({p.dtype for p in model.parameters() if p.requires_grad} | {str(p.dtype) for p in model.model.language_model.parameters()})
+        return answer_loss(model, batch)
+
+    monkeypatch.setattr(finetune_module, "answer_loss", spy)
+    result = run(given, charts, arm, tmp_path / "low")
+    assert all(seen == {torch.float32, "torch.bfloat16"} for seen in dtypes)
+    assert_equal(weights_of(given.model), before)
+    np.testing.assert_allclose(result.log.loss, exact.log.loss, rtol=0.05)
+    with load_arm(given, result.arm):
+        assert given.model.dtype == torch.bfloat16 and outputs(given, charts).isfinite().all()
+    with pytest.raises(ValueError, match="float16; float32 or bfloat16 is expected"):
+        run(replace(given, model=given.model.to(torch.float16)), charts, arm, tmp_path / "half")
+
+
+def test_recomputed_activations_change_nothing(bundle, charts, tmp_path):
+    calls = []
+    hook = bundle.family.attentions_of(bundle.model)[0].register_forward_hook(lambda *_: calls.append(0))
+    plain, once = run(bundle, charts, "vision", tmp_path / "a"), len(calls)
+    spared, twice = run(bundle, charts, "vision", tmp_path / "b", checkpointing=True), len(calls) - once
+    hook.remove()
+    assert twice == 2 * once
+    np.testing.assert_allclose(plain.log.loss, spared.log.loss, rtol=1e-5)
+    np.testing.assert_allclose(plain.log.gradient_norm, spared.log.gradient_norm, rtol=1e-4)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        (dict(arm="full"), "arm is 'full'; one of sfa, control, vision, projector is expected"),
+        (dict(steps=0), "steps is 0"),
+        (dict(steps=-1), "steps is -1"),
+        (dict(batch_size=0), "batch_size is 0"),
+        (dict(batch_size=-4), "batch_size is -4"),
+        (dict(batch_size=6, accumulation=4), "a multiple of the 4 micro-batches"),
+        (dict(accumulation=0), "accumulation is 0"),
+        (dict(terms=("row", "diagonal")), "'diagonal'"),
+        (dict(terms=()), "none"),
+        (dict(learning_rate=0.0), "learning_rate is 0.0"),
+        (dict(structure_rate=-1.0), "structure_rate is -1.0"),
+        (dict(arm="sfa", structure_rate=0.0), "structure_rate is 0.0"),
+        (dict(tiles=0), "tiles is 0"),
+        (dict(questions=-1), "questions is -1"),
+    ],
+)
+def test_a_configuration_that_cannot_be_meant_is_refused(wrong, said):
+    with pytest.raises(ValueError, match=said):
+        FinetuneConfig(**wrong)
+
+
+def test_data_that_cannot_be_trained_on_is_refused_and_the_model_given_back(bundle, charts, tmp_path):
+    for data in (charts.select([]), []):
+        with pytest.raises(ValueError, match="dataset is empty; at least one document is expected"):
+            run(bundle, data, "vision", tmp_path / "empty")
+    with pytest.raises(ValueError, match="no column 'questions'"):
+        run(bundle, charts.remove_columns("questions"), "vision", tmp_path / "columns")
+    broken = samples(charts)
+    broken = [replace(s, source=s.source[:40]) for s in broken if s.document == broken[0].document]
+    with pytest.raises(ValueError, match=broken[0].document):
+        run(bundle, broken, "vision", tmp_path / "image")
+    assert not (tmp_path / "image" / "arm").exists()
+    with pytest.raises(ValueError, match="trains structural weights"):
+        trainable(tiny().model, bundle.family, "vision")
