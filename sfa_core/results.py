@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['FINISHED', 'repository', 'runs_root', 'component', 'out_folder', 'write_atomic', 'plain', 'write_json', 'keys_of',
            'write_metrics', 'write_timings', 'write_records', 'write_summary', 'finished_runs', 'find_run',
-           'alias_name', 'set_alias', 'digest', 'revision', 'revisions', 'command_output', 'hardware', 'provenance']
+           'alias_name', 'set_alias', 'content_hash', 'revision', 'revisions', 'command_output', 'hardware',
+           'provenance']
 
 # %% ../notebooks/library/83_results.ipynb #2fcf45de
 import hashlib
@@ -158,7 +159,7 @@ def set_alias(run: Path, name: str) -> None:
     part.replace(run.parent / name)
 
 # %% ../notebooks/library/83_results.ipynb #5dea0006
-def digest(
+def content_hash(
     path: Path,  # a file, or a folder with everything below it
     leave_out: tuple[str, ...] = (),  # names of files and folders that do not count
     pattern: str = "*",  # files that count
@@ -186,15 +187,15 @@ def revision(
 ) -> str | None:  # content hash, commit, or None when the text names no model, data or run
     "Say which version of a model, a data folder or a run a parameter stands for."
     if value == "embedded":
-        return digest(repository() / "data" / "embedded_model", leave_out=("README.md",))
+        return content_hash(repository() / "data" / "embedded_model", leave_out=("README.md",))
     if not re.fullmatch(r"[^\0\n]{1,1000}", value):
         return None
     try:
         path = find_run(value)
     except (FileNotFoundError, ValueError):
-        path = (repository() / value).resolve()
+        path = Path(value).expanduser().resolve()
     if path.exists() and not repository().is_relative_to(path):
-        return digest(path)
+        return content_hash(path)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", value):
         return None
     cached = huggingface_hub.try_to_load_from_cache(value, "config.json")
@@ -204,7 +205,7 @@ def revision(
 def revisions(parameters: dict[str, Any]) -> dict[str, str]:
     "Collect the revisions behind the parameters, and that of the data that ships with the repository."
     named = {name: revision(value) for name, value in parameters.items() if isinstance(value, str)}
-    shipped = digest(repository() / "data", leave_out=("embedded_model", "grids", "local", "README.md"))
+    shipped = content_hash(repository() / "data", leave_out=("embedded_model", "grids", "local", "README.md"))
     return {name: text for name, text in named.items() if text} | {"data": shipped}
 
 # %% ../notebooks/library/83_results.ipynb #f5f6837a

@@ -33,7 +33,7 @@ import yaml
 from traitlets.config import Config
 
 import sfa_core
-from .results import (alias_name, component, digest, find_run, finished_runs, out_folder, provenance, repository, revisions, runs_root,
+from .results import (alias_name, component, content_hash, find_run, finished_runs, out_folder, provenance, repository, revisions, runs_root,
                               set_alias, write_atomic, write_json, write_timings)
 
 # %% ../notebooks/library/85_runs.ipynb #8a66c07b
@@ -125,7 +125,7 @@ def run_id(
 ) -> str:  # 12 hex digits
     "Name a run after study, parameters, code, model and data."
     cells = [cell.source for cell in nbformat.read(study_path(study), 4).cells if cell.cell_type == "code"]
-    package = digest(Path(sfa_core.__file__).parent, leave_out=("_modidx.py",), pattern="*.py")
+    package = content_hash(Path(sfa_core.__file__).parent, leave_out=("_modidx.py",), pattern="*.py")
     parts = {"study": study, "parameters": parameters, "package": package, "cells": cells, "revisions": versions}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -199,8 +199,7 @@ def execute(
             source, folder / "notebook.ipynb", parameters=parameters | {"out_dir": str(folder)}, kernel_name="python3", progress_bar=False,
             stdout_file=sys.stdout if progress else None, stderr_file=sys.stderr if progress else None, on_cell_start=announce,
             timeout_func=lambda cell: math.ceil(max(1, end - time.monotonic())) if timeout else None,
-            resources={"metadata": {"path": str(source.parent)}}, coalesce_streams=True, store_widget_state=False,
-            config=kernel, extra_arguments=["--IPKernelApp.log_level=CRITICAL"])
+            coalesce_streams=True, store_widget_state=False, config=kernel, extra_arguments=["--IPKernelApp.log_level=CRITICAL"])
     if not (folder / "metrics.json").is_file():
         raise RuntimeError(f"it ended without writing metrics.json to {folder}")
 

@@ -1,0 +1,39 @@
+# make tour | test | lab | export | rendered | site | lint | hooks.  PIP_ARGS goes to pip (README: CPU-only or another CUDA build of torch).
+.PHONY: tour test lab export rendered site lint hooks
+.DELETE_ON_ERROR:
+PYTHON ?= python3
+PIP_ARGS ?=
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+tour: $(INSTALLED)
+	$(BIN)/sfa run 00_tour
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -q tests
+
+lab: $(INSTALLED)
+	$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)" $(LAB_ARGS)
+
+export: $(INSTALLED)
+	$(BIN)/jupyter nbconvert --clear-output --inplace --log-level=ERROR notebooks/*.ipynb notebooks/*/*.ipynb
+	$(BIN)/nbdev_clean
+	env -u IN_TEST $(BIN)/nbdev_export
+
+rendered: $(INSTALLED)
+	$(BIN)/python site/build_site.py rendered
+
+site: $(INSTALLED)
+	$(BIN)/python site/build_site.py site
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check notebooks tests site setup.py
+
+hooks: $(INSTALLED)
+	$(BIN)/pre-commit install
+
+# Installed once: again only when the requirements change.
+$(INSTALLED): settings.ini setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e ".[dev]"
+	touch $@
