@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['TYPES', 'BOOLEANS', 'SET_BY_RUN', 'studies_root', 'studies', 'study_path', 'study_parameters', 'cast',
            'resolve_parameters', 'run_id', 'locked', 'free_name', 'headings', 'execute', 'why', 'StudyFailed', 'finish',
-           'keep_failed', 'write_run', 'run_study', 'parser', 'run_table', 'print_run', 'command', 'main']
+           'keep_failed', 'write_run', 'run_study', 'parser', 'run_table', 'print_run', 'choose_renderer', 'command',
+           'main']
 
 # %% ../notebooks/library/85_runs.ipynb #e9dd6f6c
 import argparse
@@ -33,13 +34,15 @@ import yaml
 from traitlets.config import Config
 
 import sfa_core
-from .results import (alias_name, component, content_hash, find_run, finished_runs, out_folder, provenance, repository, revisions, runs_root,
-                              set_alias, write_atomic, write_json, write_timings)
+from .paths import REPOSITORY, exports_root
+from .results import (alias_name, component, content_hash, find_run, finished_runs, out_folder, provenance, revisions, set_alias, write_atomic,
+                              write_json, write_timings)
+from .style import browser
 
 # %% ../notebooks/library/85_runs.ipynb #8a66c07b
 def studies_root() -> Path:
     "Return the folder of the study notebooks: `$SFA_STUDIES`, or notebooks/studies of the repository."
-    return (repository() / os.environ.get("SFA_STUDIES", "notebooks/studies")).resolve()
+    return (REPOSITORY / os.environ.get("SFA_STUDIES", "notebooks/studies")).resolve()
 
 
 def studies() -> dict[str, str]:  # study -> the one line that says what it is
@@ -280,7 +283,7 @@ def run_study(
     versions = revisions(resolved)
     identity = run_id(study, resolved, versions)
     report = functools.partial(print, f"{study}/{identity}:", file=sys.stderr, flush=True) if progress else lambda _: None
-    folder = runs_root() / "runs" / study / f".partial-{identity}"
+    folder = exports_root() / "runs" / study / f".partial-{identity}"
 
     def finished():
         return [path for path in finished_runs(study) if path.name.split("-")[0] == identity]
@@ -321,7 +324,7 @@ def parser() -> argparse.ArgumentParser:
 # %% ../notebooks/library/85_runs.ipynb #afebe0f3
 def run_table(study: str = "*") -> list[tuple[str, str, str, str]]:  # study/run, state, start, aliases
     "Tell finished, failed and unfinished runs apart."
-    home, aliases, rows = runs_root() / "runs", {}, []
+    home, aliases, rows = exports_root() / "runs", {}, []
     for link in sorted(home.glob(f"{study}/*")):
         if link.is_symlink():
             aliases.setdefault(link.resolve(), []).append(link.name)
@@ -339,9 +342,18 @@ def print_run(folder: Path) -> None:
     print(folder / "notebook.ipynb")
 
 # %% ../notebooks/library/85_runs.ipynb #7946d5b4
+def choose_renderer() -> None:
+    "Let the kernels of this process keep figures as JSON and, where a browser is installed, as PNG."
+    if "PLOTLY_RENDERER" not in os.environ:
+        os.environ["PLOTLY_RENDERER"] = "plotly_mimetype+png" if browser() else "plotly_mimetype"
+        if not browser():
+            print("sfa: no Chromium or Chrome is installed: figures are kept as JSON, without PNG", file=sys.stderr)
+
+
 def command(options: argparse.Namespace) -> None:
     "Carry out one parsed command."
     if options.command == "run":
+        choose_renderer()
         print_run(run_study(options.study, dict(options.parameters), options.name, options.force, options.timeout, progress=True))
     elif options.command == "list":
         for row in run_table(study_path(options.study).stem if options.study else "*"):

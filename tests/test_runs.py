@@ -9,7 +9,8 @@ import time
 import nbformat
 import pandas as pd
 import pytest
-from sfa_core.results import find_run, finished_runs, runs_root, write_json, write_metrics, write_records
+from sfa_core.paths import exports_root
+from sfa_core.results import find_run, finished_runs, write_json, write_metrics, write_records
 from sfa_core.runs import StudyFailed, main, resolve_parameters, run_study, run_table, study_parameters
 
 PARAMETERS = """
@@ -213,13 +214,13 @@ def test_two_processes_that_start_the_same_run_execute_it_once(home):
     assert len((home / "log").read_text().splitlines()) == 1
     assert len(finished_runs()) == 1 and len({output.splitlines()[-1] for output in outputs}) == 1
     assert sum("waiting for it" in output for output in outputs) == 1
-    assert [path.name for path in (runs_root() / "runs" / "draw").iterdir()] == [finished_runs()[0].name], "no lock, no partial folder stays behind"
+    assert [path.name for path in (exports_root() / "runs" / "draw").iterdir()] == [finished_runs()[0].name], "no lock, no partial folder stays behind"
 
 
 def test_a_killed_run_looks_unfinished_and_goes_on_from_its_checkpoint(home):
     arguments = ("-p", "seconds", "60", "-p", "checkpoint", "true")
     process = start(*arguments)
-    state = runs_root() / "runs" / "draw"
+    state = exports_root() / "runs" / "draw"
     wait_for(lambda: any(state.glob(".partial-*/checkpoint/state")), "the first checkpoint")
     process.send_signal(signal.SIGKILL)
     process.communicate()
