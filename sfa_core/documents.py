@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHORT_WORDS', 'WORDS', 'SERIES', 'TITLES', 'EMBEDDED_KINDS', 'LATIN_FONTS', 'PRESETS', 'BOX', 'FEATURES', 'TextBox',
-           'Evidence', 'Sample', 'decode', 'Document', 'make_document', 'exports_root', 'generator_version',
-           'documents', 'evidence_of', 'samples']
+           'Evidence', 'Sample', 'decode', 'Document', 'make_document', 'generator_version', 'documents', 'evidence_of',
+           'samples']
 
 # %% ../notebooks/library/04_documents.ipynb #f5b6108c
 import hashlib
@@ -26,6 +26,7 @@ from PIL import UnidentifiedImageError
 import sfa_core
 from .drawing import FONTS, paint, text_box
 from .layout import LAYOUTS, NOWHERE, PALETTE, Sheet, Style
+from .paths import exports_root
 from .questions import DOCUMENT_KINDS, Content, NumberFormat, questions
 
 # %% ../notebooks/library/04_documents.ipynb #d87d230f
@@ -199,11 +200,6 @@ FEATURES = Features(
     marks=List(dict(box=BOX, row=Value("int32"), column=Value("int32"), colour=Value("string"))),
     questions=List(dict(id=Value("string"), kind=Value("string"), question=Value("string"), answers=List(Value("string")), evidence=List(Value("int32")))),
 )
-
-
-def exports_root() -> Path:
-    "Where runs and caches are written: $SFA_EXPORTS, or exports/ of the repository."
-    return Path(os.environ.get("SFA_EXPORTS") or Path(sfa_core.__file__).parents[1] / "exports")
 
 
 @lru_cache

@@ -75,7 +75,7 @@ class EmbeddedConfig:
     language_kv_heads: int = 2  # grouped-query attention
     head_dim: int = 32  # of a language head
     language_hidden: int = 384  # width of the gated MLP
-    downsample_ratio: float = 0.5  # pixel shuffle: 0.5 makes 2 x 2 patches one language token
+    downsample_ratio: float = 1.0  # pixel shuffle: 0.5 would make 2 x 2 patches one language token; narrow bars need each patch
     layer_scale: float = 1.0  # initial lambda_1, lambda_2 of the encoder
     initializer_range: float = 0.05  # standard deviation of the initial weights; 0.02, made for widths of thousands, stalls at 128
     position_range: float = 0.5  # of the position embeddings; small ones drown in the patch embedding

@@ -24,25 +24,27 @@ from safetensors.torch import load_file, save_file
 
 from .answers import answer_loss, answer_tokens, pack, prompt_tokens, training_batch
 from .dense import DenseHeads, dense_losses, dense_targets, patch_features
-from .documents import SHORT_WORDS, documents, exports_root, generator_version
+from .documents import SHORT_WORDS, documents, generator_version
 from .loop import LoopConfig, train
 from .embedded import EmbeddedConfig, train_tokenizer
 from .models import Bundle, new_bundle
+from .paths import exports_root
 
 # %% ../notebooks/library/46_pretraining.ipynb #978f684f
 @dataclass(frozen=True)
 class Recipe:
     "Everything that decides the embedded model."
     seed: int = 0  # weights and order of the data
-    documents: int = 48_000  # generated documents of the preset `embedded`, shared by the stages
+    documents: int = 24_000  # generated documents of the preset `embedded`, shared by the stages
     document_seed: int = 1_000  # their seed; evaluation uses others
-    text_steps: int = 1_500
+    text_steps: int = 0
     text_batch: int = 16  # documents
-    encoder_steps: int = 3_000
+    encoder_steps: int = 1_800
     joint_steps: int = 3_000
     batch: int = 32  # documents, in the stages with images
     questions: int = 8  # drawn anew for every visit to a document
-    learning_rate: float = 1.5e-3  # peak of each stage
+    learning_rate: float = 1.5e-3  # peak, text and encoder
+    joint_rate: float = 1e-3  # peak, joint
     dense_weight: float = 0.1  # of the dense losses in the joint stage
     vocabulary: int = 640  # tokens at most
     checkpoint_every: int = 200  # steps
@@ -112,11 +114,11 @@ def training_tokenizer(data: TrainingSet, recipe: Recipe):
     return train_tokenizer([*SHORT_WORDS] * 300 + texts, recipe.vocabulary)
 
 # %% ../notebooks/library/46_pretraining.ipynb #099d8946
-def _stage(name, bundle, parameters, batch_at, losses, steps, recipe, folder, progress):
+def _stage(name, parameters, batch_at, losses, steps, rate, recipe, folder, progress):
     "Train one stage; its weights are in the parameters afterwards."
     if not steps:
         return pd.DataFrame()
-    config = LoopConfig(steps=steps, learning_rate=recipe.learning_rate, warmup=0.03, decay="cosine", final_rate=0.02, betas=(0.9, 0.98), weight_decay=0.01,
+    config = LoopConfig(steps=steps, learning_rate=rate, warmup=0.03, decay="cosine", final_rate=0.02, betas=(0.9, 0.98), weight_decay=0.01,
                         checkpoint_every=recipe.checkpoint_every, log_every=10, seed=recipe.seed)
     size = sum(p.numel() for p in parameters.values())
     identity = dict(recipe={k: v for k, v in asdict(recipe).items() if not k.endswith(("_steps", "_every"))}, stage=name, parameters=size)
@@ -161,11 +163,11 @@ def train_embedded(
         index, rows = visit(data, recipe, 3, step, recipe.batch)
         return training_batch(bundle, rows), index
 
-    logs = [
-        _stage("text", bundle, named(family.language_of(model), "language"), lambda step, micro: text_batch(bundle, visit(data, recipe, 1, step, recipe.text_batch)[1]),
-               text_losses, recipe.text_steps, recipe, folder, progress),
-        _stage("encoder", bundle, tower | named(heads, "heads"), encoder_batch, lambda b: (dense_named(*b, 1.0), len(b[1])), recipe.encoder_steps, recipe, folder, progress),
-        _stage("joint", bundle, everything, joint_batch, joint_losses, recipe.joint_steps, recipe, folder, progress)]
+    text_of = lambda step, micro: text_batch(bundle, visit(data, recipe, 1, step, recipe.text_batch)[1])
+    stages = (("text", named(family.language_of(model), "language"), text_of, text_losses, recipe.text_steps, recipe.learning_rate),
+              ("encoder", tower | named(heads, "heads"), encoder_batch, lambda b: (dense_named(*b, 1.0), len(b[1])), recipe.encoder_steps, recipe.learning_rate),
+              ("joint", everything, joint_batch, joint_losses, recipe.joint_steps, recipe.joint_rate))
+    logs = [_stage(*stage, recipe, folder, progress) for stage in stages]
     model.eval()
     return bundle, heads, pd.concat([log for log in logs if len(log)], ignore_index=True)
 
