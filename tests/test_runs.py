@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 from sfa_core.paths import exports_root
 from sfa_core.results import find_run, finished_runs, write_json, write_metrics, write_records
-from sfa_core.runs import StudyFailed, main, resolve_parameters, run_study, run_table, study_parameters
+from sfa_core.runs import StudyFailed, main, run_study, run_table
+from sfa_core.studies import resolve_parameters, study_parameters
 
 PARAMETERS = """
 out_dir: str = ""  # folder of the results
