@@ -18,7 +18,8 @@ def checkout(tmp_path):
 
 
 def planned(folder, *arguments):
-    return subprocess.run(["make", "-n", *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # not as a part of the `make test` that runs this
+    return subprocess.run(["make", "-n", *arguments], cwd=folder, env=alone, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.parametrize("command, job", [("tour", ".venv/bin/sfa run 00_tour"), ("test", ".venv/bin/python -m pytest")])
@@ -32,7 +33,7 @@ def test_the_second_call_installs_nothing_until_a_requirement_changes(checkout, 
     stamp = checkout / ".venv" / ".installed"
     stamp.parent.mkdir()
     stamp.touch()
-    assert "install" not in planned(checkout, "tour") and "install" not in planned(checkout, "test")
+    assert "pip" not in planned(checkout, "tour") + planned(checkout, "test")
     later = stamp.stat().st_mtime + 10
     os.utime(checkout / changed, (later, later))
     assert "pip install" in planned(checkout, "test")
