@@ -42,7 +42,7 @@ class Recipe:
     text_steps: int = 0
     text_batch: int = 16  # documents
     encoder_steps: int = 1_800
-    joint_steps: int = 3_000
+    joint_steps: int = 600
     batch: int = 32  # documents, in the stages with images
     questions: int = 8  # drawn anew for every visit to a document
     learning_rate: float = 1.5e-3  # peak, text and encoder
