@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['locked', 'free_name', 'headings', 'execute', 'why', 'StudyFailed', 'finish', 'keep_failed', 'write_run', 'run_study',
-           'parser', 'run_table', 'print_run', 'choose_renderer', 'command', 'main']
+           'parser', 'run_table', 'print_run', 'command', 'main']
 
 # %% ../notebooks/library/85_runs.ipynb #e9dd6f6c
 import argparse
@@ -98,13 +98,15 @@ def execute(
         if cell.id in titles:
             print(f"\n== {titles[cell.id]}", file=sys.stderr, flush=True)
 
+    renderer = "plotly_mimetype+png" if browser() else "plotly_mimetype"
+    arguments = ["--IPKernelApp.log_level=CRITICAL", f"--IPKernelApp.exec_lines=__import__('os').environ.setdefault('PLOTLY_RENDERER', '{renderer}')"]
     with tempfile.TemporaryDirectory(prefix="sfa-kernel-") as sockets:
         kernel = Config({"KernelManager": {"transport": "ipc", "connection_file": f"{sockets}/kernel.json"}})
         papermill.execute_notebook(
             source, folder / "notebook.ipynb", parameters=parameters | {"out_dir": str(folder)}, kernel_name="python3", progress_bar=False,
             stdout_file=sys.stdout if progress else None, stderr_file=sys.stderr if progress else None, on_cell_start=announce,
             timeout_func=lambda cell: math.ceil(max(1, end - time.monotonic())) if timeout else None,
-            coalesce_streams=True, store_widget_state=False, config=kernel, extra_arguments=["--IPKernelApp.log_level=CRITICAL"])
+            coalesce_streams=True, store_widget_state=False, config=kernel, extra_arguments=arguments)
     if not (folder / "metrics.json").is_file():
         raise RuntimeError(f"it ended without writing metrics.json to {folder}")
 
@@ -244,18 +246,11 @@ def print_run(folder: Path) -> None:
     print(folder / "notebook.ipynb")
 
 # %% ../notebooks/library/85_runs.ipynb #c0677d19
-def choose_renderer() -> None:
-    "Let the kernels of this process keep figures as JSON and, where a browser is installed, as PNG."
-    if "PLOTLY_RENDERER" not in os.environ:
-        os.environ["PLOTLY_RENDERER"] = "plotly_mimetype+png" if browser() else "plotly_mimetype"
-        if not browser():
-            print("sfa: no Chromium or Chrome is installed: figures are kept as JSON, without PNG", file=sys.stderr)
-
-
 def command(options: argparse.Namespace) -> None:
     "Carry out one parsed command."
     if options.command == "run":
-        choose_renderer()
+        if browser() is None:
+            print("sfa: no Chromium or Chrome is installed: figures are kept as JSON, without PNG", file=sys.stderr)
         print_run(run_study(options.study, dict(options.parameters), options.name, options.force, options.timeout, progress=True))
     elif options.command == "list":
         for row in run_table(study_path(options.study).stem if options.study else "*"):

@@ -13,7 +13,9 @@ from sfa_core.paths import exports_root
 from sfa_core.results import find_run, finished_runs, write_json, write_metrics, write_records
 from sfa_core.runs import StudyFailed, main, run_study, run_table
 from sfa_core.studies import resolve_parameters, study_parameters
+from sfa_core.style import browser
 
+PLOTLY = "application/vnd.plotly.v1+json"
 PARAMETERS = """
 out_dir: str = ""  # folder of the results
 seed: int = 0  # seed of the draw
@@ -187,6 +189,14 @@ def test_a_link_out_of_exports_is_not_followed(home):
     for name in ("draw/abcdefabcdef", "draw/shortcut"):
         with pytest.raises(FileNotFoundError):
             find_run(name)
+
+
+@pytest.mark.parametrize("given, kept", [("plotly_mimetype", {PLOTLY}), (None, {PLOTLY, "image/png"} if browser() else {PLOTLY})], ids=["json", "default"])
+def test_figures_are_kept_as_json_and_as_png_where_a_browser_is(home, monkeypatch, given, kept):
+    monkeypatch.setenv("PLOTLY_RENDERER", given) if given else monkeypatch.delenv("PLOTLY_RENDERER", raising=False)
+    write_study(home / "studies", "figure", f"{CODE}\nimport plotly.express as px\npx.line([1, 2])")
+    cells = nbformat.read(run_study("figure") / "notebook.ipynb", 4).cells
+    assert set(cells[-1].outputs[-1].data) == kept
 
 
 def test_one_name_in_two_studies_is_refused_until_the_study_is_said(home):
