@@ -235,7 +235,7 @@ def wilson_interval(
     if n < 1 or not 0 <= correct <= n:
         raise ValueError(f"got {correct} correct of {n}, expected 0 <= correct <= n and n >= 1")
     low, high = proportion_confint(correct, n, alpha=1 - check_level(level), method="wilson")
-    return Interval(correct / n, max(0.0, float(low)), min(1.0, float(high)))
+    return Interval(correct / n, max(0.0, min(float(low), correct / n)), min(1.0, max(float(high), correct / n)))  # rounding never excludes the rate
 
 
 def check_level(level: float) -> float:

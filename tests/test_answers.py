@@ -20,7 +20,7 @@ QUESTIONS = ["a", "How much is the red bar?", "What is the highest value of all 
 ANSWERS = ["7", "12.5 %", "elm 9, cat 31, fig 86", "예", "no", "-3"]
 TOKENIZER = train_tokenizer(QUESTIONS + ANSWERS, 320)
 SMALL = EmbeddedConfig(image_size=56, vision_width=32, vision_layers=2, vision_heads=2, vision_hidden=64, language_width=32, language_layers=2,
-                       language_heads=2, language_kv_heads=1, head_dim=16, language_hidden=64, initializer_range=0.3)
+                       language_heads=2, language_kv_heads=1, head_dim=16, language_hidden=64, initializer_range=0.3, downsample_ratio=0.5)
 
 
 def small(seed=0, dtype=torch.float32, tiles=1, **changes):
@@ -145,7 +145,7 @@ def test_tiles_are_limited_by_the_argument():
 @given(st.lists(st.tuples(st.integers(1, 4), st.lists(st.tuples(st.integers(1, 3), st.integers(1, 3)), min_size=1, max_size=4)), min_size=1, max_size=4))
 def test_a_branch_sees_the_prefix_and_itself(shapes):
     token = iter(range(1, 1000))
-    take = lambda n: [next(token) for _ in range(n)]  # noqa: E731
+    take = lambda n: [next(token) for _ in range(n)]
     prefixes = [take(prefix) for prefix, _ in shapes]
     branches = [[(take(prompt), take(target)) for prompt, target in parts] for _, parts in shapes]
     packed = pack(prefixes, branches)
@@ -166,7 +166,7 @@ def test_a_branch_sees_the_prefix_and_itself(shapes):
 def test_the_packed_loss_and_its_gradient_are_those_of_single_questions(dtype, tolerance):
     bundle, rows = small(1, dtype), [page(0, 1), page(1, 6), page(2, 3)]
     weights = list(bundle.model.parameters())
-    flat = lambda loss: torch.cat([part.flatten() for part in torch.autograd.grad(loss, weights)])  # noqa: E731
+    flat = lambda loss: torch.cat([part.flatten() for part in torch.autograd.grad(loss, weights)])
     together, targets = answer_loss(bundle.model, training_batch(bundle, rows))
     singles = [answer_loss(bundle.model, training_batch(bundle, [sample])) for sample in asked(rows)]
     alone = sum(loss for loss, _ in singles)

@@ -11,7 +11,8 @@ from sfa_core.documents import PRESETS, Sample, decode, documents, make_document
 from sfa_core.drawing import Text, paint, text_box
 from sfa_core.questions import DOCUMENT_KINDS, KINDS, READ_KINDS, YES_NO
 
-anywhere = dict(kind=st.sampled_from(DOCUMENT_KINDS), seed=st.integers(0, 10**6), preset=st.sampled_from(sorted(PRESETS)), language=st.sampled_from(["en", "ko"]))
+anywhere = dict(kind=st.sampled_from(DOCUMENT_KINDS), seed=st.integers(0, 10**6), preset=st.sampled_from(sorted(PRESETS)),
+                language=st.sampled_from(["en", "ko"]))
 
 
 @settings(max_examples=60, deadline=None)

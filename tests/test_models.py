@@ -20,7 +20,7 @@ from sfa_core.models import find_model, load_model, new_bundle, place, quantized
 TEXTS = ["What is the value of red in 2015?", "How much are cat and sun together?", "List all values.", "elm 9, cat 31"]
 TOKENIZER = train_tokenizer(TEXTS, 320)
 SMALL = EmbeddedConfig(image_size=56, vision_width=32, vision_layers=2, vision_heads=2, vision_hidden=64, language_width=32, language_layers=2,
-                       language_heads=2, language_kv_heads=1, head_dim=16, language_hidden=64)
+                       language_heads=2, language_kv_heads=1, head_dim=16, language_hidden=64, downsample_ratio=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_the_embedded_architecture_has_its_size():
     assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
 
 
-@pytest.mark.parametrize("change", [dict(image_size=110), dict(image_size=98), dict(vision_heads=3), dict(language_kv_heads=3)])
+@pytest.mark.parametrize("change", [dict(image_size=110), dict(image_size=98, downsample_ratio=0.5), dict(vision_heads=3), dict(language_kv_heads=3)])
 def test_numbers_that_do_not_fit_are_refused(change):
     with pytest.raises(ValueError, match="expected"):
         new_model(EmbeddedConfig(**change), TOKENIZER)

@@ -1,7 +1,6 @@
 """The embedded model's training: killed and called again it ends the same, stages can be left out, what it writes can be read."""
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
@@ -12,7 +11,8 @@ from sfa_core.embedded import EmbeddedConfig
 from sfa_core.models import load_model, save_model
 from sfa_core.pretraining import Recipe, dense_batches, load_heads, save_heads, table_text, text_batch, train_embedded, visit, decode_documents
 
-SMALL = Recipe(documents=24, document_seed=5, text_steps=2, text_batch=2, encoder_steps=2, joint_steps=3, batch=2, questions=3, vocabulary=400, checkpoint_every=1)
+SMALL = Recipe(documents=24, document_seed=5, text_steps=2, text_batch=2, encoder_steps=2, joint_steps=3, batch=2, questions=3, vocabulary=400,
+               checkpoint_every=1)
 TINY = EmbeddedConfig(vision_width=32, vision_layers=1, vision_heads=2, vision_hidden=64, language_width=32, language_layers=1, language_heads=2,
                       language_kv_heads=1, head_dim=16, language_hidden=64)
 
@@ -53,7 +53,8 @@ def test_the_table_as_text_holds_every_value_label_and_colour():
     for i in range(30):
         document = make_document(("bar", "grouped_bar", "table")[i % 3], i)
         words = table_text(document.row()).replace(",", " ").split()
-        wanted = [*document.content.rows, *document.content.colours, *(document.content.shown(r, c) for r in range(len(document.content.rows)) for c in range(len(document.content.columns)))]
+        said = document.content
+        wanted = [*said.rows, *said.colours, *(said.shown(r, c) for r in range(len(said.rows)) for c in range(len(said.columns)))]
         assert set(wanted) <= set(words)
 
 
