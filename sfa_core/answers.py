@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.nn.functional import cross_entropy, pad
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import GenerationConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 

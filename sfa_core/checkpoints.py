@@ -26,7 +26,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 # %% ../notebooks/library/43_checkpoints.ipynb #4fb6acdf
 def random_state() -> dict:

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object, set_seed
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch.nn import Parameter
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from sfa_core.checkpoints import (
     Recorder,
