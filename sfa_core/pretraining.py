@@ -247,7 +247,7 @@ A real `InternVLForConditionalGeneration` with {parameters:,} parameters ({layer
 studying attention on a laptop and reads nothing but such documents.
 
 ## How it was trained
-Seed {seed}; {documents:,} documents of generator seed {document_seed}. AdamW, learning rate {learning_rate}, cosine decay.
+Seed {seed}; {documents:,} documents of generator seed {document_seed}. AdamW, learning rate {learning_rate} (joint stage {joint_rate}), cosine decay.
 
 {stages}
 
@@ -279,7 +279,7 @@ def write_card(
     table = lambda frame: frame.to_markdown(floatfmt=".3f")
     parameters = sum(p.numel() for p in bundle.model.parameters())
     text = CARD.format(parameters=parameters, layers=layers, n_documents=n_documents, stages=table(stages), reads=table(reads), kinds=table(kinds), tried=tried,
-                       **{name: getattr(recipe, name) for name in ("seed", "documents", "document_seed", "learning_rate")})
+                       **{name: getattr(recipe, name) for name in ("seed", "documents", "document_seed", "learning_rate", "joint_rate")})
     path = Path(folder) / "README.md"
     path.write_text(text.rstrip() + "\n", encoding="utf-8")
     return path
