@@ -4,14 +4,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sfa_core.answers import answer_loss
 from sfa_core.dense import dense_binding
 from sfa_core.documents import documents, make_document
 from sfa_core.embedded import EmbeddedConfig
 from sfa_core.models import load_model, save_model
-from sfa_core.pretraining import Recipe, dense_batches, load_heads, save_heads, table_text, text_batch, train_embedded, visit, decode_documents
+from sfa_core.pretraining import NAMES, Recipe, decode_documents, dense_batches, eligible, load_heads, lookups, phase_at, save_heads, train_embedded, visit
+from sfa_core.questions import KINDS
 
-SMALL = Recipe(documents=24, document_seed=5, text_steps=2, text_batch=2, encoder_steps=2, joint_steps=3, batch=2, questions=3, vocabulary=400,
+SMALL = Recipe(documents=24, document_seed=5, encoder_steps=2, lookup_steps=4, joint_steps=3, batch=2, question_batch=4, questions=3, vocabulary=400,
                checkpoint_every=1)
 TINY = EmbeddedConfig(vision_width=32, vision_layers=1, vision_heads=2, vision_hidden=64, language_width=32, language_layers=1, language_heads=2,
                       language_kv_heads=1, head_dim=16, language_hidden=64)
@@ -31,7 +31,7 @@ def test_an_interrupted_training_ends_with_the_same_weights(trained, tmp_path):
     bundle, heads, log = train_embedded(SMALL, tmp_path, TINY, progress=False)
     for (name, there), here in zip(weights(*trained[:2]).items(), weights(bundle, heads).values()):
         assert torch.equal(there, here), name
-    assert list(log["stage"].unique()) == ["text", "encoder", "joint"]
+    assert list(log["stage"].unique()) == ["encoder", "lookup", "joint"]
 
 
 def test_a_finished_training_is_read_back(trained, tmp_path):
@@ -44,28 +44,41 @@ def test_a_finished_training_is_read_back(trained, tmp_path):
 
 def test_each_visit_is_a_function_of_seed_stage_and_step():
     data = decode_documents(documents(12, 5), (8, 8))
-    one, two = visit(data, SMALL, 3, 7, 4), visit(data, SMALL, 3, 7, 4)
+    among = eligible(data, "joint", KINDS)
+    one, two = visit(data, SMALL, "joint", 7, among), visit(data, SMALL, "joint", 7, among)
     assert (one[0] == two[0]).all() and one[1] == two[1] and all(len(row["questions"]) == 3 for row in one[1])
-    assert any((visit(data, SMALL, 3, step, 4)[0] != one[0]).any() for step in range(8, 12))
+    assert any((visit(data, SMALL, "joint", step, among)[0] != one[0]).any() for step in range(8, 12))
+    assert (visit(data, SMALL, "lookup", 7, among)[0] != one[0]).any() or visit(data, SMALL, "lookup", 7, among)[1] != one[1]
 
 
-def test_the_table_as_text_holds_every_value_label_and_colour():
+def test_every_name_is_looked_up_and_names_one_value():
     for i in range(30):
-        document = make_document(("bar", "grouped_bar", "table")[i % 3], i)
-        words = table_text(document.row()).replace(",", " ").split()
-        said = document.content
-        wanted = [*said.rows, *said.colours, *(said.shown(r, c) for r in range(len(said.rows)) for c in range(len(said.columns)))]
-        assert set(wanted) <= set(words)
+        kind = ("bar", "grouped_bar", "table")[i % 3]
+        row = make_document(kind, i).row()
+        header, *lines = row["table"]
+        asked = lookups(row)
+        assert len({q["question"] for q in asked}) == len(asked), "a name that means two things"
+        cells = len(lines) * (len(header) - 1)
+        assert len(asked) == cells * (1 if kind == "table" else 2), "each cell by its label, and by its colour where it has one"
+        for q in asked:
+            label, *rest = q["question"].split()
+            line = next((line for line in lines if line[0] == label), None)
+            if q["kind"] == "cell" and rest[0] in header:
+                assert q["answers"] == [line[header.index(rest[0])]]
+            elif q["kind"] == "label":
+                assert q["answers"] == [line[1]]
+            else:
+                shown = {m["colour"]: (m["row"], m["column"]) for m in row["marks"] if m["row"] >= 0 and (not rest or lines[m["row"]][0] == label)}
+                r, c = shown[rest[0] if rest else label]
+                assert q["answers"] == [lines[r][c + 1]]
 
 
-def test_text_only_training_uses_the_language_model_alone(trained):
-    bundle = trained[0]
-    bundle.model.zero_grad()
-    total, count = answer_loss(bundle.model, text_batch(bundle, [make_document("bar", 1).row()]))
-    (total / count).backward()
-    moved = {name.split(".")[1] for name, p in bundle.model.named_parameters() if p.grad is not None}
-    bundle.model.zero_grad()
-    assert moved == {"language_model"}
+def test_one_kind_of_name_comes_after_the_other():
+    kinds = [phase_at("lookup", step, 8) for step in range(8)]
+    assert kinds == [NAMES[:1]] * 2 + [NAMES[:2]] * 2 + [NAMES] * 4
+    data = decode_documents(documents(12, 5), (8, 8))
+    index, asked = eligible(data, "lookup", ("colour",))
+    assert {data.rows[i]["kind"] for i in index} == {"bar"} and {q["kind"] for of in asked for q in of} == {"colour"}
 
 
 def test_model_and_heads_survive_their_folder(trained, tmp_path):
@@ -79,7 +92,7 @@ def test_model_and_heads_survive_their_folder(trained, tmp_path):
         load_heads(tmp_path)
 
 
-@pytest.mark.parametrize("field", ["documents", "batch", "questions"])
+@pytest.mark.parametrize("field", ["documents", "batch", "question_batch", "questions"])
 def test_a_recipe_without_data_is_refused(field):
     with pytest.raises(ValueError, match=f"{field} is 0; expected at least 1"):
         Recipe(**{field: 0})
