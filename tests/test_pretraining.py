@@ -1,14 +1,29 @@
 """The embedded model's training: killed and called again it ends the same, stages can be left out, what it writes can be read."""
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
+from sfa_core.answers import training_batch
 from sfa_core.dense import dense_binding
 from sfa_core.documents import documents, make_document
 from sfa_core.embedded import EmbeddedConfig
 from sfa_core.models import load_model, save_model
-from sfa_core.pretraining import NAMES, Recipe, decode_documents, dense_batches, eligible, load_heads, lookups, phase_at, save_heads, train_embedded, visit
+from sfa_core.pretraining import (
+    NAMES,
+    Recipe,
+    decode_documents,
+    dense_batches,
+    eligible,
+    load_heads,
+    lookups,
+    name_batch,
+    phase_at,
+    save_heads,
+    train_embedded,
+    visit,
+)
 from sfa_core.questions import KINDS
 
 SMALL = Recipe(documents=24, document_seed=5, encoder_steps=2, lookup_steps=4, joint_steps=3, batch=2, question_batch=4, questions=3, vocabulary=400,
@@ -44,11 +59,29 @@ def test_a_finished_training_is_read_back(trained, tmp_path):
 
 def test_each_visit_is_a_function_of_seed_stage_and_step():
     data = decode_documents(documents(12, 5), (8, 8))
-    among = eligible(data, "joint", KINDS)
-    one, two = visit(data, SMALL, "joint", 7, among), visit(data, SMALL, "joint", 7, among)
-    assert (one[0] == two[0]).all() and one[1] == two[1] and all(len(row["questions"]) == 3 for row in one[1])
-    assert any((visit(data, SMALL, "joint", step, among)[0] != one[0]).any() for step in range(8, 12))
-    assert (visit(data, SMALL, "lookup", 7, among)[0] != one[0]).any() or visit(data, SMALL, "lookup", 7, among)[1] != one[1]
+    among = eligible(data, KINDS)
+    one, two = visit(SMALL, "joint", 7, 4, among), visit(SMALL, "joint", 7, 4, among)
+    assert (one[0] == two[0]).all() and one[1] == two[1] and all(len(asked) == 3 for asked in one[1])
+    assert any((visit(SMALL, "joint", step, 4, among)[0] != one[0]).any() for step in range(8, 12))
+    assert any((visit(SMALL, stage, step, 4, among)[0] != visit(SMALL, "joint", step, 4, among)[0]).any() for stage in ("lookup",) for step in range(4))
+
+
+def test_a_name_is_followed_directly_by_its_value(trained):
+    bundle, data = trained[0], decode_documents(documents(4, 5), (8, 8))
+    asked = [lookups(row)[:2] for row in data.rows]
+    batch = name_batch(bundle, data, np.arange(4), asked)
+    for ids, labels, names in zip(batch["input_ids"], batch["labels"], asked):
+        said = bundle.tokenizer.decode(ids[labels != -100])
+        assert [part.strip() for part in said.split("<|im_end|>") if part.strip()] == [q["answers"][0] for q in names]
+        assert all(f"{q['question']}{q['answers'][0]}<|im_end|>" in bundle.tokenizer.decode(ids) for q in names)
+    assert torch.equal(batch["pixel_values"], training_batch(bundle, data.rows)["pixel_values"])
+
+
+def test_the_lookup_stage_leaves_the_encoder_alone(trained, tmp_path):
+    bundle, _, _ = train_embedded(replace(SMALL, joint_steps=0), tmp_path / "a", TINY, progress=False)
+    encoder, _, _ = train_embedded(replace(SMALL, lookup_steps=0, joint_steps=0), tmp_path / "b", TINY, progress=False)
+    moved = {name for (name, p), q in zip(bundle.model.named_parameters(), encoder.model.parameters()) if not torch.equal(p, q)}
+    assert moved and not any("vision_tower" in name for name in moved) and all(p.requires_grad for p in bundle.model.parameters())
 
 
 def test_every_name_is_looked_up_and_names_one_value():
@@ -63,9 +96,9 @@ def test_every_name_is_looked_up_and_names_one_value():
         for q in asked:
             label, *rest = q["question"].split()
             line = next((line for line in lines if line[0] == label), None)
-            if q["kind"] == "cell" and rest[0] in header:
+            if q["kind"] == "cell_name" and rest[0] in header:
                 assert q["answers"] == [line[header.index(rest[0])]]
-            elif q["kind"] == "label":
+            elif q["kind"] == "label_name":
                 assert q["answers"] == [line[1]]
             else:
                 shown = {m["colour"]: (m["row"], m["column"]) for m in row["marks"] if m["row"] >= 0 and (not rest or lines[m["row"]][0] == label)}
@@ -74,11 +107,11 @@ def test_every_name_is_looked_up_and_names_one_value():
 
 
 def test_one_kind_of_name_comes_after_the_other():
-    kinds = [phase_at("lookup", step, 8) for step in range(8)]
-    assert kinds == [NAMES[:1]] * 2 + [NAMES[:2]] * 2 + [NAMES] * 4
+    kinds = [phase_at("lookup", step, 20) for step in range(20)]
+    assert kinds == [NAMES[:1]] * 3 + [NAMES[:2]] * 4 + [NAMES] * 13
     data = decode_documents(documents(12, 5), (8, 8))
-    index, asked = eligible(data, "lookup", ("colour",))
-    assert {data.rows[i]["kind"] for i in index} == {"bar"} and {q["kind"] for of in asked for q in of} == {"colour"}
+    index, asked = eligible(data, ("colour_name",))
+    assert {data.rows[i]["kind"] for i in index} == {"bar"} and {q["kind"] for of in asked for q in of} == {"colour_name"}
 
 
 def test_model_and_heads_survive_their_folder(trained, tmp_path):
