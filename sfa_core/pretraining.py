@@ -41,7 +41,7 @@ class Recipe:
     document_seed: int = 1_000  # their seed; evaluation uses others
     encoder_steps: int = 3_000
     lookup_steps: int = 2_400
-    joint_steps: int = 4_000
+    joint_steps: int = 2_500
     batch: int = 32  # documents, in the encoder and lookup stages
     question_batch: int = 16  # documents, in the joint stage: half as many allow twice the steps in the same time
     questions: int = 8  # or names, drawn anew for every visit to a document
