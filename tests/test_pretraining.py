@@ -21,6 +21,7 @@ from sfa_core.pretraining import (
     name_batch,
     phase_at,
     save_heads,
+    sentences,
     train_embedded,
     visit,
 )
@@ -105,6 +106,15 @@ def test_every_name_is_looked_up_and_names_one_value():
                 shown = {m["colour"]: (m["row"], m["column"]) for m in row["marks"] if m["row"] >= 0 and (not rest or lines[m["row"]][0] == label)}
                 r, c = shown[rest[0] if rest else label]
                 assert q["answers"] == [lines[r][c + 1]]
+
+
+def test_every_value_is_asked_in_every_wording():
+    for i in range(9):
+        row = make_document(("bar", "grouped_bar", "table")[i % 3], i).row()
+        asked, names = {q["question"]: q["answers"] for q in sentences(row)}, lookups(row)
+        assert len(asked) == 2 * len(names), "two wordings of each name, all different"
+        generated = [q for q in row["questions"] if q["kind"] in ("read_label", "read_colour", "read_cell")]
+        assert generated and all(asked[q["question"]] == q["answers"][:1] for q in generated)
 
 
 def test_one_kind_of_name_comes_after_the_other():
