@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CATEGORIES', 'FILLERS', 'Verdict', 'label_audit', 'same_text', 'same_numbers', 'digits_of', 'scale_or_sign',
-           'Support', 'possible_count', 'support', 'is_covered', 'is_estimate', 'classify', 'source_rule']
+           'Support', 'possible_count', 'support', 'is_covered', 'is_estimate', 'classify', 'source_rule', 'facts_of',
+           'categorise', 'chance_floor', 'share_of', 'grounding_report']
 
 # %% ../notebooks/library/70_grounding.ipynb #615e524f
 import re
@@ -207,3 +208,100 @@ def source_rule(
         return "correct"
     digits = set(re.findall(r"\d+", prediction))
     return "numeric_hallucination" if digits and not digits & set(re.findall(r"\d+", answer)) else "other"
+
+# %% ../notebooks/library/70_grounding.ipynb #0e699f58
+def facts_of(asked: Sequence[Sample]) -> dict[str, Facts]:  # document -> its facts
+    "Collect the facts of every document once."
+    found: dict[str, Facts] = {}
+    for sample in asked:
+        if sample.document not in found:
+            found[sample.document] = facts(sample.evidence)
+    return found
+
+
+def categorise(
+    records: pd.DataFrame,    # of `evaluation.evaluate`
+    asked: Sequence[Sample],  # the questions, with their evidence
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # records with `category` filled, and verdicts with the same index
+    "Judge every reply; a question whose image was broken gets no category. ValueError when a question of the records was not asked."
+    by_id, known = {s.id: s for s in asked}, facts_of(asked)
+    if missing := sorted(set(records["id"]) - set(by_id)):
+        raise ValueError(f"{len(missing)} of {len(records)} records belong to no question given, such as {missing[0]!r}; expected the samples that were asked")
+    rows = []
+    for r in records.itertuples():
+        sample = by_id[r.id]
+        if r.error:
+            verdict, rule = Verdict("", r.error, (), "", known[sample.document].level, False, False), ""
+        else:
+            verdict = classify(sample.question, sample.answers, r.prediction, known[sample.document], r.correct)
+            rule = source_rule(r.prediction, sample.answers[0], r.correct)
+        rows.append((r.id, r.document, r.kind, sample.question, list(sample.answers), r.prediction, bool(r.correct), *verdict, rule))
+    names = ["id", "document", "kind", "question", "answers", "prediction", "correct", *Verdict._fields, "source_rule"]
+    verdicts = pd.DataFrame(rows, columns=names, index=records.index)
+    verdicts["judged"] = (verdicts["category"] != "") & (verdicts["category"] != "label_suspect")
+    verdicts["in_rate"] = verdicts["judged"] & verdicts["numeric"] & verdicts["covered"]
+    return records.assign(category=verdicts["category"]), verdicts
+
+# %% ../notebooks/library/70_grounding.ipynb #9af89f5f
+def chance_floor(
+    verdicts: pd.DataFrame,   # of `categorise`
+    asked: Sequence[Sample],
+    others: int = 20,         # other documents each reply is judged against
+    seed: int = 0,
+) -> pd.Series:               # 0..1 per row, the share of other documents that would make it ungrounded; nan where the row is in no rate
+    "Judge replies by the evidence of other documents with evidence of the same level; nan where there are none."
+    by_id, known = {s.id: s for s in asked}, facts_of(asked)
+    names = {level: sorted(d for d, f in known.items() if f.level == level) for level in "ABC"}
+    rng, floor = np.random.default_rng(seed), pd.Series(np.nan, index=verdicts.index)
+    for r in verdicts[verdicts["in_rate"]].itertuples():
+        sample, own = by_id[r.id], known[r.document]
+        pool = [d for d in names[own.level] if d != r.document]
+        if not pool:
+            continue
+        stated = stated_numbers(r.prediction, sample.question)
+        wanted = next((read_numbers(a) for a in sample.answers if is_numeric(a)), ())
+        decided = r.category in ("misread_cell", "count_error", "calculation_error", "ungrounded")
+        if not decided or is_estimate(sample.question, stated, wanted, own):
+            floor[r.Index] = 0.0  # decided without looking for the number in the page
+            continue
+        chosen = rng.choice(len(pool), min(others, len(pool)), replace=False)
+        floor[r.Index] = float(np.mean([support(sample.question, stated, wanted, known[pool[i]]).kind == "none" for i in chosen]))
+    return floor
+
+# %% ../notebooks/library/70_grounding.ipynb #9301fa4b
+def share_of(hits: pd.Series, documents: pd.Series, draws: int, level: float, seed: int) -> dict[str, Any]:
+    "Give count, n, rate, Wilson interval, and the interval over documents, None where there are too few."
+    n, count = len(hits), int(hits.sum())
+    rate, low, high = wilson_interval(count, n, level) if n else (None, None, None)
+    clustered = clustered_bootstrap(hits.astype(float), documents, draws, level, seed)[1:] if documents.nunique() > 1 else (None, None)
+    return {"count": count, "n": n, "rate": rate, "wilson": [low, high], "low": clustered[0], "high": clustered[1]}
+
+
+def grounding_report(
+    verdicts: pd.DataFrame,           # of `categorise`
+    floor: pd.Series | None = None,   # of `chance_floor`
+    draws: int = 10_000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> dict[str, Any]:
+    "Sum up verdicts: all classes, U, its floor and U minus floor, correct x grounded, the older rule; what is left out is counted."
+    judged, rated = verdicts[verdicts["judged"]], verdicts[verdicts["in_rate"]]
+    share = lambda rows, hits: share_of(hits, rows["document"], draws, level, seed)
+    report = {
+        "asked": len(verdicts), "errors": int((verdicts["category"] == "").sum()), "judged": len(judged), "in_rate": len(rated), "level": level,
+        "documents": int(rated["document"].nunique()), "evidence": {name: int((judged["level"] == name).sum()) for name in "ABCD"},
+        "counts": {name: int((verdicts["category"] == name).sum()) for name in CATEGORIES},
+        "classes": {name: share(judged, judged["category"] == name) for name in CATEGORIES[1:]},
+        "ungrounded": share(rated, rated["category"] == "ungrounded"), "floor": None, "minus_floor": None}
+    grounded = ~rated["support"].isin(["", "none"])
+    report["correct_by_grounded"] = {right: {there: int(((rated["correct"] == (right == "correct")) & (grounded == (there == "grounded"))).sum())
+                                             for there in ("grounded", "not_grounded")} for right in ("correct", "wrong")}
+    if floor is not None:
+        known = rated[floor[rated.index].notna()]
+        gap = (known["category"] == "ungrounded").astype(float) - floor[known.index]
+        interval = clustered_bootstrap(gap, known["document"], draws, level, seed) if known["document"].nunique() > 1 else (None, None, None)
+        report["floor"] = float(floor[known.index].mean()) if len(known) else None
+        report["minus_floor"] = {"n": len(known), "estimate": interval[0], "low": interval[1], "high": interval[2]}
+    wrong = judged[judged["source_rule"] != "correct"]
+    report["source_rule"] = share(judged, judged["source_rule"] == "numeric_hallucination") | {"of_errors": float((wrong["source_rule"] == "numeric_hallucination").mean()) if len(wrong) else None}
+    return report
