@@ -15,32 +15,40 @@ from .evaluation import MIN_DOCUMENTS, interval_text, paired
 from .grounding import CATEGORIES
 from .metrics import mcnemar, paired_bootstrap
 
-# %% ../notebooks/library/73_transitions.ipynb #c23daf6a
+# %% ../notebooks/library/73_transitions.ipynb #1ea7ec8d
 def share_text(share: Mapping[str, Any]) -> str:
-    "Write count, rate and interval."
-    return f"{share['count']} ({share['rate']:.3f}; {interval_text(share['low'], share['high'])})" if share["n"] else "—"
+    "Write count, rate and the wider of its two intervals, Wilson's and that over documents."
+    if not share["n"]:
+        return "—"
+    ends = [[end for end in pair if end is not None] for pair in zip(share["wilson"], (share["low"], share["high"]))]
+    return f"{share['count']} ({share['rate']:.3f}; {interval_text(min(ends[0]), max(ends[1]))})"
 
 
 def taxonomy_table(
     reports: Mapping[str, Mapping[str, Any]],  # arm -> `grounding_report`
-) -> pd.DataFrame:                             # classes x arms
+) -> pd.DataFrame:  # classes x arms
     "Show the classes of arms side by side, and U, its floor, U minus floor, and the older rule."
     columns = {}
     for arm, r in reports.items():
         gap, cross = r["minus_floor"], r["correct_by_grounded"]
-        columns[arm] = {"judged": str(r["judged"]), **{name: share_text(r["classes"][name]) for name in CATEGORIES[1:]},
-                        "left out: label suspect, image error": f"{r['counts']['label_suspect']}, {r['errors']}", "numeric replies with evidence": str(r["in_rate"]),
-                        "U, ungrounded of these": share_text(r["ungrounded"]), "floor of U by chance": "—" if r["floor"] is None else f"{r['floor']:.3f}",
-                        "U minus floor": "—" if not gap or gap["estimate"] is None else f"{gap['estimate']:+.3f} ({interval_text(gap['low'], gap['high'], signed=True)})",
-                        "correct: grounded / not": f"{cross['correct']['grounded']} / {cross['correct']['not_grounded']}",
-                        "wrong: grounded / not": f"{cross['wrong']['grounded']} / {cross['wrong']['not_grounded']}",
-                        "older rule: 'hallucination'": share_text(r["source_rule"])}
+        columns[arm] = {
+            "judged": str(r["judged"]),
+            **{name: share_text(r["classes"][name]) for name in CATEGORIES[1:]},
+            "left out: label suspect, image error": f"{r['counts']['label_suspect']}, {r['errors']}",
+            "numeric replies with evidence": str(r["in_rate"]),
+            "U, ungrounded of these": share_text(r["ungrounded"]),
+            "floor of U by chance": "—" if r["floor"] is None else f"{r['floor']:.3f}",
+            "U minus floor": "—" if not gap or gap["estimate"] is None else f"{gap['estimate']:+.3f} ({interval_text(gap['low'], gap['high'], signed=True)})",
+            "correct: grounded / not": f"{cross['correct']['grounded']} / {cross['correct']['not_grounded']}",
+            "wrong: grounded / not": f"{cross['wrong']['grounded']} / {cross['wrong']['not_grounded']}",
+            "older rule: 'hallucination'": share_text(r["source_rule"]),
+        }
     return pd.DataFrame(columns)
 
-# %% ../notebooks/library/73_transitions.ipynb #47e966d2
+# %% ../notebooks/library/73_transitions.ipynb #a5e0de2c
 def grounding_change(
-    verdicts_a: pd.DataFrame,             # of `categorise`, of the reference
-    verdicts_b: pd.DataFrame,             # on the same questions
+    verdicts_a: pd.DataFrame,  # of `categorise`, of the reference
+    verdicts_b: pd.DataFrame,  # on the same questions
     names: tuple[str, str] = ("a", "b"),
     draws: int = 10_000,
     level: float = 0.95,
@@ -51,13 +59,30 @@ def grounding_change(
     both = joined[joined["judged_a"] & joined["judged_b"]]
     moves = pd.crosstab(both["category_a"], both["category_b"]).reindex(index=CATEGORIES[1:], columns=CATEGORIES[1:], fill_value=0)
     rated = joined[joined["in_rate_a"] & joined["in_rate_b"]]
-    found = {"names": list(names), "level": level, "judged": len(both), "n": len(rated), "documents": int(rated["document_a"].nunique()),
-             "transitions": {a: {b: int(moves.loc[a, b]) for b in moves.columns} for a in moves.index}, "difference": None, "low": None, "high": None}
+    found = {
+        "names": list(names),
+        "level": level,
+        "judged": len(both),
+        "n": len(rated),
+        "documents": int(rated["document_a"].nunique()),
+        "transitions": {a: {b: int(moves.loc[a, b]) for b in moves.columns} for a in moves.index},
+        "difference": None,
+        "low": None,
+        "high": None,
+    }
     if len(rated):
         a, b = (rated[f"category_{side}"] == "ungrounded" for side in "ab")
         test = mcnemar(a, b)
-        found |= {"rate_a": float(a.mean()), "rate_b": float(b.mean()), "both": test.both, "only_first": test.lost, "only_second": test.won, "neither": test.neither, "p": test.p,
-                  "difference": float(b.mean() - a.mean())}
+        found |= {
+            "rate_a": float(a.mean()),
+            "rate_b": float(b.mean()),
+            "both": test.both,
+            "only_first": test.lost,
+            "only_second": test.won,
+            "neither": test.neither,
+            "p": test.p,
+            "difference": float(b.mean() - a.mean()),
+        }
         if found["documents"] > 1:
             found["low"], found["high"] = paired_bootstrap(a, b, rated["document_a"], draws, level, seed)[1:]
     return found
@@ -69,9 +94,13 @@ def change_sentence(
     "Write what changed in the ungrounded numbers; fewer or more only when the interval excludes zero."
     first, second = change["names"]
     if change["low"] is None:
-        return f"Ungrounded numbers of {second} and {first} cannot be compared: {change['n']} questions about {change['documents']} documents with two numeric replies."
-    numbers = (f"{100 * change['difference']:+.1f} points ({100 * change['level']:g} % interval {100 * change['low']:+.1f} to {100 * change['high']:+.1f}; only {first} "
-               f"{change['only_first']}, only {second} {change['only_second']}, exact p = {change['p']:.3g}; {change['n']:,} questions, {change['documents']:,} documents)")
+        where = f"{change['n']} questions about {change['documents']} documents with two numeric replies"
+        return f"Ungrounded numbers of {second} and {first} cannot be compared: {where}."
+    numbers = (
+        f"{100 * change['difference']:+.1f} points ({100 * change['level']:g} % interval {100 * change['low']:+.1f} to {100 * change['high']:+.1f}; "
+        f"only {first} {change['only_first']}, only {second} {change['only_second']}, exact p = {change['p']:.3g}; "
+        f"{change['n']:,} questions, {change['documents']:,} documents)"
+    )
     enough = change["documents"] >= MIN_DOCUMENTS
     if enough and change["high"] < 0:
         return f"{second} invents fewer numbers than {first}: {numbers}."

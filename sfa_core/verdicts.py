@@ -72,9 +72,19 @@ def verdict_gallery(
     pages = [marked_page(asked[r.id], r.places) for r in verdicts.itertuples()]
     return document_gallery(pages, captions, title, "Green: where the answer stands. Red: the number that was said, or the operands that give it.", columns)
 
-# %% ../notebooks/library/77_verdicts.ipynb #b264f42c
-CLASS_COLOURS = {"correct": "#188038", "format_only": "#81C995", "scale_or_sign": "#C5E1A5", "misread_cell": "#1A73E8", "count_error": "#669DF6", "calculation_error": "#AECBFA",
-                 "estimation_error": "#F9AB00", "ungrounded": "#D93025", "non_numeric": "#9AA0A6", "undetermined": "#DADCE0"}
+# %% ../notebooks/library/77_verdicts.ipynb #02dcec26
+CLASS_COLOURS = {
+    "correct": "#188038",
+    "format_only": "#81C995",
+    "scale_or_sign": "#C5E1A5",
+    "misread_cell": "#1A73E8",
+    "count_error": "#669DF6",
+    "calculation_error": "#AECBFA",
+    "estimation_error": "#F9AB00",
+    "ungrounded": "#D93025",
+    "non_numeric": "#9AA0A6",
+    "undetermined": "#DADCE0",
+}
 
 
 def taxonomy_bars(
@@ -92,9 +102,20 @@ def taxonomy_bars(
         if not any(s["count"] for s in shares):
             continue
         hover = [f"{category}: {s['count']} of {s['n']}" for s in shares]
-        figure.add_trace(go.Bar(y=names, x=[s["rate"] or 0 for s in shares], orientation="h", name=category, marker={"color": colour}, customdata=hover,
-                                hovertemplate="%{customdata}<extra></extra>"))
-    figure.update_layout(barmode="stack", xaxis={"title": {"text": "share of judged replies"}, "range": [0, 1], "tickformat": ".0%"}, legend={"traceorder": "normal"})
+        figure.add_trace(
+            go.Bar(
+                y=names,
+                x=[s["rate"] or 0 for s in shares],
+                orientation="h",
+                name=category,
+                marker={"color": colour},
+                customdata=hover,
+                hovertemplate="%{customdata}<extra></extra>",
+            )
+        )
+    figure.update_layout(
+        barmode="stack", xaxis={"title": {"text": "share of judged replies"}, "range": [0, 1], "tickformat": ".0%"}, legend={"traceorder": "normal"}
+    )
     return in_style(figure, title, subtitle, height=90 + 56 * len(arms), above=64)
 
 
@@ -110,17 +131,42 @@ def ungrounded_forest(
     names = [arm_look(arm, i)[2] for i, arm in enumerate(arms)]
     shares = [reports[arm]["ungrounded"] for arm in arms]
     ends = [(s["rate"] if s["low"] is None else s["low"], s["rate"] if s["high"] is None else s["high"]) for s in shares]
-    figure.add_trace(go.Scatter(
-        x=[s["rate"] for s in shares], y=names, mode="markers", name="U, ungrounded of numeric replies", marker={"color": "#D93025", "size": 10},
-        error_x={"type": "data", "symmetric": False, "array": [high - s["rate"] for s, (_, high) in zip(shares, ends)], "arrayminus": [s["rate"] - low for s, (low, _) in zip(shares, ends)],
-                 "thickness": 1.6, "width": 3, "color": "#D93025"},
-        customdata=[f"{s['count']} of {s['n']}" for s in shares], hovertemplate="%{customdata}: %{x:.3f}<extra></extra>"))
-    figure.add_trace(go.Scatter(x=[reports[arm]["floor"] for arm in arms], y=names, mode="markers", name="floor of chance: the same replies, other pages",
-                                marker={"color": "#5F6368", "size": 11, "symbol": "line-ns-open", "line": {"width": 3}}, hovertemplate="%{x:.3f}<extra></extra>"))
-    figure.update_layout(xaxis={"title": {"text": "share of numeric replies with evidence"}, "range": [-0.02, 1], "tickformat": ".0%"}, yaxis={"range": [-0.6, len(arms) - 0.4]})
+    figure.add_trace(
+        go.Scatter(
+            x=[s["rate"] for s in shares],
+            y=names,
+            mode="markers",
+            name="U, ungrounded of numeric replies",
+            marker={"color": "#D93025", "size": 10},
+            error_x={
+                "type": "data",
+                "symmetric": False,
+                "array": [high - s["rate"] for s, (_, high) in zip(shares, ends)],
+                "arrayminus": [s["rate"] - low for s, (low, _) in zip(shares, ends)],
+                "thickness": 1.6,
+                "width": 3,
+                "color": "#D93025",
+            },
+            customdata=[f"{s['count']} of {s['n']}" for s in shares],
+            hovertemplate="%{customdata}: %{x:.3f}<extra></extra>",
+        )
+    )
+    figure.add_trace(
+        go.Scatter(
+            x=[reports[arm]["floor"] for arm in arms],
+            y=names,
+            mode="markers",
+            name="floor of chance: the same replies, other pages",
+            marker={"color": "#5F6368", "size": 11, "symbol": "line-ns-open", "line": {"width": 3}},
+            hovertemplate="%{x:.3f}<extra></extra>",
+        )
+    )
+    figure.update_layout(
+        xaxis={"title": {"text": "share of numeric replies with evidence"}, "range": [-0.02, 1], "tickformat": ".0%"}, yaxis={"range": [-0.6, len(arms) - 0.4]}
+    )
     return in_style(figure, title, subtitle, height=90 + 56 * len(arms), above=40)
 
-# %% ../notebooks/library/77_verdicts.ipynb #6662a1bc
+# %% ../notebooks/library/77_verdicts.ipynb #066d60a1
 class VerdictPicker:
     "Widgets to look through the verdicts of arms; `widget` is what a notebook displays."
 
@@ -128,7 +174,7 @@ class VerdictPicker:
         self,
         asked: Sequence[Sample],
         verdicts: Mapping[str, pd.DataFrame],  # arm -> verdicts of `grounding.categorise`
-        edge: int = 448,                       # pixels of the page
+        edge: int = 448,  # pixels of the page
     ):
         if not verdicts:
             raise ValueError("there are no arms to pick from, expected at least one table of verdicts")
@@ -152,7 +198,11 @@ class VerdictPicker:
         "Offer the categories that the arm has, with their counts, and keep the chosen one if it is among them."
         counts = self.verdicts[self.arm.value]["category"].value_counts()
         options, before = [(f"{name} ({counts[name]})", name) for name in CATEGORIES if counts.get(name)], self.category.value
-        wanted = before if before in [name for _, name in options] else next((name for name in ("ungrounded", "misread_cell") if counts.get(name)), options[0][1] if options else None)
+        wanted = (
+            before
+            if before in [name for _, name in options]
+            else next((name for name in ("ungrounded", "misread_cell") if counts.get(name)), options[0][1] if options else None)
+        )
         self.category.options = options
         self.category.value = wanted
         self.list_examples()
@@ -171,6 +221,18 @@ class VerdictPicker:
         row, stream = rows.iloc[min(self.example.value, len(rows)) - 1], io.BytesIO()
         marked_page(self.asked[row["id"]], row["places"], self.edge).save(stream, format="PNG")
         self.page.value = stream.getvalue()
-        facts = {"question": row["question"], "answer": row["answers"][0], "reply": row["prediction"], "verdict": row["category"], "reason": row["reason"],
-                 "evidence": f"level {row['level']}", "older rule": row["source_rule"], "id": row["id"]}
-        self.text.value = "<table>" + "".join(f"<tr><th style='text-align:left;padding-right:1em'>{name}</th><td>{html.escape(str(value))}</td></tr>" for name, value in facts.items()) + "</table>"
+        facts = {
+            "question": row["question"],
+            "answer": row["answers"][0],
+            "reply": row["prediction"],
+            "verdict": row["category"],
+            "reason": row["reason"],
+            "evidence": f"level {row['level']}",
+            "older rule": row["source_rule"],
+            "id": row["id"],
+        }
+        self.text.value = (
+            "<table>"
+            + "".join(f"<tr><th style='text-align:left;padding-right:1em'>{name}</th><td>{html.escape(str(value))}</td></tr>" for name, value in facts.items())
+            + "</table>"
+        )
