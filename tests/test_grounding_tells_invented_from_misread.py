@@ -1,0 +1,487 @@
+"""Hand-labelled replies get the category their definition gives them, and what holds for every document holds for random ones."""
+
+import json
+import re
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from sfa_core.documents import Evidence, Sample, TextBox, documents, samples
+from sfa_core.evidence import chartqa_evidence, chartqa_release, facts, read_ocr, with_texts
+from sfa_core.grounding import CATEGORIES, categorise, chance_floor, classify, grounding_report, label_audit, source_rule
+from sfa_core.metrics import mcnemar, relaxed_accuracy
+from sfa_core.numbers import read_numbers, rounds_to, stated_numbers
+from sfa_core.operations import NAMES, results, results_plainly
+from sfa_core.transitions import change_sentence, grounding_change, taxonomy_table, transition_matrix
+
+CASES = [json.loads(line) for line in (Path(__file__).parent / "data" / "grounding_cases.jsonl").read_text(encoding="utf-8").splitlines()]
+NOWHERE = (0.0, 0.0, 1.0, 1.0)
+# A blank before the percent sign was labelled as a difference in writing; the published scorer reads "62 %" as a number, so it is simply right.
+KNOWN_DISAGREEMENTS = {"020": ("format_only", "correct")}
+fast = settings(max_examples=150, deadline=None)
+
+
+def evidence_of_case(case):
+    return Evidence(tuple(map(tuple, case["table"])), tuple(TextBox(text, NOWHERE, role) for text, role in case["texts"]))
+
+
+def table_of(cells, labels=None):
+    header = ("", *(f"c{i}" for i in range(len(cells[0]))))
+    return (header, *((f"row {chr(97 + r)}", *line) for r, line in enumerate(cells)))
+
+
+def judge(question, answer, reply, *evidence):
+    return classify(question, answer, reply, facts(*evidence))
+
+
+# ---- hand labels
+
+
+def test_agrees_with_the_hand_labels():
+    wrong = {}
+    for case in CASES:
+        verdict = judge(case["question"], case["gold"], case["prediction"], evidence_of_case(case))
+        assert verdict.reason and verdict.category in CATEGORIES
+        if verdict.category != case["category"]:
+            wrong[case["id"]] = (case["category"], verdict.category)
+    assert wrong == KNOWN_DISAGREEMENTS
+    assert len(CASES) >= 150 and 1 - len(wrong) / len(CASES) >= 0.98
+
+
+def test_hand_labels_cover_every_category_and_every_level_of_evidence():
+    counts = Counter(case["category"] for case in CASES)
+    assert set(counts) == set(CATEGORIES) and min(counts.values()) >= 10 and all(case["why"] for case in CASES)
+    assert {facts(evidence_of_case(case)).level for case in CASES} == set("ABCD")
+    assert len({(c["document"], c["question"], c["gold"], c["prediction"]) for c in CASES}) == len(CASES)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c["category"] in ("misread_cell", "calculation_error")], ids=lambda c: c["id"])
+def test_a_verdict_points_to_the_numbers_that_decided_it(case):
+    evidence, verdict = evidence_of_case(case), judge(case["question"], case["gold"], case["prediction"], evidence_of_case(case))
+    assert verdict.places
+    for source, at in verdict.places:
+        text = {"question": lambda at: case["question"], "text": lambda at: evidence.texts[at[1]].text, "cell": lambda at: evidence.table[at[1]][at[2]]}[
+            source
+        ](at)
+        shown = read_numbers(text)
+        if case["category"] == "misread_cell":
+            assert any(
+                rounds_to(value, n) or value in n.readings
+                for n in stated_numbers(case["prediction"], case["question"])
+                for s in shown
+                for value in (*s.readings, s.face, s.value)
+            )
+        else:
+            assert shown, "an operand is a number"
+
+
+# ---- numbers
+
+
+@fast
+@given(st.integers(-(10**9), 10**9), st.integers(0, 4), st.sampled_from(["{}", "{}%", "${}", "{} people", "about {}.", "−"]))
+def test_a_printed_number_is_read_back(digits, decimals, writing):
+    assume(not (digits < 0 and writing == "−"))
+    plain = f"{digits / 10**decimals:,.{decimals}f}"
+    text = plain.replace("-", "−") if writing == "−" else writing.format(plain)
+    (number,) = read_numbers(text)
+    assert number.value == pytest.approx(digits / 10**decimals) and number.unit == pytest.approx(10.0**-decimals)
+
+
+@fast
+@given(st.text(alphabet=st.characters(codec="utf-8"), max_size=40) | st.text(alphabet="0123456789.,-−%/ $kM만억()[]=e", max_size=30))
+def test_any_text_is_read_without_error_into_finite_numbers(text):
+    for number in (*read_numbers(text), *stated_numbers(text, text)):
+        assert np.isfinite([number.value, number.unit, number.face, *number.readings]).all()
+    classify("How many?", "3", text, facts(Evidence((), (TextBox(text, NOWHERE),))))
+
+
+@fast
+@given(st.floats(-1e6, 1e6, allow_nan=False), st.integers(0, 3))
+def test_rounding_to_the_digits_shown_is_seen_and_one_more_step_is_not(value, decimals):
+    shown = f"{value:.{decimals}f}"
+    (number,) = read_numbers(shown)
+    assume(abs(value) >= number.unit)
+    assert rounds_to(value, number)
+    assert not rounds_to(value + 1.01 * number.unit, number) and not rounds_to(value - 1.01 * number.unit, number)
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("1,234,567.8", [1234567.8]),
+        ("1.234.567,8", [1234567.8]),
+        ("12,34,567", [1234567]),
+        ("1 234 567", [1234567]),
+        ("1’234", [1234]),
+        ("１２３", [123]),
+        ("−5%", [-5]),
+        ("(1,200)", [-1200]),
+        ("-$3.5bn", [-3.5e9]),
+        ("2.5 million to 3 million", [2.5e6, 3e6]),
+        ("5k", [5000]),
+        ("5 km", [5]),
+        ("3½", [3.5]),
+        ("7 1/4", [7.25]),
+        ("1조 2천억", [1.2e12]),
+        ("3천만 원", [3e7]),
+        ("12퍼센트", [12]),
+        ("5월 3일", [5, 3]),
+        ("’08", [8]),
+        ("FY2019", []),
+        ("H2O", []),
+        ("3rd", []),
+        ("10x", [10]),
+        ("1e3", [1000]),
+        ("2019/20", [2019, 20]),
+        ("12/05/2019", [12, 5, 2019]),
+        ("24/7", [24 / 7]),
+        ("5-6-7", [5, 6, 7]),
+        ("45²", [45]),
+        ("$", []),
+        (",", []),
+        ("1,23", [1.23]),
+        ("[1,23]", [1, 23]),
+    ],
+)
+def test_writings_of_numbers(text, values):
+    assert [n.value for n in read_numbers(text)] == pytest.approx(values)
+
+
+# ---- operations
+
+
+@fast
+@given(st.sampled_from(sorted(NAMES)), st.lists(st.integers(-50, 50), max_size=9), st.data())
+def test_fast_results_are_the_plain_ones(operation, numbers, data):
+    lines = data.draw(st.lists(st.lists(st.sampled_from(range(len(numbers))), unique=True, max_size=6), max_size=3)) if numbers else []
+    plain = results_plainly(operation, numbers, lines)
+    quick = results(operation, numbers, lines)
+    assert sorted(value for value, _ in plain) == pytest.approx(quick.values.tolist())
+    for reply in ("7", "0.5", "-3", "12.5"):
+        (number,) = read_numbers(reply)
+        close = {operands for value, operands in plain if rounds_to(value, number)}
+        found = quick.find(number)
+        assert (found in close) if found is not None else not close
+
+
+def test_unknown_operation_is_refused():
+    with pytest.raises(ValueError, match="unknown operation 'power', expected one of sum, difference"):
+        results("power", [1, 2])
+
+
+# ---- what holds for every document
+
+CELL = st.integers(1, 99).map(str) | st.integers(10, 999).map(lambda v: f"{v / 10:.1f}")
+TABLE = st.lists(st.lists(CELL, min_size=2, max_size=3), min_size=1, max_size=4).filter(lambda rows: len({len(r) for r in rows}) == 1).map(table_of)
+TEXTS = st.lists(st.tuples(CELL | st.sampled_from(["Oslo", "2019", "18-29"]), st.sampled_from(["value", "label", "tick", "ocr"])), max_size=5)
+EVIDENCE = st.builds(lambda table, texts: Evidence(table, tuple(TextBox(t, NOWHERE, role) for t, role in texts)), TABLE | st.just(()), TEXTS)
+QUESTION = st.sampled_from(
+    [
+        "What is the value of row a?",
+        "What is the sum of row a and row b?",
+        "How far apart are row a and row b?",
+        "How many values are above 20?",
+        "What is the ratio of row a to row b?",
+        "What is the average of row a?",
+        "What is the median?",
+        "두 값의 차이는 얼마입니까?",
+    ]
+)
+REPLY = CELL | st.integers(0, 300).map(str) | st.sampled_from(["62%", "1,250", "Oslo", "3 and 7", "", "-4"])
+GROUNDED = ("visible", "counted", "derived")
+
+
+@fast
+@given(QUESTION, CELL, EVIDENCE, st.data())
+def test_a_visible_number_is_never_ungrounded(question, answer, evidence, data):
+    printed = [cell for line in evidence.table for cell in line if read_numbers(cell)] + [t.text for t in evidence.texts if read_numbers(t.text)]
+    assume(printed)
+    verdict = judge(question, answer, data.draw(st.sampled_from(printed)), evidence)
+    assert verdict.category != "ungrounded" and verdict.support != "none"
+
+
+@fast
+@given(QUESTION, CELL, REPLY, EVIDENCE, EVIDENCE, st.randoms(use_true_random=False))
+def test_the_order_of_the_evidence_does_not_matter(question, answer, reply, first, second, random):
+    texts, rows = list(first.texts), list(first.table[1:])
+    random.shuffle(texts)
+    random.shuffle(rows)
+    columns = list(range(1, len(first.table[0]) if first.table else 1))
+    random.shuffle(columns)
+    shuffled = Evidence(tuple(tuple(line[c] for c in (0, *columns)) for line in (*first.table[:1], *rows)), tuple(texts))
+    one, other = judge(question, answer, reply, first, second), judge(question, answer, reply, second, shuffled)
+    assert (one.category, one.support, one.level, one.covered) == (other.category, other.support, other.level, other.covered)
+
+
+@fast
+@given(QUESTION, CELL, REPLY, EVIDENCE, EVIDENCE)
+def test_more_evidence_never_turns_grounded_into_ungrounded(question, answer, reply, evidence, more):
+    before, after = judge(question, answer, reply, evidence), judge(question, answer, reply, evidence, more)
+    if before.support in GROUNDED:
+        assert after.support in GROUNDED and after.category != "ungrounded"
+    joined = judge(question, answer, reply, replace(evidence, texts=evidence.texts + more.texts))  # texts of an OCR engine join the same reader's table
+    if before.support in GROUNDED:
+        assert joined.support in GROUNDED and joined.category != "ungrounded"
+
+
+def test_an_estimate_is_the_one_verdict_that_more_evidence_takes_back():
+    bars = Evidence((("", "value"), ("a", "42"), ("b", "17")), (TextBox("a", NOWHERE, "label"),))
+    assert judge("What is a?", "42", "45", bars).category == "estimation_error"
+    assert judge("What is a?", "42", "45", bars, Evidence((), (TextBox("42", NOWHERE, "value"),))).category == "ungrounded"
+
+
+def test_without_coverage_nothing_is_called_ungrounded():
+    for case in CASES:
+        verdict = judge(case["question"], case["gold"], case["prediction"], evidence_of_case(case))
+        assert verdict.category != "ungrounded" or verdict.covered
+        assert verdict.level != "D" or verdict.category not in ("misread_cell", "count_error", "calculation_error", "estimation_error", "ungrounded")
+
+
+def test_an_unconfirmed_zero_and_nan_are_no_evidence_and_a_printed_zero_is():
+    table = (("", "v"), ("a", "0"), ("b", "14"), ("c", "nan"))
+    extracted = Evidence(table, (TextBox("14", NOWHERE, "value"), TextBox("0", NOWHERE, "tick")))
+    assert not any(place.source == "cell" and n.value == 0 for n, place in facts(extracted).numbers), "a tick confirms no zero"
+    printed = replace(extracted, texts=(*extracted.texts, TextBox("0", NOWHERE, "value")))
+    assert any(place.source == "cell" and n.value == 0 for n, place in facts(printed).numbers) and facts(extracted).things == 2
+
+
+# ---- label audit and the older rule
+
+
+@pytest.mark.parametrize("minutes", [1699, 75, 61, 1812, 2400])
+def test_ratios_stored_as_day_fractions_are_found(minutes):
+    stored = f"{minutes / 1440:.9f}"
+    found = label_audit("What was the ratio shown?", stored, facts(Evidence()))
+    whole = float(stored).is_integer()
+    assert bool(found) != whole and (whole or f"{minutes // 60}:{minutes % 60:02d}" in found)
+
+
+def test_label_audit_leaves_ordinary_labels_alone():
+    rng = np.random.default_rng(0)
+    page = Evidence((("", "v"), ("a", "62%"), ("b", "0.31")), (TextBox("62%", NOWHERE, "value"),))
+    assert (
+        label_audit("Share of a?", "0.62", facts(page))
+        and not label_audit("Share of b?", "0.31", facts(page))
+        and not label_audit("Ratio of b to a?", "0.62", facts(page))
+    )
+    assert not any(label_audit("What is it?", f"{v:.{d}f}", facts(Evidence())) for v, d in zip(rng.uniform(0, 100, 400), rng.integers(0, 4, 400)))
+    assert [label_audit("What is it?", text, facts(page)) for text in ("Lima", "42", "62%", "1/3", "[1.5, 2]")] == [""] * 5
+
+
+def test_the_older_rule_gives_the_reported_split():
+    # The 200 records of the reported run are not public; these pairs have its three outcomes in its proportions, by construction and not by the rule.
+    right = [(str(n), str(n)) for n in range(100, 230)]
+    none_shared = [(f"0.{n:02d}", str(n + 100)) for n in range(10, 35)] + [(str(n), str(n + 300)) for n in range(400, 426)]
+    other = [("yes", "no")] * 8 + [("", "17")] * 3 + [(f"{n} or 99", str(n)) for n in range(3, 11)]
+    split = Counter(source_rule(reply, answer) for reply, answer in right + none_shared + other)
+    assert split == {"correct": 130, "numeric_hallucination": 51, "other": 19}
+    assert split["numeric_hallucination"] / 200 == 0.255 and round(100 * 51 / 70) == 73
+
+
+def test_the_older_rule_reads_groups_of_digits():
+    assert (
+        source_rule("0.08", "26") == "numeric_hallucination"
+        and source_rule("126", "26") == "numeric_hallucination"
+        and source_rule("26 of 90", "26") == "other"
+    )
+    assert source_rule("17", "42", correct=True) == "correct" and source_rule("no idea", "42") == "other"
+
+
+# ---- reports
+
+
+@pytest.fixture(scope="module")
+def pages():
+    return samples(documents(60, seed=11), kinds=("read_label", "read_cell", "read_colour", "sum", "difference", "count"))
+
+
+def records_of(asked, said):
+    return pd.DataFrame(
+        dict(
+            id=[s.id for s in asked],
+            document=[s.document for s in asked],
+            kind=[s.kind for s in asked],
+            prediction=said,
+            error="",
+            category="",
+            correct=[bool(relaxed_accuracy(p, s.answers)) for p, s in zip(said, asked)],
+        )
+    )
+
+
+def test_a_model_that_ignores_its_page_stands_at_the_floor_and_one_that_reads_far_below(pages):
+    rng = np.random.default_rng(0)
+    numbers = [[t.text for t in s.evidence.texts if t.role in ("value", "cell")] for s in pages]
+    blind = categorise(records_of(pages, [str(rng.choice(numbers[rng.integers(len(pages))])) for _ in pages]), pages)[1]
+    reader = categorise(records_of(pages, [str(rng.choice(own)) for own in numbers]), pages)[1]
+    blind, reader = (grounding_report(v, chance_floor(v, pages), draws=2000) for v in (blind, reader))
+    assert blind["minus_floor"]["low"] < 0 < blind["minus_floor"]["high"] and blind["ungrounded"]["rate"] > 0.3
+    assert reader["ungrounded"]["count"] == 0 and reader["minus_floor"]["high"] < -0.3
+
+
+def test_random_numbers_are_mostly_explained_once_every_operation_is_allowed():
+    rng, asked = np.random.default_rng(1), {"all": "What is the sum, the difference or the ratio?", "one": "What is the sum?", "none": "What is it?"}
+    hits = {name: [] for name in asked}
+    for _ in range(200):
+        cells = rng.integers(1, 51, 10)
+        known = facts(Evidence(table_of([[str(c)] for c in cells]), (TextBox("page", NOWHERE, "title"),)))
+        number = int(rng.choice(np.setdiff1d(np.arange(1, 51), cells)))
+        for name, question in asked.items():
+            hits[name].append(classify(question, "987654", str(number), known).support != "none")
+    assert np.mean(hits["all"]) > 0.7 and np.mean(hits["one"]) < 0.6 and not any(hits["none"]), "so only the operation that a question names is tried"
+
+
+def test_report_counts_everything_once_and_clusters_by_image(pages):
+    said = [s.answers[0] if i % 2 else "777777" for i, s in enumerate(pages)]
+    records = records_of(pages, said)
+    records.loc[records.index[:3], "error"] = "broken image"
+    filled, verdicts = categorise(records, pages)
+    report = grounding_report(verdicts, chance_floor(verdicts, pages, others=5), draws=1000)
+    assert (filled["category"] == verdicts["category"]).all() and (filled["category"][:3] == "").all() and list(filled.columns) == list(records.columns)
+    assert report["errors"] == 3 and sum(report["counts"].values()) == len(pages) - 3 == report["judged"] == sum(c["count"] for c in report["classes"].values())
+    cross = report["correct_by_grounded"]
+    assert (
+        sum(cross["correct"].values()) + sum(cross["wrong"].values()) == report["in_rate"] and cross["wrong"]["not_grounded"] == report["ungrounded"]["count"]
+    )
+    assert report["ungrounded"]["low"] < report["ungrounded"]["rate"] < report["ungrounded"]["high"]
+    twice = pd.concat([verdicts, verdicts.assign(id=verdicts["id"] + "'")])  # every question asked twice about the same pages teaches nothing new
+    doubled = grounding_report(twice, draws=1000)["ungrounded"]
+    once, width = report["ungrounded"], lambda low, high: high - low
+    assert width(doubled["low"], doubled["high"]) == pytest.approx(width(once["low"], once["high"]), rel=0.15), "intervals resample images"
+    assert width(*doubled["wilson"]) < 0.8 * width(*once["wilson"]), "as Wilson's, which takes questions for independent, does not"
+
+
+def test_categorise_refuses_records_of_other_questions(pages):
+    records = records_of(pages[:2], ["1", "2"]).assign(id=["x", pages[1].id])
+    with pytest.raises(ValueError, match="1 of 2 records belong to no question given, such as 'x'"):
+        categorise(records, pages)
+
+
+def test_change_between_arms_is_the_exact_test_on_the_same_questions(pages):
+    rng = np.random.default_rng(2)
+    invented = rng.random(len(pages)) < 0.4
+    said_a = ["777777" if bad else s.answers[0] for bad, s in zip(invented, pages)]
+    said_b = [s.answers[0] if bad and rng.random() < 0.5 else a for bad, a, s in zip(invented, said_a, pages)]
+    a, b = (categorise(records_of(pages, said), pages)[1] for said in (said_a, said_b))
+    change = grounding_change(a, b, ("control", "vision"), draws=1000)
+    test = mcnemar(a["category"] == "ungrounded", b["category"] == "ungrounded")
+    assert (change["only_first"], change["only_second"], change["p"]) == (test.lost, test.won, test.p) and change["only_second"] == 0 < change["only_first"]
+    moves = transition_matrix(change)
+    assert moves.loc["ungrounded", "correct"] == change["only_first"] and moves.to_numpy().sum() == len(pages)
+    assert change_sentence(change).startswith("vision invents fewer numbers") and change_sentence(grounding_change(a, a, draws=200)).startswith("No difference")
+    table = taxonomy_table({"control": grounding_report(a, draws=200), "vision": grounding_report(b, draws=200)})
+    assert table.loc["ungrounded", "control"].startswith(f"{invented.sum()} (") and re.match(
+        r"0 \(0\.000; 0\.000 to 0\.0\d\d\)", table.loc["format_only", "control"]
+    )
+    with pytest.raises(ValueError, match="different questions"):
+        grounding_change(a, b.iloc[1:])
+
+
+# ---- readers
+
+
+@pytest.fixture
+def release(tmp_path):
+    top = tmp_path / "release" / "test"
+    for folder in ("png", "tables", "annotations"):
+        (top / folder).mkdir(parents=True)
+    for name in ("one", "two"):
+        (top / "png" / f"{name}.png").write_bytes(b"png")
+    (top / "tables" / "one.csv").write_text('Year,"Users, million"\n2015,3.4\n2016,"1,041"\n', encoding="utf-8-sig")
+    (top / "tables" / "two.csv").write_text("Entity,Share\nKenya,nan\nPeru,0\n")
+    box = {"x": 1, "y": 2, "w": 30, "h": 8}
+    (top / "annotations" / "one.json").write_text(
+        json.dumps(
+            {
+                "type": "v_bar",
+                "general_figure_info": {
+                    "title": {"text": "Users", "bbox": box},
+                    "y_axis": {"label": {"text": "millions", "bbox": box}, "major_labels": {"values": ["0", "5"], "bboxes": [box, box]}},
+                    "x_axis": {"major_labels": {"values": ["2015", "2016"], "bboxes": [box, box]}},
+                    "legend": {"items": [{"label": {"text": "Users", "bbox": box}}]},
+                },
+                "models": [{"name": "Users", "y": ["3.4", "1,041"], "text_labels": ["3.4"], "text_bboxes": [box]}],
+            }
+        )
+    )
+    (top / "test_human.json").write_text(
+        json.dumps([{"imgname": "one.png", "query": "Users in 2015?", "label": "3.4"}, {"imgname": "two.png", "query": "Share?", "label": "7"}])
+    )
+    (top / "test_augmented.json").write_text(json.dumps([{"imgname": "one.png", "query": "Users in 2016?", "label": "1041"}]))
+    return tmp_path / "release"
+
+
+def test_chartqa_release_is_read_with_its_evidence(release):
+    asked = chartqa_release(release)
+    assert [(s.document, s.kind, s.answers) for s in asked] == [
+        ("one.png", "human", ("3.4",)),
+        ("two.png", "human", ("7",)),
+        ("one.png", "augmented", ("1041",)),
+    ]
+    evidence = asked[0].evidence
+    assert evidence.table == (("Year", "Users, million"), ("2015", "3.4"), ("2016", "1,041")) and evidence is asked[2].evidence
+    assert [(t.text, t.role) for t in evidence.texts] == [
+        ("Users", "title"),
+        ("2015", "label"),
+        ("2016", "label"),
+        ("millions", "axis"),
+        ("0", "tick"),
+        ("5", "tick"),
+        ("Users", "legend"),
+        ("3.4", "value"),
+    ]
+    assert evidence.texts[0].box == (1, 2, 31, 10) and [facts(s.evidence).level for s in asked] == ["A", "B", "A"]
+    assert classify(asked[0].question, "3.4", "1041", facts(evidence)).category == "misread_cell"
+
+
+def test_damaged_or_missing_parts_of_a_release_are_named(release):
+    (release / "test" / "annotations" / "two.json").write_text("[1")
+    with pytest.raises(ValueError, match="two.json: no ChartQA annotation"):
+        chartqa_evidence(release / "test", "two")
+    (release / "test" / "annotations" / "two.json").unlink()
+    (release / "test" / "tables" / "two.csv").unlink()
+    assert facts(chartqa_evidence(release / "test", "two")).level == "D"
+    (release / "test" / "png" / "one.png").unlink()
+    with pytest.raises(FileNotFoundError, match="question 0 names .*one.png, which is missing"):
+        chartqa_release(release)
+    with pytest.raises(FileNotFoundError, match="no .*val.*; expected val/ with png/, tables/"):
+        chartqa_release(release, "val")
+
+
+def test_ocr_lines_join_the_evidence_and_weak_ones_are_counted(tmp_path):
+    lines = [
+        {"image": "a.png", "text": "42", "box": [1, 2, 9, 8], "confidence": 0.9},
+        {"image": "a.png", "text": "17", "box": [[1, 9], [9, 9], [9, 15], [1, 15]], "confidence": 0.5},
+        {"image": "b.png", "text": "63", "box": [0, 0, 1, 1], "confidence": 0.49},
+    ]
+    file = tmp_path / "ocr.jsonl"
+    file.write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
+    read = read_ocr(file)
+    assert (read.kept, read.dropped, read.evidence["b.png"].texts) == (2, 1, ()) and read.evidence["a.png"].texts[1] == TextBox("17", (1, 9, 9, 15), "ocr")
+    table = Evidence((("", "v"), ("a", "42")), ())
+    asked, without = with_texts([Sample("q", "a.png", "read", "?", ("42",), b"", table), Sample("r", "c.png", "read", "?", ("1",), b"", table)], read.evidence)
+    assert without == 1 and facts(asked[0].evidence).level == "A" and facts(asked[1].evidence).level == "B" and asked[0].evidence.table == table.table
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        '{"image": "a", "text": "1", "box": [0, 1, 2], "confidence": 1}',
+        '{"image": "a", "text": "1", "box": [0, 0, 1, 1], "confidence": 98}',
+        '{"image": "a", "text": "1", "confidence": 1}',
+        '{"image": "a", "text": "1", "box": ["x", 0, 1, 1], "confidence": 1}',
+        "7",
+    ],
+)
+def test_a_line_that_is_no_ocr_result_is_named(tmp_path, line):
+    (tmp_path / "ocr.jsonl").write_text("\n" + line)
+    with pytest.raises(ValueError, match=r"ocr.jsonl line 2: .*expected image, text, box \(4 numbers or 4 corners\) and confidence \(0 to 1\)"):
+        read_ocr(tmp_path / "ocr.jsonl")
