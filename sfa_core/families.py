@@ -288,7 +288,9 @@ FAMILIES: dict[str, Family] = {
             attention="model.vision_tower.encoder.layer.*.attention", image_token="<IMG_CONTEXT>", special=1, views="tiles",
             example="OpenGVLab/InternVL3_5-8B-HF", merge=shuffle_factor,
         ),
-        Family("llava_onevision", "llava_onevision", **LLAVA, special=0, views="anyres", example="llava-hf/llava-onevision-qwen2-7b-ov-hf", layout=cropped_layout),
+        Family(
+            "llava_onevision", "llava_onevision", **LLAVA, special=0, views="anyres", example="llava-hf/llava-onevision-qwen2-7b-ov-hf", layout=cropped_layout
+        ),
         Family("llava", "llava", **LLAVA, special=1, views="square", example="llava-hf/llava-1.5-7b-hf", layout=cropped_layout),
         Family("qwen2_5_vl", "qwen2_5_vl", **QWEN, example="Qwen/Qwen2.5-VL-7B-Instruct", windows=qwen_windows),
         Family("qwen3_vl", "qwen3_vl", **QWEN, example="Qwen/Qwen3-VL-8B-Instruct"),
