@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SUFFIX', 'IGNORE', 'prompt_suffix', 'chat_template', 'first_tokens', 'prompt_tokens', 'end_token', 'answer_tokens',
-           'pack', 'grouped', 'spatial_positions', 'training_batch', 'answer_loss', 'Answer', 'stop_tokens',
-           'spatial_inputs', 'generate', 'answer_batch', 'answer']
+           'pack', 'grouped', 'spatial_positions', 'training_batch', 'answer_loss', 'document_losses', 'Answer',
+           'stop_tokens', 'spatial_inputs', 'generate', 'answer_batch', 'answer']
 
 # %% ../notebooks/library/35_answers.ipynb #d665017c
 import time
@@ -195,6 +195,22 @@ def answer_loss(
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return cross_entropy(wide, targets, reduction="sum"), len(targets)
 
+
+@torch.no_grad()
+def document_losses(
+    bundle: Bundle,
+    rows: Iterable[dict | Sample],  # rows of a dataset of documents, or samples
+    tiles: int | None = None,  # most tiles per image
+) -> dict[str, float]:  # document -> nats per answer token
+    "Measure, document by document, how well a model foresees the answers; finer than right and wrong, and defined for a model that is never right."
+    bundle.model.eval()
+    found = {}
+    for name, source, pairs in grouped(rows):
+        part = [Sample(name, name, "", question, (reply,), source) for question, reply in pairs]
+        loss, targets = answer_loss(bundle.model, training_batch(bundle, part, tiles=tiles))
+        found[name] = float(loss) / targets
+    return found
+
 # %% ../notebooks/library/35_answers.ipynb #ded5aec0
 @dataclass(frozen=True)
 class Answer:
@@ -218,7 +234,8 @@ def spatial_inputs(bundle: Bundle, batch: ImageBatch, ids: torch.Tensor, order: 
     "Return what a language model that knows rows and columns needs to place the images of some questions; nothing for the others."
     if not bundle.family.native:
         return {}
-    return {"image_grid_thw": batch.inputs["image_grid_thw"][list(order)].to(ids.device), "mm_token_type_ids": (ids == bundle.model.config.image_token_id).int()}
+    sizes, kinds = batch.inputs["image_grid_thw"][list(order)], (ids == bundle.model.config.image_token_id).int()
+    return {"image_grid_thw": sizes.to(ids.device), "mm_token_type_ids": kinds}
 
 
 @torch.no_grad()

@@ -99,7 +99,8 @@ def vision_settings(width: int, layers: int, **more: Any) -> dict[str, Any]:
 
 def internvl_settings(tokenizer: Any, width: int, layers: int, tile: int) -> tuple[Any, Any, dict]:
     """Return configuration, image processor and the processor's own numbers of an InternVL: dynamic tiles and a thumbnail."""
-    vision = vision_settings(width, layers, image_size=[tile, tile], patch_size=[14, 14], attention_bias=True, use_mean_pooling=True, layer_scale_init_value=1.0)
+    own = {"attention_bias": True, "use_mean_pooling": True, "layer_scale_init_value": 1.0}
+    vision = vision_settings(width, layers, image_size=[tile, tile], patch_size=[14, 14], **own)
     text = language_settings(tokenizer, width, layers, model_type="qwen3", head_dim=width // 4)
     length = (tile // 28) ** 2
     config = InternVLConfig(vision_config=vision, text_config=text, image_token_id=tokenizer.context_image_token_id, image_seq_length=length,

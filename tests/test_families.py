@@ -144,7 +144,8 @@ def test_a_changed_pixel_changes_the_tokens_that_show_it(name):
         assert changed.tolist() == inside.tolist() and inside.sum() == 1
 
 
-@pytest.mark.parametrize("name, size", [("internvl", (196, 84)), ("internvl", (60, 60)), ("llava_onevision", (196, 84)), ("llava_onevision", (70, 150)), ("llava", (90, 60))])
+@pytest.mark.parametrize("name, size", [
+    ("internvl", (196, 84)), ("internvl", (60, 60)), ("llava_onevision", (196, 84)), ("llava_onevision", (70, 150)), ("llava", (90, 60))])
 def test_regions_show_what_the_processor_cut(name, size):
     "An image whose colours are its own coordinates: the mean colour of every tile is the middle of its region."
     bundle, (width, height) = BUNDLES[name], size
@@ -197,8 +198,9 @@ def test_low_rank_equals_the_dense_oracle_inside_the_model(name, blocks):
         results[function] = gradients(bundle, blocks=blocks)
     assert error_of(results["sfa_dense"][0], features(BUNDLES[name]).double()) > 1e-3, "the bias does something"
     tolerance = 1e-5 if bundle.family.native else 1e-10
+    flat = {function: (output, *found.values()) for function, (output, found) in results.items()}
     for function in ("sfa", "sfa_eager"):
-        for ours, theirs in zip((results[function][0], *results[function][1].values()), (results["sfa_dense"][0], *results["sfa_dense"][1].values()), strict=True):
+        for ours, theirs in zip(flat[function], flat["sfa_dense"], strict=True):
             assert error_of(ours, theirs) < tolerance
 
 
@@ -274,7 +276,7 @@ def test_eject_gives_the_model_back_and_copies_are_independent(name):
     left = [(type(m).__name__, m._forward_pre_hooks, m._forward_hooks) for m in bundle.family.tower_of(bundle.model).modules()]
     own = [(type(m).__name__, m._forward_pre_hooks, m._forward_hooks) for m in BUNDLES[name].family.tower_of(BUNDLES[name].model).modules()]
     assert [(kind, len(a), len(b)) for kind, a, b in left] == [(kind, len(a), len(b)) for kind, a, b in own]
-    assert torch.equal(features(twin), with_bias) and torch.equal(features(twin, IMAGES[:1]), features(twin)[: len(features(twin, IMAGES[:1]))]) is not None
+    assert torch.equal(features(twin), with_bias)
 
 
 @each_family
@@ -285,7 +287,8 @@ def test_a_folder_with_structure_comes_back_through_load_model(name, tmp_path):
     inject(bundle.model, bundle.family, seed=3)
     save_structure(bundle.model, tmp_path / "structure")
     again = load_model(folder, placement="cpu", structure=tmp_path / "structure")
-    assert type(again.model) is type(bundle.model) and torch.equal(features(again), features(bundle)) and not torch.equal(features(again), features(BUNDLES[name]))
+    assert type(again.model) is type(bundle.model) and torch.equal(features(again), features(bundle))
+    assert not torch.equal(features(again), features(BUNDLES[name]))
     other = fresh("llava" if name != "llava" else "internvl")
     with pytest.raises(ValueError, match=f"encoder family is {name}"):
         load_structure(other.model, other.family, tmp_path / "structure")
@@ -296,7 +299,8 @@ def test_what_does_not_fit_a_native_tower_is_refused(name):
     bundle = attached(name, 1.0)
     with pytest.raises(ValueError, match="places their tokens at every forward pass"):
         set_geometry(bundle.model, bundle.family, uniform_geometry(4, 4))
-    for ids, words in (([torch.zeros(4)], "torch.float32, expected .* integers"), ([torch.zeros(2, 2).long()], r"\(2, 2\)"), ([torch.full((4,), 9)], "from 9 to 9")):
+    wrong = ([torch.zeros(4)], "torch.float32, expected .* integers"), ([torch.zeros(2, 2).long()], r"\(2, 2\)"), ([torch.full((4,), 9)], "from 9 to 9")
+    for ids, words in wrong:
         with pytest.raises(ValueError, match=words):
             set_blocks(bundle.model, bundle.family, ids)
     set_blocks(bundle.model, bundle.family, [torch.zeros(4, dtype=torch.long)])
@@ -403,8 +407,9 @@ def test_the_packed_loss_is_that_of_single_questions_and_of_the_model(name):
 
 
 @each_family
-@pytest.mark.parametrize("options, dtype", [(dict(precision="bfloat16"), torch.bfloat16), (dict(language_bits=8), torch.float32), (dict(language_bits=4), torch.float32)])
-def test_only_the_language_model_is_quantised(name, options, dtype, tmp_path_factory, saved):
+@pytest.mark.parametrize("options, dtype", [
+    (dict(precision="bfloat16"), torch.bfloat16), (dict(language_bits=8), torch.float32), (dict(language_bits=4), torch.float32)])
+def test_only_the_language_model_is_quantised(name, options, dtype, saved):
     bundle = load_model(saved(name), placement="cpu", **options)
     family, model = bundle.family, bundle.model
     assert next(family.tower_of(model).parameters()).dtype == dtype
