@@ -1,5 +1,7 @@
 """Every row of the table of families agrees with the real class: places, structural attention, prompts, answers, files."""
 import copy
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +19,8 @@ from sfa_core.families import FAMILIES, split_windows
 from sfa_core.images import describe_views, image_batch, image_features, tile_regions
 from sfa_core.miniatures import miniature
 from sfa_core.models import load_model, quantized_layers, save_model
+from sfa_core.parts import memory_table
+from sfa_core.published import reproduction
 from sfa_core.structure import StructuralBias, uniform_geometry
 from sfa_core.windows import block_geometry, sequence_geometry
 
@@ -430,3 +434,39 @@ def saved(tmp_path_factory):
         return folders[name]
 
     return folder
+
+
+# what the pages promise
+
+
+def test_the_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):
+    "Trained structural weights, loaded with the model by their folder; fewer documents and steps than on the page."
+    text = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+    (block,) = [part for part in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if "structure=folder" in part]
+    monkeypatch.chdir(tmp_path)
+    exec(block.replace("steps=20, batch_size=16", "steps=1, batch_size=2").replace("documents(200", "documents(2"), {})
+    assert (tmp_path / "my_sfa" / "arm" / "structure.safetensors").is_file() and capsys.readouterr().out.strip()
+
+
+def test_memory_is_reported_as_it_is_stored(saved):
+    choices = {}, dict(precision="bfloat16"), dict(language_bits=4)
+    plain, half, packed = (memory_table(load_model(saved("llava"), placement="cpu", **options)) for options in choices)
+    assert plain.loc["all", "parameters"] == half.loc["all", "parameters"] == packed.loc["all", "parameters"] == BUNDLES["llava"].model.num_parameters()
+    assert plain.loc["all", "share"] == pytest.approx(2, abs=0.01) and half.loc["all", "share"] == pytest.approx(1, abs=0.01)
+    assert packed.loc["encoder", "MiB"] == plain.loc["encoder", "MiB"] and packed.loc["language model", "MiB"] < plain.loc["language model", "MiB"]
+
+
+@pytest.mark.parametrize("model, benchmark, score, asked, verdict", [
+    ("OpenGVLab/InternVL3_5-8B-HF", "chartqa", 0.8519, 2500, "not reproduced"),
+    ("OpenGVLab/InternVL3_5-8B-HF", "chartqa", 0.8521, 2500, "reproduced"),
+    ("/models/Qwen2.5-VL-7B-Instruct", "docvqa", 0.957, 5349, "reproduced"),
+    ("/models/Qwen2.5-VL-7B-Instruct", "ocrbench", 0.864, 1000, "reproduced"),
+    ("/models/Qwen2.5-VL-3B-Instruct", "chartqa", 0.873, 2500, "no published score for this model and benchmark"),
+    ("llava-hf/llava-onevision-qwen2-7b-ov-hf", "textvqa", 0.7, 5000, "no published score for this model and benchmark"),
+    ("llava-hf/llava-onevision-qwen2-7b-ov-hf", "chartqa", 0.8, 2499, "not comparable: 2,499 questions of test, published on 2,500 of test"),
+    ("embedded", "synthetic", 0.9, 100, "no published score for this model and benchmark"),
+])
+def test_the_gate_is_one_and_a_half_points_wide(model, benchmark, score, asked, verdict):
+    found = reproduction(model, benchmark, score, asked)
+    assert found.verdict == verdict and verdict in str(found)
+    assert reproduction(model, benchmark, score, asked, "train").verdict.startswith(("not comparable", "no published"))
