@@ -25,7 +25,7 @@ from .models import Bundle
 from .probes import watching
 from .prompts import Prompt, decoder_layers, following, middle_layers, read_prompts, widened
 
-# %% ../notebooks/library/55_sinks.ipynb #b80da33a
+# %% ../notebooks/library/55_sinks.ipynb #edd5962d
 SHARE = 0.0977  # of a token's energy in one dimension: tau is 20 at D = 4096
 KNOWN_DIMENSIONS = {
     "LLaMA-2-7B": (1415, 2533), "LLaMA-2-13B": (2100, 4743), "Qwen2-VL-7B": (458, 2570), "InternVL2-8B": (3584,), "Qwen2.5-VL-7B": (458, 2570),
@@ -47,7 +47,7 @@ def sink_values(
     hidden: Tensor,  # (..., D), input of a layer
     dimensions: Sequence[int],
 ) -> Tensor:  # (...) float32 or float64, 0..sqrt(D)
-    """Return the sink value of every token (Kang et al. 2025, equation 3); ValueError for no dimensions or one outside."""
+    """Return the sink value of every token (Kang et al. 2025); ValueError for no dimensions or one outside."""
     if not len(dimensions) or not all(0 <= one < hidden.shape[-1] for one in dimensions):
         raise ValueError(f"sink dimensions are {tuple(dimensions)}, expected one or more from 0 to {hidden.shape[-1] - 1}")
     wide = widened(hidden)
@@ -129,7 +129,7 @@ def keep_dimensions(
     heights = np.log(np.append(strength[order], min(rest, strength[order[-1]])))
     return tuple(order[: int(np.argmax((heights[:-1] - heights[1:])[:limit])) + 1])
 
-# %% ../notebooks/library/55_sinks.ipynb #d9f3b4d1
+# %% ../notebooks/library/55_sinks.ipynb #691b2d34
 def energy_of_seeds(
     bundle: Bundle,
     batches: Sequence[Sequence[Sample]],
@@ -189,7 +189,7 @@ def find_sink_dimensions(
     if not dimensions:
         warnings.warn(f"{bundle.name} has no sink dimensions: no dimension holds {least:.0%} of the energy of the seeds in half of the layers", stacklevel=2)
     elif found > 0.1 * tokens:
-        warnings.warn(f"{found / tokens:.0%} of the image tokens would be sinks by dimensions {dimensions}: more than a tenth is no sink any more", stacklevel=2)
+        warnings.warn(f"{found / tokens:.0%} of the image tokens would be sinks by dimensions {dimensions}, expected a tenth at most", stacklevel=2)
     return SinkDimensions(dimensions, text, kept["visual"], width, layers, table.reset_index(drop=True), seeds, tokens, found / tokens if tokens else 0.0)
 
 
