@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EDIT', 'EDITED', 'Edit', 'decoder_layers', 'middle_layers', 'Prompt', 'stock_attention', 'following', 'aside_inputs',
-           'edited_attention', 'attending', 'widened', 'row_probabilities', 'read_prompts']
+           'text_inputs', 'edited_attention', 'attending', 'widened', 'row_probabilities', 'read_prompts']
 
 # %% ../notebooks/library/52_prompts.ipynb #b751c31c
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -82,7 +82,7 @@ class Prompt:
         """Say which tokens are text behind an image, (B, N) bool."""
         return ~self.visual & self.valid & (self.visual.cumsum(1) > 0)
 
-# %% ../notebooks/library/52_prompts.ipynb #cb5b4b59
+# %% ../notebooks/library/52_prompts.ipynb #5bbbeca7
 @contextmanager
 def stock_attention(
     bundle: Bundle,
@@ -156,6 +156,17 @@ def aside_inputs(
 ) -> dict:
     """Return the inputs of a pass that leaves no trace in the cache."""
     return {**inputs, "past_key_values": None, "use_cache": False}
+
+
+def text_inputs(
+    prompt: Prompt,
+    embeddings: Tensor,  # (B, N, C) of the whole prompt
+) -> dict[str, Any]:  # of the language model
+    """Return the prompts without their image tokens, left-padded, for a pass aside."""
+    text = (prompt.valid & ~prompt.visual)[:, : prompt.length].to(embeddings.device)
+    order = text.int().argsort(dim=1, stable=True)[:, -int(text.sum(1).max()) :]  # text last, in its order
+    kept = embeddings.gather(1, order[..., None].expand(-1, -1, embeddings.shape[-1]))
+    return aside_inputs({"inputs_embeds": kept, "attention_mask": text.gather(1, order).long()})
 
 # %% ../notebooks/library/52_prompts.ipynb #be25c9af
 EDIT, EDITED = "language_edit", "edited"  # attribute of an attention module, and the name of the implementation

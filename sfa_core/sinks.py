@@ -215,7 +215,7 @@ def check_layers(layers: Sequence[int], depth: int) -> None:
     if not len(layers) or not all(0 <= layer < depth for layer in layers):
         raise ValueError(f"layers are {list(layers)}, expected one or more from 0 to {depth - 1}")
 
-# %% ../notebooks/library/55_sinks.ipynb #4d422eb5
+# %% ../notebooks/library/55_sinks.ipynb #85ce8247
 @contextmanager
 def planted_sinks(
     bundle: Bundle,
@@ -232,8 +232,12 @@ def planted_sinks(
         hidden = args[0] if args else kwargs["hidden_states"]
         if prompt.decoding:
             return None
-        place = torch.where(prompt.visual, prompt.visual.cumsum(1) - 1, -1)
-        mask = torch.isin(place, chosen.to(place.device)) | (start & prompt.valid & (prompt.valid.cumsum(1) == 1))
+        if hidden.shape[1] == prompt.ids.shape[1]:
+            place = torch.where(prompt.visual, prompt.visual.cumsum(1) - 1, -1)
+            mask = torch.isin(place, chosen.to(place.device)) | (start & prompt.valid & (prompt.valid.cumsum(1) == 1))
+        else:  # a pass aside of the text alone, left-padded
+            words = (prompt.valid & ~prompt.visual)[:, : prompt.length].sum(1, keepdim=True)
+            mask = start & (torch.arange(hidden.shape[1], device=words.device) == hidden.shape[1] - words)
         change = torch.zeros_like(hidden)
         change[..., dimension] = size * hidden.norm(dim=-1) * mask.to(hidden.device)
         return ((hidden + change, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden + change})
