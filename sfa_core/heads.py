@@ -51,7 +51,7 @@ def last_places(prompt: Prompt) -> Tensor:
     valid = prompt.valid[:, : prompt.length]
     return (valid * torch.arange(1, prompt.length + 1, device=valid.device)).argmax(1)
 
-# %% ../notebooks/library/60_heads.ipynb #935d960f
+# %% ../notebooks/library/60_heads.ipynb #b4acff40
 def both_outputs(
     bundle: Bundle,
     layers: Sequence[int],
@@ -62,11 +62,11 @@ def both_outputs(
     """Compare what heads give at the last position with and without the image."""
     language, last = bundle.family.language_of(bundle.model), last_places(prompt)
     language(**aside_inputs(inputs))
-    whole = {layer: seen[layer][torch.arange(len(last)), last.to(seen[layer].device)].float() for layer in layers}
+    whole = {layer: seen[layer][torch.arange(len(last)), last.to(seen[layer].device)] for layer in layers}
     language(**text_inputs(prompt, inputs["inputs_embeds"]))
-    alone = {layer: seen[layer][:, -1].float() for layer in layers}
+    alone = {layer: seen[layer][:, -1] for layer in layers}
     device = prompt.ids.device
-    return tuple(torch.stack([part.norm(dim=-1).to(device) for part in parts], dim=1) for parts in (
+    return tuple(torch.stack([widened(part).norm(dim=-1).to(device) for part in parts], dim=1).float() for parts in (
         [whole[layer] - alone[layer] for layer in layers], [alone[layer] for layer in layers]))
 
 
@@ -91,7 +91,7 @@ def head_divergence(
             read_prompts(bundle, asked[start : start + batch_size], tiles)
     return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
 
-# %% ../notebooks/library/60_heads.ipynb #be5194be
+# %% ../notebooks/library/60_heads.ipynb #12f12bb9
 def vision_heads(
     divergence: Tensor,  # (B, L, H)
     alone: Tensor,  # (B, L, H) norm of the text-only output
@@ -142,7 +142,8 @@ def reinforce_heads(
     def choose(prompt, inputs):
         if not prompt.decoding:
             chosen.clear()
-            chosen["heads"] = vision_heads(*both_outputs(bundle, layers, seen, prompt, inputs))
+            sighted = prompt.visual.any(1)[:, None, None]  # without an image there is nothing to diverge from
+            chosen["heads"] = vision_heads(*both_outputs(bundle, layers, seen, prompt, inputs)) & sighted
 
     def scale(layer, outputs):
         if prompt.aside:

@@ -56,7 +56,7 @@ def test_divergence_compares_the_prompt_with_its_text(model):
     divergence, alone = divergences(model, PROMPTS)
     assert torch.allclose(divergence, torch.stack([(whole - only).norm(dim=-1) for whole, only in outputs]).float(), atol=1e-5)
     assert torch.allclose(alone, torch.stack([only.norm(dim=-1) for _, only in outputs]).float(), atol=1e-5)
-    assert divergence[3].abs().max() < 1e-6 < divergence[:3].min(), "a prompt without an image does not diverge from itself"
+    assert divergence[3].abs().max() < 1e-9 < divergence[:3].min(), "a prompt without an image does not diverge from itself"
 
 
 def test_a_strength_of_one_is_the_identity(model):
@@ -82,12 +82,12 @@ def test_only_chosen_heads_get_louder_from_the_last_position_on(model):
         with CONFIG.attach(model.bundle) as chosen, head_hooks(model.bundle, layers[:1], lambda layer, out: after.update({layer: out})):
             model.bundle.model(**model.inputs(prompts))
             assert torch.equal(chosen["heads"], heads)
-    ratio = (after[layers[0]] / before[layers[0]])[torch.arange(2), :, :, 0]
-    assert torch.allclose(ratio[:, :-1], torch.ones_like(ratio[:, :-1])) and torch.allclose(ratio[:, -1], 1 + 2.0 * heads[:, 0])
+    stock, louder = before[layers[0]], after[layers[0]]
+    assert torch.equal(louder[:, :-1], stock[:, :-1]) and torch.allclose(louder[:, -1], stock[:, -1] * (1 + 2.0 * heads[:, 0, :, None]))
     assert 0 < heads[:, 0].sum() <= heads[:, 0].numel() / 2
 
 
-@given(values=st.lists(st.floats(0.01, 100, width=32), min_size=2, max_size=9), other=st.integers(0, 1000))
+@given(values=st.lists(st.floats(0.015625, 100, width=32), min_size=2, max_size=9), other=st.integers(0, 1000))
 @settings(max_examples=60, deadline=None)
 def test_loud_heads_are_never_chosen_and_half_at_most_are(values, other):
     divergence = torch.tensor(values)[None, None]
@@ -137,7 +137,7 @@ def test_a_head_that_looks_at_one_place_has_its_distance(bundle):
     from sfa_core.answers import prompt_tokens
     for sample, part in table.groupby("sample"):
         before, after = prompt_tokens(bundle, next(one.question for one in asked if one.id == sample))
-        rows = np.arange(len(before) + 64, len(before) + 64 + len(after))
+        rows = np.arange(len(before) + 65, len(before) + 66 + len(after))  # the image is framed by two tokens
         assert np.allclose(part["distance"], (rows / 2).mean(), rtol=1e-4) and np.allclose(part["image_mass"], (64 / (rows + 1)).mean(), rtol=1e-4)
 
 

@@ -116,7 +116,7 @@ def test_layers_that_do_not_exist_are_refused(bundle, asked, layers):
 def test_planting_and_layer_inputs_work_in_every_decoder(name):
     model, sizes = tiny(name), []
     with planted_sinks(model.bundle, 9, (1, 5)), following(model.bundle) as prompt:
-        seen = lambda at, hidden: sizes.append(None if prompt.decoding else (sink_values(hidden, (9,)) > sink_threshold(48, 0.9), prompt.visual, prompt.valid))
+        seen = lambda at, hidden: sizes.append(None if prompt.decoding else (sink_values(hidden, (9,)) > sink_threshold(48, 0.5), prompt.visual, prompt.valid))
         with watching(decoder_layers(model.bundle)[1:3], seen):
             model.logits(PROMPTS, steps=2)
     assert [one is None for one in sizes] == [False, False, True, True]
