@@ -19,7 +19,7 @@ from .answers import image_inputs, image_tokens, prompt_tokens
 from .embedded import EmbeddedConfig
 from .models import Bundle, new_bundle
 
-# %% ../notebooks/library/58_overhead.ipynb #4ec7395b
+# %% ../notebooks/library/58_overhead.ipynb #b4b85bee
 def random_bundle(
     tokenizer: Any,
     width: int = 768,  # channels of the language model, a multiple of 64
@@ -43,7 +43,7 @@ def decode_times(
     bundle: Bundle,
     question: str,
     steps: int,  # decoded tokens
-) -> np.ndarray:  # (steps,) seconds
+) -> np.ndarray:  # (steps, 2) seconds of the clock and of the processor
     """Read one prompt about a random image and time every decoded token after it."""
     size = bundle.processor.image_processor.size
     noise = np.random.default_rng(0).integers(0, 256, (size["height"], size["width"], 3), dtype=np.uint8)
@@ -51,15 +51,15 @@ def decode_times(
     before, after = prompt_tokens(bundle, question)
     ids = torch.tensor([before + image_tokens(bundle, counts[0]) + after], device=bundle.devices[1])
     out = bundle.model(input_ids=ids, pixel_values=pixels.to(bundle.devices[0], bundle.model.dtype), use_cache=True, logits_to_keep=1)
-    seconds = np.zeros(steps)
+    seconds = np.zeros((steps, 2))
     for step in range(steps):
-        token, began = out.logits[:, -1:].argmax(-1), time.perf_counter()
+        token, began = out.logits[:, -1:].argmax(-1), (time.perf_counter(), time.process_time())
         out = bundle.model(input_ids=token, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
         out.logits[0, 0, 0].item()  # a device that works ahead has to be waited for
-        seconds[step] = time.perf_counter() - began
+        seconds[step] = time.perf_counter() - began[0], time.process_time() - began[1]
     return seconds
 
-# %% ../notebooks/library/58_overhead.ipynb #e4a24bbb
+# %% ../notebooks/library/58_overhead.ipynb #ad15b2c9
 @dataclass(frozen=True)
 class Overhead:
     """Time per decoded token with and without an intervention."""
@@ -67,14 +67,21 @@ class Overhead:
     stock: float  # seconds, median
     edited: float
     ratios: tuple[float, ...]  # edited / stock of each turn, medians of its tokens
+    processor_ratios: tuple[float, ...]  # the same of the processor's time
+    threads: int
     parameters: int
     prompt: str  # what was read
     steps: int  # decoded tokens per turn and arm
 
     @property
     def overhead(self) -> float:
-        """Return the median ratio, less one."""
+        """Return the median ratio of the clock, less one."""
         return float(np.median(self.ratios)) - 1
+
+    @property
+    def processor_overhead(self) -> float:
+        """Return the median ratio of the processor's time, less one."""
+        return float(np.median(self.processor_ratios)) - 1
 
     @property
     def spread(self) -> tuple[float, float]:
@@ -99,7 +106,9 @@ def decode_overhead(
             with intervention.attach(bundle) if edited else nullcontext():
                 seconds = decode_times(bundle, question, steps)
             if turn:
-                times[edited].append(float(np.median(seconds)))
-    ratios = tuple(b / a for a, b in zip(times[False], times[True], strict=True))
+                times[edited].append(np.median(seconds, axis=0))
+    stock, slower = np.array(times[False]), np.array(times[True])  # (turns, 2)
+    clock, processor = (tuple((slower / stock)[:, which].tolist()) for which in (0, 1))
     parameters = sum(weight.numel() for weight in bundle.model.parameters())
-    return Overhead(float(np.median(times[False])), float(np.median(times[True])), ratios, parameters, question, steps)
+    middle = np.median(stock[:, 0]), np.median(slower[:, 0])
+    return Overhead(float(middle[0]), float(middle[1]), clock, processor, torch.get_num_threads(), parameters, question, steps)

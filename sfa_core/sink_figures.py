@@ -85,7 +85,7 @@ def sink_scatter(
     figure.update_yaxes(title_text=f"{measure}, mean over heads and text tokens", type="log")
     return in_style(figure, title, subtitle, 380, above=28).update_layout(showlegend=True)
 
-# %% ../notebooks/library/77_sink_figures.ipynb #9f99a0b0
+# %% ../notebooks/library/77_sink_figures.ipynb #b6be08c6
 def place_shares(
     table: pd.DataFrame,  # from `enrichment`: place, sinks, share_sinks, tokens, share_all, enrichment, low, high
     title: str = "Where sinks sit",
@@ -103,7 +103,7 @@ def place_shares(
     for at, row in zip(rows, table.itertuples(), strict=True):
         known = row.enrichment is not None and not pd.isna(row.enrichment)
         interval = f" [{row.low:.2f}, {row.high:.2f}]" if known and not pd.isna(row.low) else ", no interval" if known else ""
-        text = f"{row.enrichment:.2f} times{interval}" if known else "no sinks"
+        text = f"{row.enrichment:.2f} times{interval}" if known else "no such tokens" if row.sinks else "no sinks"
         counts = f"  <span style='color:#5F6368'>n = {row.sinks:,} of {row.tokens:,}</span>"
         figure.add_annotation(x=1.01, xref="paper", xanchor="left", y=at, text=text + counts, showarrow=False)
     figure.update_xaxes(title_text="share of tokens", tickformat=".0%", range=[-0.02, 1.02])
