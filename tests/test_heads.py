@@ -56,7 +56,7 @@ def test_divergence_compares_the_prompt_with_its_text(model):
     divergence, alone = divergences(model, PROMPTS)
     assert torch.allclose(divergence, torch.stack([(whole - only).norm(dim=-1) for whole, only in outputs]).float(), atol=1e-5)
     assert torch.allclose(alone, torch.stack([only.norm(dim=-1) for _, only in outputs]).float(), atol=1e-5)
-    assert divergence[3].abs().max() < 1e-9 < divergence[:3].min(), "a prompt without an image does not diverge from itself"
+    assert divergence[3].abs().max() < 1e-5 < divergence[:3].min(), "a prompt without an image does not diverge from itself"
 
 
 def test_a_strength_of_one_is_the_identity(model):
