@@ -209,7 +209,7 @@ def test_nothing_moved_is_the_identity(model):
 def test_without_sinks_the_model_is_not_touched(one):
     with visual_redistribution(one.bundle, replace(CONFIG, share=0.99)) as edits:
         found = one.logits(PROMPTS)
-        assert len(edits) == 2 and all(edit.groups is None for edit in edits.values())
+        assert len(edits) == 2 and all(edit.columns is None for edit in edits.values())
     assert torch.equal(found, one.logits(PROMPTS))
 
 
