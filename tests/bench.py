@@ -1,8 +1,8 @@
 """What many runs cost, and what a report over them costs: `make bench`. Measured here, never asserted in tests.
 
-200 small runs on two workers: overhead = workers x wall / sum of the walls of the runs - 1. A run's wall is what its provenance says: kernel, cells and files of
-that run; what is added to it is starting workers, planning, naming and handing out. Beside it stands what the cells alone took, so that the price of a kernel per
-run is not hidden.
+200 small runs on two workers: overhead = workers x wall / sum of the walls of the runs - 1. A run's wall is what its provenance says: kernel, cells and files
+of that run; what is added is starting workers, planning, naming and handing out. What the cells alone took stands beside it, so that the price of a kernel
+per run is not hidden.
 A report over 1,000,000 records: seconds and peak memory of a process that does nothing else.
 """
 import argparse
@@ -109,8 +109,9 @@ def main() -> None:
     write_timings(options.out, found)
     write_metrics(options.out, {"grid": {"runs": grid["runs"], "workers": grid["workers"]}, "report": {"rows": report["rows_written"], "runs": report["runs"]}})
     write_json(options.out / "provenance.json", provenance({}, {}) | {"what": "make bench", "wall_seconds": round(time.time() - began, 1)})
-    write_summary(options.out, f"""{grid['runs']} runs of {grid['median_run_seconds']:.2f} s (median) on {grid['workers']} workers: {grid['wall_seconds']:.0f} s,
-overhead {100 * grid['overhead']:.1f} % (bar: 15 %). Of {grid['run_wall_seconds']:.0f} s in the runs, {grid['cells_seconds']:.0f} s were their cells; the rest is a kernel per run.
+    write_summary(options.out, f"""{grid['runs']} runs of {grid['median_run_seconds']:.2f} s (median), {grid['workers']} workers: {grid['wall_seconds']:.0f} s,
+overhead {100 * grid['overhead']:.1f} % (bar: 15 %).
+Of {grid['run_wall_seconds']:.0f} s in the runs, {grid['cells_seconds']:.0f} s were their cells; the rest is a kernel for each.
 {report['rows_written']:,} records of {report['runs']} runs in one report: {report['seconds']:.1f} s, peak {report['peak_gib']:.2f} GiB (bar: 30 s, 2 GiB).""")
     print((options.out / "summary.txt").read_text())
 
