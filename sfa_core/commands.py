@@ -95,8 +95,10 @@ def command(options: argparse.Namespace) -> int:  # exit code
         print_run(run_study(options.study, dict(options.parameters), options.name, options.force, options.timeout, progress=True))
     elif options.command == "grid":
         return grid_command(options)
+    elif options.command == "report" and options.grid:
+        print(report_grid(options.grid))
     elif options.command == "report":
-        print(report_grid(options.grid)) if options.grid else print_run(run_study("90_report", force=True))
+        print_run(run_study("90_report", force=True))
     elif options.command == "list":
         for row in run_table(study_path(options.study).stem if options.study else "*"):
             print("{:40} {:10} {:25} {}".format(*row).rstrip())

@@ -73,7 +73,7 @@ def test_records_that_do_not_fit_on_the_disk_are_not_there(home):
 
 # Training that goes wrong
 
-def test_a_loss_that_is_no_number_ends_the_run_with_the_reason_and_the_last_good_checkpoint(home):
+def test_a_loss_that_is_no_number_ends_the_run_with_the_reason_and_the_last_good_checkpoint(home, forkserver):
     training = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})

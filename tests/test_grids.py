@@ -25,7 +25,7 @@ RECORDS = CODE.replace('{"value": values}', '{"id": [str(i) for i in range(size)
 
 
 @pytest.fixture
-def write_grid(home):
+def write_grid(forkserver, home):
     "Write a grid of the study draw."
 
     def write(name="small", study="draw", **said):
@@ -200,15 +200,18 @@ def test_a_cluster_makes_a_grid_and_survives_its_workers_and_its_client(home, wr
     assert main(["grid", str(write_grid("hungry", gpus=2)), "--scheduler", address]) == 2
     assert f"no worker of {address} offers that" in capsys.readouterr().err
     state = exports_root() / "runs" / "draw"
-    command = [*SFA, "grid", str(write_grid(parameters={"size": [-1, 2], "seconds": 20}, gpus=1)), "--scheduler", address]
+    command = [*SFA, "grid", str(write_grid(parameters={"size": [-1, 2], "seconds": 40}, gpus=1)), "--scheduler", address]
     client = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_for(lambda: any(state.glob(".partial-*/checkpoint/state")), "the first checkpoint")
     client.kill()
     client.communicate()
     victim = next(worker for worker in workers if worker.pid == parent_of(kernels(home)[-1]))
-    again = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    again, said = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True), ""
+    while not re.search(r"(running|finished) draw/\w+ size=2", said):
+        said += (line := again.stdout.readline())
+        assert line, said
     victim.kill()
-    said = again.communicate(timeout=300)[0]
+    said += again.communicate(timeout=300)[0]
     assert again.returncode == 1 and "small: 1 of 2 runs are finished" in said and "size is -1, expected at least 1" in said
     assert sorted(row[1] for row in run_table()) == ["failed", "finished"] and not alive(kernels(home)[0])
     assert executions(home) <= 3, "taken up from the checkpoint, not made twice"
@@ -219,7 +222,7 @@ def test_the_grids_that_ship_fit_their_studies():
     assert {"small"} <= {grid.name for grid in grids} and all(plan(grid) for grid in grids)
 
 
-def test_the_small_grid_runs_as_it_ships(tmp_path, monkeypatch):
+def test_the_small_grid_runs_as_it_ships(forkserver, tmp_path, monkeypatch):
     monkeypatch.setenv("SFA_EXPORTS", str(tmp_path))
     assert main(["grid", "small", "--workers", "2"]) == 0 and main(["report", "small"]) == 0
     table = pd.read_parquet(tmp_path / "reports" / "small" / "records.parquet")
