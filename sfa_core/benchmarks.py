@@ -166,13 +166,14 @@ def hub_rows(benchmark: Benchmark, split: str, source: str | Path | None, stream
     "Open a split of a benchmark kept in the hub's layout, images not decoded; FileNotFoundError says how to get it, ValueError names the splits there are."
     if source is not None and Path(source).is_dir():
         data = local_rows(benchmark, split, Path(source), stream)
-    elif source is not None and not re.fullmatch(r"[\w-]+/[\w.-]+", str(source)):
+    elif source is not None and not re.fullmatch(r"[\w-]+/[\w.-]+(@[\w.-]+)?", str(source)):
         raise FileNotFoundError(f"benchmark {benchmark.name}: no folder {source}; expected a local copy or a hub id such as {benchmark.hubs[0]}")
     else:
         hubs, reasons, data = (str(source),) if source else benchmark.hubs, [], None
         for hub in hubs:
+            hub, _, revision = hub.partition("@")   # owner/name@commit asks for that commit
             try:
-                data = datasets.load_dataset(hub, benchmark.config, split=split, streaming=stream)
+                data = datasets.load_dataset(hub, benchmark.config, split=split, streaming=stream, revision=revision or None)
                 break
             except ValueError as error:   # reached, but this split or configuration is not there
                 raise ValueError(f"benchmark {benchmark.name}: {hub} has no split {split!r} of configuration {benchmark.config}: {error}") from error

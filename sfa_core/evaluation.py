@@ -172,6 +172,8 @@ def evaluate(
 ) -> tuple[pd.DataFrame, dict[str, Any]]:  # records and summary
     "Answer and score questions; names are checked before the model starts, ValueError for an unknown one or an empty set."
     row, asked = find_benchmark(benchmark), samples(data)
+    if silent := [sample.id for sample in asked if not sample.answers]:
+        raise ValueError(f"question {silent[0]} has no answers, expected at least one")
     scorer = known("scorer", row.scorer if scorer is None else scorer, SCORERS)
     known("profile", profile, PROFILES)
     if tiles is not None and tiles < 1:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -133,7 +133,7 @@ PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")
 
 
 def find_model(
-    name: str | Path,  # "embedded", a folder or a hub id
+    name: str | Path,  # "embedded", a folder or a hub id, with @REVISION or else the revision that was downloaded first
 ) -> Path:
     "Return the local folder of a model; FileNotFoundError says how to get what is missing."
     if str(name) == "embedded":
@@ -145,8 +145,11 @@ def find_model(
         return folder
     if folder.exists() or folder.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") != 1:
         raise FileNotFoundError(f"no model folder {str(name)!r}; expected 'embedded', a folder, or a hub id such as OpenGVLab/InternVL3_5-1B-HF")
+    hub, _, revision = str(name).partition("@")
     try:
-        return Path(snapshot_download(str(name), allow_patterns=list(PATTERNS)))
+        cached = try_to_load_from_cache(hub, "config.json")
+        revision = revision or (Path(cached).parent.name if isinstance(cached, str) else "main")
+        return Path(snapshot_download(hub, revision=revision, allow_patterns=list(PATTERNS)))
     except (OSError, HFValidationError, RuntimeError) as error:
         raise FileNotFoundError(
             f"{name} is no folder, is not in the local cache, and the hub could not deliver it ({type(error).__name__}); "

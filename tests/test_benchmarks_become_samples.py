@@ -290,7 +290,7 @@ def test_an_unreachable_hub_says_how_to_get_the_data(monkeypatch):
 def test_the_hub_is_asked_for_the_right_thing_and_streamed_under_a_limit(monkeypatch):
     asked = []
 
-    def hub(name, config, split, streaming):
+    def hub(name, config, split, streaming, revision):
         asked.append((name, config, split, streaming))
         return table("docvqa").to_iterable_dataset() if streaming else table("docvqa")
     monkeypatch.setattr(datasets, "load_dataset", hub)
