@@ -6,7 +6,7 @@
 __all__ = ['LIMIT', 'SINK', 'Page', 'Recorder', 'Choice', 'View', 'tile_of', 'heads_of', 'look', 'page_map', 'trace_values',
            'view_limits', 'view_figure']
 
-# %% ../notebooks/library/79_views.ipynb #e9b75cde
+# %% ../notebooks/library/79_views.ipynb #c33cae92
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ from .places import spread
 from .probes import AttentionRecord, record
 from .style import ARM_NAMES, INK, SCALES, arm_look, colour_bar, in_style, png_source, see_through
 
-# %% ../notebooks/library/79_views.ipynb #c473fb78
+# %% ../notebooks/library/79_views.ipynb #795a0308
 LIMIT = 2**28  # bytes of maps kept for one page and arm
 SINK = 8.0  # a key that gets so many times its even share of all queries' attention is shown as a sink
 
@@ -91,7 +91,7 @@ class Recorder:
                 page.vision[arm] = seen = record(self.bundle, [page.sample], queries=[token], tiles=self.tiles)
         return seen.maps[tile, layer][:, int(np.flatnonzero(seen.queries == token)[0])]
 
-# %% ../notebooks/library/79_views.ipynb #c5e32c01
+# %% ../notebooks/library/79_views.ipynb #1abf61bf
 @dataclass(frozen=True)
 class Choice:
     """What to look at."""
@@ -180,7 +180,7 @@ def page_map(page: Page, seen: AttentionRecord, tile: int, values: np.ndarray) -
     cells = (seen.grid.height * down, seen.grid.width * across) if seen.tower == "vision" else tuple(seen.cells[tile])
     return spread(values, seen.boxes[tile], (0, 0, *page.image.size), cells)
 
-# %% ../notebooks/library/79_views.ipynb #9f1694d3
+# %% ../notebooks/library/79_views.ipynb #e6deb254
 def trace_values(
     view: View,
 ) -> list[dict[str, Any]]:  # updates of the traces, in their order
