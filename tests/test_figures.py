@@ -162,7 +162,7 @@ def test_frames_hold_every_state_on_one_scale():
         assert list(frame.traces) == shown
         for trace, values in zip(frame.data, [*maps.values(), maps["vision"] - maps["control"]], strict=True):
             assert np.allclose(trace.z, values, atol=1e-6) and trace.z.dtype == np.float32
-    assert [step.args[0] for step in figure.layout.sliders[0].steps] == [["0"], ["1"], ["2"]] == [[frame.name] for frame in figure.frames]
+    assert [list(step.args[0]) for step in figure.layout.sliders[0].steps] == [["0"], ["1"], ["2"]] == [[frame.name] for frame in figure.frames]
     assert np.isclose(figure.layout.coloraxis.cmax, max(values.max() for maps in states.values() for values in maps.values()))
 
 
