@@ -166,7 +166,7 @@ def ungrounded_forest(
     )
     return in_style(figure, title, subtitle, height=90 + 56 * len(arms), above=40)
 
-# %% ../notebooks/library/77_verdicts.ipynb #066d60a1
+# %% ../notebooks/library/77_verdicts.ipynb #29deff75
 class VerdictPicker:
     "Widgets to look through the verdicts of arms; `widget` is what a notebook displays."
 
@@ -203,13 +203,18 @@ class VerdictPicker:
             if before in [name for _, name in options]
             else next((name for name in ("ungrounded", "misread_cell") if counts.get(name)), options[0][1] if options else None)
         )
-        self.category.options = options
-        self.category.value = wanted
+        self.category.unobserve(self.list_examples, "value")
+        with self.category.hold_sync():  # one message: the browser never sees the new list with another choice
+            self.category.options = options
+            self.category.value = wanted
+        self.category.observe(self.list_examples, "value")
         self.list_examples()
 
     def list_examples(self, change: Any = None) -> None:
         "Start with the first example of the category."
+        self.example.unobserve(self.show, "value")
         self.example.max, self.example.value = max(1, len(self.chosen())), 1
+        self.example.observe(self.show, "value")
         self.show()
 
     def show(self, change: Any = None) -> None:

@@ -22,9 +22,10 @@ def test_picker_shows_the_chosen_arm_and_category(run_in_lab, tmp_path):
     kernel = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(PICKER)], metadata=kernel), notebook)
     page = run_in_lab(notebook)
+    page.set_default_timeout(90_000)
     shown, drawn = page.locator(".jupyter-widgets table"), page.locator(".jupyter-widgets img, img.jupyter-widgets")
-    shown.get_by_text("misread_cell").wait_for(timeout=60_000)
-    drawn.wait_for(timeout=20_000)
+    shown.get_by_text("misread_cell").wait_for(timeout=90_000)
+    drawn.wait_for(timeout=90_000)
     assert drawn.evaluate("e => e.naturalWidth") == 448
     picture = drawn.get_attribute("src")
     arm, category = page.locator(".jupyter-widgets select").nth(0), page.locator(".jupyter-widgets select").nth(1)
@@ -32,15 +33,15 @@ def test_picker_shows_the_chosen_arm_and_category(run_in_lab, tmp_path):
     assert [text.replace("\xa0", " ") for text in category.locator("option").all_inner_texts()] == [f"misread_cell ({count})"]
 
     arm.select_option("vision")
-    page.wait_for_function("() => document.querySelectorAll('.jupyter-widgets select')[1].options.length > 1", timeout=20_000)
-    assert shown.get_by_text("misread_cell").is_visible(), "the chosen category stays when the other arm has it"
+    page.wait_for_function("() => document.querySelectorAll('.jupyter-widgets select')[1].options.length > 1", timeout=90_000)
+    shown.get_by_text("misread_cell").wait_for()   # the chosen category stays when the other arm has it
     category.select_option(value="ungrounded\xa0(3)")
-    shown.get_by_text("<b>987654</b>").wait_for(timeout=20_000)   # a reply is shown as text, never as markup
+    shown.get_by_text("<b>987654</b>").wait_for(timeout=90_000)   # a reply is shown as text, never as markup
     assert shown.get_by_text("ungrounded", exact=True).is_visible() and drawn.get_attribute("src") != picture
 
     first = shown.inner_text()
     page.locator(".jupyter-widgets input[type=number]").fill("2")
     page.keyboard.press("Enter")
-    page.wait_for_function("before => document.querySelector('.jupyter-widgets table').innerText !== before", arg=first, timeout=20_000)
+    page.wait_for_function("before => document.querySelector('.jupyter-widgets table').innerText !== before", arg=first, timeout=90_000)
     assert "ungrounded" in shown.inner_text() and page.errors == []
     page.screenshot(path=tmp_path / "picker.png")
