@@ -41,7 +41,8 @@ def entropy_violins(
     known = sorted(table["layer"].unique())
     layers = known[:6] if layers is None else list(layers)
     if not layers or len(layers) > 6 or not set(layers) <= set(known) or not set(pair) <= set(table["region"]):
-        raise ValueError(f"layers {layers} and groups {pair}, expected at most 6 of the layers {[int(layer) for layer in known]} and two of {', '.join(sorted(set(table['region'])))}")
+        raise ValueError(f"layers {layers} and groups {pair}, expected at most 6 of the layers {[int(layer) for layer in known]} and two of "
+                         f"{', '.join(sorted(set(table['region'])))}")
     columns = min(2, len(layers))
     rows = -(-len(layers) // columns)
     figure = make_subplots(
