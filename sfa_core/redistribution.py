@@ -20,8 +20,7 @@ from torch.nn.functional import pad
 
 from .documents import Sample
 from .models import Bundle
-from .probes import watching
-from .prompts import Prompt, attending, decoder_layers, following, middle_layers, read_prompts, row_probabilities, widened
+from .prompts import Prompt, attending, decoder_layers, following, middle_layers, read_prompts, row_probabilities, widened, watching
 from .sinks import SHARE, check_layers, sink_threshold, sink_values
 
 # %% ../notebooks/library/57_redistribution.ipynb #509a88b8

@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from .documents import Sample, samples
 from .models import Bundle
-from .probes import coverage, tile_regions, watching
-from .prompts import Prompt, aside_inputs, attending, decoder_layers, following, middle_layers, read_prompts, row_probabilities, widened
+from .places import coverage, tile_regions
+from .prompts import Prompt, aside_inputs, attending, decoder_layers, following, middle_layers, read_prompts, row_probabilities, widened, watching
 from .sinks import SHARE, check_layers, sink_threshold, sink_values
 
 # %% ../notebooks/library/56_sink_places.ipynb #76b9682d

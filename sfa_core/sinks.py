@@ -22,8 +22,7 @@ from torch import Tensor
 
 from .documents import Sample, samples
 from .models import Bundle
-from .probes import watching
-from .prompts import Prompt, decoder_layers, following, middle_layers, read_prompts, widened
+from .prompts import Prompt, decoder_layers, following, middle_layers, read_prompts, widened, watching
 
 # %% ../notebooks/library/55_sinks.ipynb #edd5962d
 SHARE = 0.0977  # of a token's energy in one dimension: tau is 20 at D = 4096
