@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .documents import Sample, samples
 from .models import Bundle
-from .probes import watching
+from .measures import watching
 from .prompts import Prompt, decoder_layers, following, middle_layers, read_prompts, widened
 
 # %% ../notebooks/library/55_sinks.ipynb #edd5962d
