@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['draw_boxes', 'motivation', 'density_gallery', 'token_efficiency', 'cross_architecture']
 
-# %% ../notebooks/library/78_density_figures.ipynb #4bd45dca
+# %% ../notebooks/library/78_density_figures.ipynb #a22703c7
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +16,7 @@ import plotly.graph_objects as go
 from .figures import columns_of
 from .style import ARM_COLOURS, INK, SCALES, arm_look, colour_bar, draw_page, grid_panels, in_style, over, png_source
 
-# %% ../notebooks/library/78_density_figures.ipynb #27fd5ce4
+# %% ../notebooks/library/78_density_figures.ipynb #52b9cc98
 def draw_boxes(
     figure: go.Figure,
     place: tuple[int, int],  # row and column of the panel
@@ -53,7 +53,7 @@ def motivation(
     figure.update_layout(coloraxis={"colorscale": SCALES["density"], "cmin": 0, "cmax": 1, "colorbar": colour_bar("density")})
     return in_style(figure, title, subtitle, height + 24, above=26).update_layout(margin={"l": 30, "r": 110, "b": 24}, showlegend=False)
 
-# %% ../notebooks/library/78_density_figures.ipynb #bc41d5ee
+# %% ../notebooks/library/78_density_figures.ipynb #05269f39
 def density_gallery(
     images: Sequence[Any],  # (Y, X, 3) uint8 or PIL images
     labels: Sequence[np.ndarray],  # (h, w) 0..1
@@ -81,7 +81,7 @@ def density_gallery(
     figure.update_layout(coloraxis={"colorscale": SCALES["density"], "cmin": 0, "cmax": 1, "colorbar": colour_bar("density") | {"len": min(1, 300 / height)}})
     return in_style(figure, title, subtitle, height + 24, above=26).update_layout(margin={"l": 30, "r": 110, "b": 24})
 
-# %% ../notebooks/library/78_density_figures.ipynb #507f8bb6
+# %% ../notebooks/library/78_density_figures.ipynb #aa1615af
 def token_efficiency(
     table: pd.DataFrame,  # arm, tokens (mean per page), rate, low, high (0..1), n
     title: str = "Right answers for the tokens spent",
@@ -121,7 +121,7 @@ def token_efficiency(
     figure.update_yaxes(title_text=score, tickformat=".0%")
     return in_style(figure, title, subtitle, 340, above=28).update_layout(showlegend=True)
 
-# %% ../notebooks/library/78_density_figures.ipynb #056d319b
+# %% ../notebooks/library/78_density_figures.ipynb #fd61f9f1
 def cross_architecture(
     table: pd.DataFrame,  # model, encoder, arm, difference, low, high (rates, -1..1), n
     title: str = "Difference to the control, by architecture",

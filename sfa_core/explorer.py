@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['word_row', 'AttentionExplorer']
 
-# %% ../notebooks/library/80_explorer.ipynb #0901421b
+# %% ../notebooks/library/80_explorer.ipynb #d015471d
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from .paths import exports_root
 from .style import ARM_NAMES, save_figure
 from .views import Choice, Recorder, View, look, trace_values, view_figure, view_limits
 
-# %% ../notebooks/library/80_explorer.ipynb #a2fbda0a
+# %% ../notebooks/library/80_explorer.ipynb #39155a60
 def word_row(explorer: "AttentionExplorer", arm: str, words: tuple[str, ...]) -> widgets.HBox:
     """Make a row of buttons, a word of the answer each."""
     buttons = []
@@ -33,7 +33,7 @@ def word_row(explorer: "AttentionExplorer", arm: str, words: tuple[str, ...]) ->
         [widgets.HTML(f"{ARM_NAMES.get(arm, arm)} answers:&nbsp;"), *buttons], layout=widgets.Layout(flex_flow="row wrap", align_items="center")
     )
 
-# %% ../notebooks/library/80_explorer.ipynb #1088dd5b
+# %% ../notebooks/library/80_explorer.ipynb #cca3e908
 class AttentionExplorer:
     """Widgets over recorded pages; `view` is what is shown, `choose` shows something else, `ask` adds a question of one's own."""
 
@@ -89,9 +89,17 @@ class AttentionExplorer:
             widget.observe(lambda change, name=name: self.choose(**{name: change["new"]}), "value")
         for trace in self.figure.data:
             if isinstance(trace, go.Heatmap) and trace.coloraxis != "coloraxis3":
-                trace.on_click(lambda trace, points, state: points.xs and self.choose(tower="vision", place=(points.xs[0] + 0.5, points.ys[0] + 0.5)))
+                trace.on_click(lambda trace, points, state: self.pick(points))
         self.ask_button.on_click(lambda button: self.ask_widgets())
         self.save_button.on_click(lambda button: self.save())
+
+    def pick(self, points: Any) -> None:
+        """Choose the place of a click, or say why it cannot be chosen."""
+        if points.xs:
+            try:
+                self.choose(tower="vision", place=(points.xs[0] + 0.5, points.ys[0] + 0.5))
+            except ValueError as error:
+                self.notes.value = str(error)
 
     def _repr_mimebundle_(self, **options):
         return self.box._repr_mimebundle_(**options)

@@ -20,7 +20,8 @@ from torch.nn.functional import pad
 
 from .documents import Sample
 from .models import Bundle
-from .prompts import Prompt, attending, decoder_layers, following, middle_layers, read_prompts, row_probabilities, widened, watching
+from .measures import watching
+from .prompts import Prompt, attending, decoder_layers, following, middle_layers, read_prompts, row_probabilities, widened
 from .sinks import SHARE, check_layers, sink_threshold, sink_values
 
 # %% ../notebooks/library/57_redistribution.ipynb #509a88b8

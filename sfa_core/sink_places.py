@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .documents import Sample, samples
+from .images import tile_regions
+from .measures import watching
 from .models import Bundle
-from .places import coverage, tile_regions
-from .prompts import Prompt, aside_inputs, attending, decoder_layers, following, middle_layers, read_prompts, row_probabilities, widened, watching
+from .places import coverage
+from .prompts import Prompt, aside_inputs, attending, decoder_layers, following, middle_layers, read_prompts, row_probabilities, widened
 from .sinks import SHARE, check_layers, sink_threshold, sink_values
 
 # %% ../notebooks/library/56_sink_places.ipynb #76b9682d
@@ -35,7 +37,7 @@ def visual_places(
 ) -> pd.DataFrame:  # one row per image token: tile, x0, y0, x1, y1, border, blank, background
     """Say which pixels each image token shows and what is there; ValueError when the tiles do not make that many tokens."""
     image, grid = sample.image, bundle.family.language_grid(bundle.model)
-    regions = tile_regions(bundle, image.size, max(1, count // len(grid)), tiles)
+    regions = tile_regions(bundle, image.size, tiles)
     if len(regions) * len(grid) != count:
         raise ValueError(f"{sample.id} has {count} image tokens, expected {len(regions)} tiles of {len(grid)}")
     gray = np.asarray(image.convert("L"), dtype=np.int16)

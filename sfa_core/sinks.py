@@ -22,7 +22,8 @@ from torch import Tensor
 
 from .documents import Sample, samples
 from .models import Bundle
-from .prompts import Prompt, decoder_layers, following, middle_layers, read_prompts, widened, watching
+from .measures import watching
+from .prompts import Prompt, decoder_layers, following, middle_layers, read_prompts, widened
 
 # %% ../notebooks/library/55_sinks.ipynb #edd5962d
 SHARE = 0.0977  # of a token's energy in one dimension: tau is 20 at D = 4096

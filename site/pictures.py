@@ -41,7 +41,8 @@ def table_figure(metrics):
 
 def explorer_figure():
     "Draw the explorer's view of one page."
-    arms = {"baseline": None} | {"vision": folder for folder in sorted((REFERENCE / "arms").glob("*vision*"))[:1]}
+    trained = sorted((REFERENCE / "arms").glob("*vision*"))
+    arms = {"baseline": None, "vision": trained[0]} if trained else {"baseline": None}
     first = samples(documents(1, seed=7_300), kinds=("read_label",))[0]
     recorder, label = Recorder(load_model("embedded"), arms), next(text.box for text in first.evidence.texts if text.role == "label")
     place = (label[0] + label[2]) / 2, (label[1] + label[3]) / 2

@@ -12,17 +12,20 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Qwen2_5_VLConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from sfa_core.answers import answer, image_inputs, image_tokens, prompt_tokens
+from sfa_core.answers import answer, prompt_tokens
 from sfa_core.attention import inject
-from sfa_core.documents import documents, make_document, samples
+from sfa_core.documents import Evidence, Sample, TextBox, documents, make_document, samples
 from sfa_core.embedded import EmbeddedConfig, build_processor, train_tokenizer
-from sfa_core.families import uniform_grid
+from sfa_core.families import FAMILIES, uniform_grid
+from sfa_core.images import image_batch, image_features, image_inputs, image_tokens, tile_regions
+from sfa_core.miniatures import miniature
 from sfa_core.models import new_bundle
 from sfa_core.measures import STORED, Call, attention_chunks, measure_layer, place_tokens
-from sfa_core.places import box_means, coverage, grouped_grid, spread, tile_regions, token_boxes
+from sfa_core.places import box_means, coverage, language_boxes, spread, token_boxes
 from sfa_core.probes import UNITS, record
 from sfa_core.structure import StructuralBias, uniform_geometry
 
@@ -183,12 +186,12 @@ def test_tokens_show_the_pixels_they_say(bundle, tokenizer, size):
         picture = Image.fromarray(image)
         pixels, (count,) = image_inputs(tiled, [picture])
         found = 0
-        for tile, (x0, y0, x1, y1) in zip(pixels[:, 0], tile_regions(tiled, size, count), strict=True):
+        for tile, (x0, y0, x1, y1) in zip(pixels[:, 0], tile_regions(tiled, size), strict=True):
             if tile.max() > tile.min() + 3.5:  # nearly all of the spot is here
                 row, column = divmod(int((tile - tile.min()).clamp(min=0).argmax()), 112)
                 assert abs(x0 + (column + 0.5) / 112 * (x1 - x0) - int(x) - 0.5) < 6 and abs(y0 + (row + 0.5) / 112 * (y1 - y0) - int(y) - 0.5) < 6
                 found += 1
-        assert found >= 1 and count == len(tile_regions(tiled, size, count))
+        assert found >= 1 and count == len(tile_regions(tiled, size))
 
 
 def test_tiles_and_thumbnail_are_rows_of_the_record(bundle, tokenizer, asked):
@@ -267,7 +270,7 @@ def test_words_read_what_eager_attention_says(bundle, asked):
             chance = weights[:, :, word, : len(prompt) + word]
             assert np.allclose(seen.maps[row, :, :, word], chance[..., (ids[0, : len(prompt) + word] == image).numpy()], atol=1e-5)
             assert np.allclose(seen.entropy[row, :, :, word], -(chance * np.log(np.maximum(chance, 1e-30))).sum(-1), atol=1e-4)
-            assert seen.visible[row, word] == len(prompt) + word
+            assert (seen.visible[row, :, word] == len(prompt) + word).all()
         assert [bundle.tokenizer.decode([token]) for token in reply.tokens] == list(seen.words[row])[: len(reply.tokens)]
     assert compared >= 2
 
@@ -290,8 +293,8 @@ def test_questions_of_one_batch_are_each_as_alone(bundle, tokenizer, asked):
 def test_the_thumbnail_and_the_tiles_add_up_on_the_page(bundle, tokenizer, size, tiles):
     "A mass that is spread evenly over the pixels of a page is spread evenly by tiles, by the thumbnail, and by their sum."
     tiled = replace(bundle, processor=build_processor(tokenizer, SMALL, max_tiles=6))
-    regions = tile_regions(tiled, size, tiles)
-    boxes = token_boxes(bundle.family.language_grid(bundle.model), regions)
+    boxes = language_boxes(tiled, size)
+    assert len(boxes) == 64 * tiles == len(token_boxes(bundle.family.language_grid(bundle.model), tile_regions(tiled, size)))
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     picture = spread(area, boxes, (0, 0, *size), (16, 24))
     assert np.allclose(picture, picture.mean(), rtol=1e-5) and np.isclose(picture.sum(), area.sum())
@@ -308,9 +311,10 @@ def test_the_patch_that_sees_a_bright_spot_shows_its_pixels_in_qwens_order(seed)
     prepared = processor(images=[Image.fromarray(image)], return_tensors="np")
     assert prepared["image_grid_thw"].tolist() == [[1, rows, columns]]
     bright = int(prepared["pixel_values"].max(-1).argmax())
-    box = grouped_grid(rows, columns).boxes((0, 0, columns * 14, rows * 14))[bright]
+    family, config = FAMILIES["qwen2_5_vl"], Qwen2_5_VLConfig()
+    box = family.grid(config, (rows, columns)).boxes((0, 0, columns * 14, rows * 14))[bright]
     assert box[0] <= x < box[2] and box[1] <= y < box[3]
-    word = grouped_grid(rows, columns).merged(2).boxes((0, 0, columns * 14, rows * 14))[bright // 4]  # the merge is a reshape
+    word = family.language_grid(config, (rows, columns)).boxes((0, 0, columns * 14, rows * 14))[bright // 4]  # the merge is a reshape
     assert word[0] <= x < word[2] and word[1] <= y < word[3]
 
 
@@ -356,8 +360,7 @@ class Live(TorchDispatchMode):
         self.now -= size
 
 
-@pytest.mark.parametrize("structure", [False, True])
-@pytest.mark.parametrize("rollout", [False, True])
+@pytest.mark.parametrize(("structure", "rollout"), [(False, False), (True, True)])
 def test_a_layer_of_1025_tokens_needs_at_most_16_mib_more(structure, rollout):
     grid, heads = uniform_grid(32, 32, special=1), 16
     module = nn.Module()
@@ -370,3 +373,82 @@ def test_a_layer_of_1025_tokens_needs_at_most_16_mib_more(structure, rollout):
     with torch.no_grad(), Live() as live:
         got = measure_layer(call, places, np.array([0, 500]), table=rollout)
     assert got["entropy"].shape == (1, heads, 1025) and 2**20 < live.peak <= 16 * 2**20, f"{live.peak / 2**20:.1f} MiB"
+
+
+@pytest.fixture(scope="module")
+def pages():
+    draw = np.random.default_rng(0)
+    shapes = ((168, 112), (100, 140), (150, 150))
+    texts = TextBox("12", (20, 20, 60, 40))
+    return [Sample(f"p{i}", f"p{i}", "own", "What is it?", ("12",), Image.fromarray(draw.integers(0, 256, (tall, wide, 3), dtype=np.uint8)), Evidence((), (texts,), (0,)))
+            for i, (wide, tall) in enumerate(shapes)]
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_every_family_is_recorded_as_its_eager_attention(name, pages):
+    "Tiles, one square, and windows of packed images: what is recorded of each image is what its eager encoder attends, and 0 outside of a window."
+    small = miniature(name)
+    family, images = small.family, [sample.image for sample in pages]
+    seen, modules, found = record(small, pages, queries="all", rollout=True), family.attentions_of(small.model), []
+    small.model.set_attn_implementation({"vision_config": "eager"})
+    stock = ALL_ATTENTION_FUNCTIONS.get_interface
+    eager = lambda module, query, key, value, mask, scaling=None, **kwargs: (  # noqa: E731
+        found.append((modules.index(module), weights := (query @ key.mT * scaling).softmax(-1))), ((weights @ value).transpose(1, 2).contiguous(), weights))[1]
+    ALL_ATTENTION_FUNCTIONS.get_interface = lambda implementation, default: eager if default.__module__.split(".")[2] != "qwen2" else stock(implementation, default)
+    try:
+        with torch.no_grad():
+            image_features(small, image_batch(small, images))
+    finally:
+        del ALL_ATTENTION_FUNCTIONS.get_interface
+    sizes = image_batch(small, images).inputs.get("image_grid_thw")
+    for layer in range(len(modules)):
+        calls = [weights for at, weights in found if at == layer]
+        if not family.native:
+            assert np.allclose(seen.maps[:, layer], calls[0].numpy(), atol=1e-5)
+            continue
+        shapes = [tuple(size) for size in sizes[:, 1:].tolist()]
+        expected = np.zeros_like(seen.maps[:, layer])
+        for part, weights in zip(family.geometry(small.model, shapes)[layer], calls, strict=True):
+            whole = family.grid(small.model, shapes[part.image])
+            own = [int(np.flatnonzero((whole.row == row) & (whole.column == column))[0]) for row, column in zip(part.row, part.column)]
+            expected[part.image][:, np.array(own)[:, None], own] = weights[0].numpy()
+        for row, (tall, wide) in enumerate(shapes):
+            n = tall * wide
+            assert np.allclose(seen.maps[row, layer, :, :n, :n], expected[row, :, :n, :n], atol=1e-5)
+    shown = ~np.isnan(seen.boxes).any(-1)
+    for name in ("entropy", "evidence_mass", "special_mass", "same_row"):
+        values = np.moveaxis(getattr(seen, name), -1, 1)[shown]
+        assert not np.isnan(values).any(), name
+    kept = seen.maps[:, 0].sum(-1)
+    assert np.allclose(kept[~np.isnan(kept) & (kept > 0)], 1, atol=1e-5)
+    row, column = 0, seen.token_at(0, 30, 30)
+    box = seen.boxes[row, column]
+    assert box[0] <= 30 < box[2] and box[1] <= 30 < box[3] and (seen.relative[~np.isnan(seen.relative)] <= 1.0001).all()
+    assert np.allclose(seen.received[0, 0].sum(-1), 1, atol=1e-4) and len(seen.table()) == len(seen.sample) * len(modules) * seen.entropy.shape[2]
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_words_of_every_family_are_laid_on_the_page(name, pages):
+    small = miniature(name)
+    whole, single = (record(small, pages, tower="language", max_new_tokens=3, batch_size=size) for size in (3, 1))
+    assert np.allclose(whole.maps, single.maps, atol=1e-4, equal_nan=True) and whole.words == single.words
+    for row, sample in enumerate(pages):
+        image = whole.map(row, 0, 0)
+        beyond = (np.nan_to_num(whole.boxes[row]) < -1e-3).any() or (np.nan_to_num(whole.boxes[row]) > max(sample.image.size) + 1e-3).any()
+        assert image.sum() <= whole.visual_mass[row, 0, :, 0].mean() + 1e-4 and (beyond or np.isclose(image.sum(), whole.visual_mass[row, 0, :, 0].mean(), atol=1e-4))
+
+
+@pytest.mark.parametrize("size", [(168, 112), (300, 90), (60, 200), (500, 480)])
+def test_onevision_packs_the_tokens_where_their_boxes_are(size):
+    "Features that hold the centre of their box still do so after transformers has packed them."
+    small = miniature("llava_onevision")
+    grid, regions, boxes = small.family.language_grid(small.model), tile_regions(small, size), language_boxes(small, size)
+    centres = np.stack([np.stack([(own[:, 0] + own[:, 2]) / 2, (own[:, 1] + own[:, 3]) / 2], 1) for own in (grid.boxes(tuple(region)) for region in regions)])
+    packed, _ = small.model.model.pack_image_features([torch.from_numpy(centres)], torch.tensor([[size[1], size[0]]]), image_newline=torch.full((2,), -1e6))
+    packed = packed[0].numpy()
+    line = packed[:, 0] < -1e5
+    assert len(packed) == len(boxes) == sum(token == small.model.config.image_token_id for token in image_batch(small, [Image.new("RGB", size)]).tokens[0])
+    assert np.array_equal(line, np.isnan(boxes).any(1))
+    step = (boxes[~line, 2:] - boxes[~line, :2]).max(0)
+    off = np.abs(packed[~line] - (boxes[~line, :2] + boxes[~line, 2:]) / 2)
+    assert (off < 0.51 * step).all() and np.median(off) < 0.1 * step.max()
