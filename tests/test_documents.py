@@ -39,7 +39,7 @@ def test_an_image_of_any_mode_is_read_as_it_looks(mode):
         image = Image.merge("LA", [Image.fromarray(np.where(grey == 255, 0, grey).astype(np.uint8)), Image.fromarray(np.where(grey == 255, 0, 255).astype(np.uint8))])
         image = image.convert(mode)
     else:
-        image = Image.fromarray(grey).convert("RGB").convert(mode)
+        image = Image.fromarray(grey).convert(mode if mode in ("L", "P", "1") else "RGB").convert(mode)
     stream = io.BytesIO()
     image.save(stream, "TIFF")
     for seen in (decode(image, "x"), decode(stream.getvalue(), "x")):
