@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from .adaptive import CONTROL
 from .answers import end_token, generate, prompt_tokens
 from .documents import Sample, samples
 from .families import TokenGrid, modules_at
@@ -354,6 +355,8 @@ def record(
     if tower not in ("vision", "language"):
         raise ValueError(f"tower is {tower!r}, expected 'vision' or 'language'")
     chosen, family = samples(data), bundle.family
+    if (control := getattr(family.tower_of(bundle.model), CONTROL, None)) is not None and control.patches is not None:
+        raise ValueError("attention is recorded on the uniform grid and the model has adaptive patches: call detach_tokens first")
     size = image_sizes(image_batch(bundle, [chosen[0].image], tiles))[0]
     grid = family.grid(bundle.model, size) if tower == "vision" else family.language_grid(bundle.model, size)
     modules = family.attentions_of(bundle.model) if tower == "vision" else modules_at(family.language_of(bundle.model), "layers.*.self_attn")
