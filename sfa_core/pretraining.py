@@ -43,7 +43,7 @@ class Recipe:
     encoder_steps: int = 3_000
     lookup_steps: int = 2_400
     joint_steps: int = 2_500
-    reading_steps: int = 1_000
+    reading_steps: int = 3_000
     batch: int = 32  # documents, in the encoder and lookup stages
     question_batch: int = 16  # documents, in the joint and reading stages: half as many allow twice the steps in the same time
     questions: int = 8  # or names, drawn anew for every visit to a document
