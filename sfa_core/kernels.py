@@ -157,7 +157,7 @@ def grid_tables(
         return rows, columns, None
     if geometry.block is None:  # all patches in block 0: a constant between patches
         return rows + bias.block[0].square()[:, None, None], columns, None
-    scalars = bias.block_scalars(geometry)
+    scalars = bias.block_scalars(geometry.map(lambda tensor: tensor.to(weight)))
     return rows, columns, scalars if scalars.ndim == 3 else scalars[None]
 
 # %% ../notebooks/library/22_kernels.ipynb #df6759b1
