@@ -43,7 +43,7 @@ def operations(
         function()
     return counter.get_total_flops()
 
-# %% ../notebooks/library/49_cost.ipynb #aa3d687c
+# %% ../notebooks/library/49_cost.ipynb #1757692d
 def clock(
     device: torch.device,
 ) -> float:  # seconds
@@ -57,9 +57,10 @@ def clock(
 def in_turns(
     calls: dict[str, Callable[[], object]],  # the first is the reference
     rounds: int = 5,  # after one round to warm up
-    device: torch.device = torch.device("cpu"),
+    device: str | torch.device = "cpu",
 ) -> pd.DataFrame:  # one row per call: median seconds, median ratio to the reference, lowest and highest ratio
     """Time calls in turns; ValueError for no rounds."""
+    device = torch.device(device)
     if rounds < 1 or not calls:
         raise ValueError(f"got {len(calls)} calls and {rounds} rounds, expected at least one of each")
     seconds = []

@@ -89,7 +89,7 @@ def share(
 ) -> list[int]:  # places of this process's questions, batch by batch
     "Deal batches out to processes in turn; ValueError for an index that is none of theirs."
     if not 0 <= index < processes or batch_size < 1:
-        raise ValueError(f"process {index} of {processes} with batches of {batch_size}; an index below the number of processes and batches of at least 1 are expected")
+        raise ValueError(f"process {index} of {processes}, batches of {batch_size}; an index below the number and batches of at least 1 are expected")
     return [place for start in range(index * batch_size, count, processes * batch_size) for place in range(start, min(start + batch_size, count))]
 
 
