@@ -1,9 +1,12 @@
 """A model cut between projector and language model, in one process or two, has the loss and the gradients of the whole."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from test_finetune_arms import QUICK, tiny
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from sfa_core.answers import answer_loss, training_batch
 from sfa_core.attention import inject
@@ -140,6 +143,31 @@ def test_memory_that_runs_out_there_halves_the_documents_here(saved, charts, tmp
                       loss=cut_loss(remote))
     assert (little.log.parts == 2).all() and little.log.targets.equals(plenty.log.targets)
     np.testing.assert_allclose(plenty.log.loss, little.log.loss, rtol=1e-4)
+
+
+def test_features_for_deeper_layers_are_cut_too():
+    "Qwen3-VL gives features of inner encoder layers to the first layers of its language model."
+    vision = dict(depth=3, hidden_size=32, intermediate_size=64, num_heads=2, patch_size=14, spatial_merge_size=2, temporal_patch_size=2, out_hidden_size=32,
+                  num_position_embeddings=16, deepstack_visual_indexes=[0, 1])
+    places = dict(rope_type="default", rope_theta=1e4, mrope_section=[4, 2, 2], mrope_interleaved=True)
+    text = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+                rope_parameters=places)
+    torch.manual_seed(0)
+    config = Qwen3VLConfig(vision_config=vision, text_config=text, image_token_id=5, vision_start_token_id=6, vision_end_token_id=7, video_token_id=8)
+    model = Qwen3VLForConditionalGeneration(config).eval()
+    ids = torch.tensor([[6, 5, 5, 5, 5, 7, 10, 11, 12, 13]] * 2)
+    batch = dict(input_ids=ids, labels=torch.where(ids > 10, ids, -100), position_ids=torch.arange(10).expand(3, 2, 10), attention_mask=torch.ones_like(ids),
+                 pixel_values=torch.randn(32, 3 * 2 * 14 * 14), image_grid_thw=torch.tensor([[1, 4, 4]] * 2))
+    side = LanguageSide(SimpleNamespace(model=model, devices=[torch.device("cpu")] * 2))
+    found = {}
+    for name, loss in (("whole", answer_loss), ("cut", cut_loss(side))):
+        model.zero_grad()
+        total, targets = loss(model, batch)
+        total.backward()
+        found[name] = total.item(), {key: weight.grad.clone() for key, weight in model.model.visual.named_parameters() if weight.grad is not None}
+    assert targets == 6 and len(side.leaves) > 2 and any("deepstack" in key for key in found["whole"][1])
+    assert np.isclose(found["cut"][0], found["whole"][0]) and found["cut"][1].keys() == found["whole"][1].keys()
+    assert all(torch.allclose(found["cut"][1][key], gradient, rtol=1e-4, atol=1e-6) for key, gradient in found["whole"][1].items())
 
 
 def test_halves_and_patterns(saved):

@@ -27,7 +27,7 @@ from sfa_core.processes import merge, shard, share
 def folder(tmp_path_factory):
     "The work of two processes, and beside it that of one."
     folder = tmp_path_factory.mktemp("processes")
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
                 "--dynamo_backend", "no", "--main_process_port", "0"]
     done = subprocess.run([*launcher, Path(__file__).with_name("many_processes.py"), folder], text=True, timeout=900, capture_output=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
