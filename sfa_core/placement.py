@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['LANGUAGE', 'WAIT', 'flatten', 'restore', 'EncodedImages', 'encode', 'LanguageSide', 'Cut', 'cut_loss', 'HalfBundle',
-           'half', 'send', 'receive', 'RemoteSide', 'reply_to', 'serve', 'connect', 'language_main', 'language_process',
-           'measured_step']
+           'half', 'send', 'receive', 'RemoteSide', 'reply_to', 'serve', 'check_alone', 'connect', 'language_main',
+           'language_process', 'measured_step']
 
 # %% ../notebooks/library/37_placement.ipynb #9ba19b01
 import json
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -246,20 +248,26 @@ def serve(
         send(peer, *reply)
 
 
+def check_alone() -> None:
+    "Refuse a process that belongs to a group already, with a RuntimeError."
+    if dist.is_initialized():
+        raise RuntimeError("this process belongs to a process group already; two halves are started on their own, not by torchrun")
+
+
 def connect(
     address: str,  # tcp://HOST:PORT of the near side, or file:///PATH on one machine
     rank: int,  # 0 is the side of the encoder, 1 the language model
 ) -> None:
     "Join the pair of processes; RuntimeError in a process that belongs to another group, such as one started by torchrun."
-    if dist.is_initialized():
-        raise RuntimeError("this process belongs to a process group already; two halves are started on their own, not by torchrun")
+    check_alone()
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2, timeout=WAIT)
 
 
-def language_main(address: str, name: str, options: dict[str, Any], threads: int) -> None:
+def language_main(place: str, name: str, options: dict[str, Any], threads: int) -> None:
     "Be the language process."
     torch.set_num_threads(threads)
-    connect(address, rank=1)
+    Path(place, "ready").touch()
+    connect(f"file://{place}/meeting", rank=1)
     try:
         serve(lambda: LanguageSide(half(load_model(name, **options), "language")))
     finally:
@@ -271,13 +279,17 @@ def language_process(
     name: str,  # of the model, as for `load_model`
     **options: Any,  # of `load_model`: precision, language_bits, placement of the language model
 ) -> Iterator[RemoteSide]:
-    "Hold the language half of a model in a process of its own for as long as the context lasts."
+    "Hold the language half of a model in a process of its own for as long as the context lasts; RuntimeError when it cannot be started."
+    check_alone()
     with tempfile.TemporaryDirectory() as place:
-        address = f"file://{place}/meeting"
         child = torch.multiprocessing.get_context("spawn").Process(
-            target=language_main, args=(address, str(name), options, torch.get_num_threads()), daemon=True)
+            target=language_main, args=(place, str(name), options, torch.get_num_threads()), daemon=True)
         child.start()
-        connect(address, rank=0)
+        while not Path(place, "ready").exists():
+            if not child.is_alive():
+                raise RuntimeError(f"the language process ended with exit code {child.exitcode} before it was ready")
+            time.sleep(0.05)
+        connect(f"file://{place}/meeting", rank=0)
         side = RemoteSide()
         try:
             yield side

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from .answers import Answer, answer
 from .documents import samples
 from .families import Family
-from .models import Bundle
+from .models import Bundle, quantized_layers
 from .structure import StructuralBias
 
 # %% ../notebooks/library/39_processes.ipynb #c9550e9c
@@ -38,7 +38,9 @@ def shard(
     model: nn.Module,  # the same in all processes
     family: Family,
 ) -> nn.Module:
-    "Spread the weights of a model over all processes, for good; RuntimeError in a process that was started alone."
+    "Spread the weights of a model over all processes, for good; ValueError for a quantised model, RuntimeError in a process that was started alone."
+    if quantized := quantized_layers(model):
+        raise ValueError(f"layer {quantized[0]} is quantised; weights of float types are expected to be spread, and a quantised model to be whole in every process")
     if not dist.is_initialized():
         raise RuntimeError("weights are spread over the processes of torchrun or accelerate launch; this process was started alone")
     whole_ones = {weight for module in model.modules() if isinstance(module, StructuralBias) for weight in module.parameters()}

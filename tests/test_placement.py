@@ -1,5 +1,7 @@
 """A model cut between projector and language model, in one process or two, has the loss and the gradients of the whole."""
 
+import os
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,9 +19,16 @@ from sfa_core.models import load_model, place, save_model
 from sfa_core.placement import LanguageSide, RemoteSide, connect, cut_loss, flatten, half, language_process, restore
 
 
-def test_a_language_model_that_cannot_be_loaded_is_said_here():
-    with language_process("/no/such/model") as side, pytest.raises(RuntimeError, match="language process: FileNotFoundError: no model folder"):
-        side.memory()
+def test_a_language_model_that_cannot_be_loaded_is_said_here_and_a_killed_process_is_noticed():
+    with language_process("/no/such/model") as side:
+        with pytest.raises(RuntimeError, match="language process: FileNotFoundError: no model folder"):
+            side.memory()
+        (child,) = torch.multiprocessing.active_children()
+        os.kill(child.pid, signal.SIGKILL)
+        child.join(60)
+        with pytest.raises(RuntimeError):
+            side.memory()
+    assert not torch.distributed.is_initialized()
 
 
 @pytest.fixture(scope="module")

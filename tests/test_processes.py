@@ -90,3 +90,6 @@ def test_what_cannot_be_shared_is_refused():
     with pytest.raises(RuntimeError, match="this process was started alone"):
         shard(bundle.model, bundle.family)
     assert not torch.distributed.is_initialized()
+    layer = type("Linear4bit", (torch.nn.Linear,), {"__module__": "bitsandbytes.nn"})(2, 2)
+    with pytest.raises(ValueError, match="layer 0 is quantised"):
+        shard(torch.nn.Sequential(layer), bundle.family)
