@@ -40,7 +40,7 @@ def shard(
 ) -> nn.Module:
     "Spread the weights of a model over all processes, for good; ValueError for a quantised model, RuntimeError in a process that was started alone."
     if quantized := quantized_layers(model):
-        raise ValueError(f"layer {quantized[0]} is quantised; weights of float types are expected to be spread, and a quantised model to be whole in every process")
+        raise ValueError(f"layer {quantized[0]} is quantised; unquantised weights are expected to be spread")
     if not dist.is_initialized():
         raise RuntimeError("weights are spread over the processes of torchrun or accelerate launch; this process was started alone")
     whole_ones = {weight for module in model.modules() if isinstance(module, StructuralBias) for weight in module.parameters()}
