@@ -29,7 +29,18 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from .families import Family, family_of
-from .kernels import MASK_BYTES, WIDEST, MaskCache, chunked_attention, combine_masks, constant_mask, low_rank_attention, may_cache
+from sfa_core.kernels import (
+    MASK_BYTES,
+    WIDEST,
+    MaskCache,
+    chunked_attention,
+    combine_masks,
+    constant_mask,
+    grid_attention,
+    low_rank_attention,
+    may_cache,
+    may_strip,
+)
 from .structure import TERMS, Geometry, StructuralBias, check_terms, grid_geometry, with_blocks
 
 # %% ../notebooks/library/25_attention.ipynb #810a3c35
@@ -75,6 +86,8 @@ def structural_attention(
         if may_cache(bias, geometry, query, cache):
             mask = combine_masks(constant_mask(bias, geometry, cache, query.dtype), attention_mask)
             output = scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
+        elif may_strip(geometry, query, attention_mask, dropout):
+            output = grid_attention(query, key, value, bias, geometry, scaling)
         else:
             factors = bias.factors(geometry)
             attend = low_rank_attention if query.shape[-1] + factors[0].shape[-1] <= WIDEST else chunked_attention

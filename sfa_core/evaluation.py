@@ -11,6 +11,7 @@ __all__ = ['SCORERS', 'GRADED', 'COLUMNS', 'MIN_DOCUMENTS', 'letter_score', 'kno
 # %% ../notebooks/library/72_evaluation.ipynb #e0342f04
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,7 @@ def evaluate(
     level: float = 0.95,
     seed: int = 0,                  # of the bootstrap; answers are greedy
     progress: bool = False,
+    accelerator: Any = None,        # accelerate.Accelerator whose processes share the questions; all get the same records
 ) -> tuple[pd.DataFrame, dict[str, Any]]:  # records and summary
     "Answer and score questions; names are checked before the model starts, ValueError for an unknown one or an empty set."
     row, asked = find_benchmark(benchmark), samples(data)
@@ -175,9 +177,13 @@ def evaluate(
     suffix = getattr(bundle.model.config, "prompt_suffix", row.suffix) if suffix is None else suffix
     tiles = tiles_of(bundle, row.tiles) if tiles is None else tiles
 
-    from sfa_core.answers import answer
+    if accelerator is None:
+        from sfa_core.answers import answer as reply
+    else:
+        from sfa_core.processes import answer_together
 
-    replies = answer(bundle, asked, batch_size=batch_size, max_new_tokens=max_new_tokens, suffix=suffix, tiles=tiles, progress=progress)
+        reply = partial(answer_together, accelerator=accelerator)
+    replies = reply(bundle, asked, batch_size=batch_size, max_new_tokens=max_new_tokens, suffix=suffix, tiles=tiles, progress=progress)
     records = make_records(asked, replies, scorer, profile)
     settings = settings_of(bundle, asked, benchmark=benchmark, scorer=scorer, profile=profile, suffix=suffix, tiles=tiles,
                            max_new_tokens=max_new_tokens, batch_size=batch_size, bootstrap_seed=seed, bootstrap_draws=draws)

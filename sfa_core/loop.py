@@ -34,6 +34,7 @@ from sfa_core.checkpoints import (
     set_random_state,
     write_checkpoint,
 )
+from .processes import clip_gradients, is_sharded, like, whole
 from .schedule import FREE_ON_RESUME, LoopConfig, make_optimizer, rate_share
 
 # %% ../notebooks/library/44_loop.ipynb #0dbfa015
@@ -77,11 +78,12 @@ def first_difference(there: object, here: object, name: str = "") -> str:  # emp
 def save_run(run: Run) -> Path:
     "Write a checkpoint of a run: weights, optimiser, random states of all processes, position and description."
     states = {name: run.optimizer.state[p] for name, p in run.parameters.items() if p in run.optimizer.state}
-    averages = {f"{key}/{name}": value for name, state in states.items() for key, value in state.items()}
+    weights = {name: whole(p.detach()) for name, p in run.parameters.items()}
+    averages = {f"{key}/{name}": whole(value) for name, state in states.items() for key, value in state.items()}
     chance, folder = gather_object([random_state()]), run.folder / "checkpoints"
     if run.accelerator.is_main_process:
         notes = dict(run=run.description(), position=asdict(run.position), random=chance)
-        write_checkpoint(folder, run.position.step, dict(weights=run.parameters, optimizer=averages), notes, run.config.keep)
+        write_checkpoint(folder, run.position.step, dict(weights=weights, optimizer=averages), notes, run.config.keep)
     run.accelerator.wait_for_everyone()
     return folder / f"step-{run.position.step:08d}"
 
@@ -94,11 +96,11 @@ def load_run(run: Run, path: Path) -> None:
         raise ValueError(f"{path} is refused: it belongs to another run, {difference}")
     with torch.no_grad():
         for name, parameter in run.parameters.items():
-            parameter.copy_(tensors["weights"][name])
+            parameter.copy_(like(tensors["weights"][name], parameter))
     for key, value in tensors["optimizer"].items():
         kind, name = key.split("/", 1)
         parameter = run.parameters[name]
-        run.optimizer.state[parameter][kind] = value.clone() if kind == "step" else torch.empty_like(parameter).copy_(value)
+        run.optimizer.state[parameter][kind] = value.clone() if kind == "step" else like(value, parameter.detach()).clone()
     run.position = Position(**notes["position"])
     set_random_state(notes["random"][run.accelerator.process_index])
 
@@ -177,6 +179,8 @@ def window_gradients(run: Run, batch_at: Callable, losses: Callable, split: Call
         parts = run.position.parts
         given = (batch_at(run.position.step, micro) for micro in micros)
         share = accumulate((piece for batch in given for piece in (split(batch, parts) if parts > 1 else [batch])), losses, acc.autocast)
+        if share is None and is_sharded(parameters):
+            raise MemoryError("out of memory with weights spread over processes, which cannot take a window again alone: a larger accumulation is expected")
         shares = gather_object([share and share | dict(touched=[p.grad is not None for p in parameters])])
         if all(shares):
             break
@@ -190,7 +194,7 @@ def window_gradients(run: Run, batch_at: Callable, losses: Callable, split: Call
     for i, parameter in enumerate(parameters):
         if not any(share["touched"][i] for share in shares):
             continue
-        if acc.num_processes > 1:
+        if acc.num_processes > 1 and not is_sharded([parameter]):  # spread gradients are summed already
             parameter.grad = acc.reduce(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad, "sum")
         parameter.grad.div_(max(targets, 1))
     names = sorted({name for share in shares for name in share["sums"]})
@@ -201,7 +205,7 @@ def take_step(run: Run, batch_at: Callable, losses: Callable, split: Callable = 
     "Train one step, or skip it when it has no targets, or its losses or gradients are not finite."
     position, config = run.position, run.config
     means, targets = window_gradients(run, batch_at, losses, split)
-    norm = float(torch.nn.utils.clip_grad_norm_(run.parameters.values(), config.clip_norm))
+    norm = clip_gradients(list(run.parameters.values()), config.clip_norm)
     bad = [name for name, value in means.items() if not math.isfinite(value)]
     reason = "no target tokens" if not targets else f"loss {bad[0]} is not finite" if bad else "" if math.isfinite(norm) else "gradient is not finite"
     share = rate_share(position.step, config)
@@ -250,7 +254,7 @@ def start_run(parameters: dict[str, Parameter], config: LoopConfig, folder: Path
     set_seed(config.seed, device_specific=True)
     if acc.num_processes > 1:
         with torch.no_grad():
-            for parameter in parameters.values():
+            for parameter in (p for p in parameters.values() if not is_sharded([p])):
                 parameter.copy_(broadcast(parameter.detach().clone()))
     resume_run(run, resume)
     if acc.is_main_process:

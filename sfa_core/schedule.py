@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 # %% ../notebooks/library/41_schedule.ipynb #df79dfbc
@@ -67,11 +68,11 @@ def rate_share(
 
 # %% ../notebooks/library/41_schedule.ipynb #31d751df
 def make_optimizer(parameters: dict[str, Parameter], config: LoopConfig) -> torch.optim.AdamW:
-    "Build AdamW with one group per peak rate and decay; a group's `peak` is its rate at the end of the warm-up."
+    "Build AdamW with one group per peak rate and decay, and for weights spread over processes; a group's `peak` is its rate at the end of the warm-up."
     groups = {}
     for name, parameter in parameters.items():
         peak = next((rate for part, rate in config.group_rates if part in name), config.learning_rate)
         decays = parameter.ndim >= 2 and not any(part in name for part in config.undecayed)
-        groups.setdefault((peak, config.weight_decay if decays else 0.0), []).append(parameter)
-    members = [dict(params=members, lr=peak, peak=peak, weight_decay=decay) for (peak, decay), members in groups.items()]
+        groups.setdefault((peak, config.weight_decay if decays else 0.0, isinstance(parameter, DTensor)), []).append(parameter)
+    members = [dict(params=members, lr=peak, peak=peak, weight_decay=decay) for (peak, decay, _), members in groups.items()]
     return torch.optim.AdamW(members, betas=tuple(config.betas))

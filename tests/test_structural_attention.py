@@ -25,7 +25,8 @@ from sfa_core.attention import (
     visible_attention,
 )
 from sfa_core.families import FAMILIES, family_of
-from sfa_core.kernels import MaskCache, chunked_attention, low_rank_attention, may_cache
+from sfa_core.kernels import MaskCache, chunked_attention, grid_attention, low_rank_attention, may_cache, may_strip
+from sfa_core.memory import MemoryProbe
 from sfa_core.structure import PADDING, TERMS, StructuralBias, grid_geometry, merge_cells, uniform_geometry, with_blocks
 
 INTERNVL = FAMILIES["internvl"]
@@ -172,6 +173,53 @@ def test_low_rank_equals_the_dense_oracle(dtype, special, kind, terms):
         ours = outputs_and_gradients(lambda q, k, v, attend=attend: attend(q, k, v, bias.factors(geometry), scaling), bias, tensors, projection)
         for mine, theirs in zip(ours, reference, strict=True):
             assert error_of(mine, theirs) < CLOSE[dtype]
+
+
+@pytest.mark.parametrize("strip", [1, 9, 512])
+@pytest.mark.parametrize("special", [0, 1, 2])
+@pytest.mark.parametrize("kind", ["uniform", "blocks"])
+@pytest.mark.parametrize("terms", [TERMS, ("row",), ("block",), ("column", "distance")])
+def test_strips_equal_the_dense_oracle(monkeypatch, strip, special, kind, terms):
+    "Outputs and all gradients, whether strips divide the grid or not, in both dtypes."
+    monkeypatch.setattr("sfa_core.kernels.STRIP", strip)
+    for dtype in CLOSE:
+        bias, geometry = random_bias(heads=3, terms=terms, dtype=dtype), geometry_of(kind, special)
+        *tensors, projection = torch.randn(4, 3, 3, geometry.tokens, 8, dtype=dtype, generator=torch.Generator().manual_seed(5))
+        assert may_strip(geometry, tensors[0], None, 0.0)
+
+        def dense(query, key, value):
+            return scaled_dot_product_attention(query, key, value, attn_mask=bias.dense(geometry).expand(3, -1, -1, -1), scale=0.3)  # noqa: B023
+
+        ours = outputs_and_gradients(lambda q, k, v: grid_attention(q, k, v, bias, geometry, 0.3), bias, tensors, projection)  # noqa: B023
+        for mine, theirs in zip(ours, outputs_and_gradients(dense, bias, tensors, projection), strict=True):
+            assert error_of(mine, theirs) < CLOSE[dtype]
+
+
+def test_strips_are_only_for_whole_grids_on_a_cpu_in_full_precision():
+    query = torch.zeros(3, 2, 13, 8)
+    assert may_strip(geometry_of("uniform", 1), query, None, 0.0)
+    assert not any(may_strip(geometry_of(kind, 1), query, None, 0.0) for kind in ("shuffled", "merged", "merged_blocks"))
+    refused = [(query.bfloat16(), None, 0.0), (query, torch.zeros(1, 1, 13, 13), 0.0), (query, None, 0.1), (query.expand(3, 2, 13, 8).to("meta"), None, 0.0)]
+    assert not any(may_strip(geometry_of("uniform", 1), *given) for given in refused)
+
+
+@pytest.mark.parametrize("side, blocks", [(16, False), (32, True), (64, False)])
+def test_memory_is_linear_no_table_of_all_pairs_is_alive(side, blocks):
+    "A probe sees every tensor made, forward and backward: with strips the largest holds STRIP rows of pairs, while the dense bias holds all."
+    bias, geometry = StructuralBias(1), uniform_geometry(side, side, 1)
+    geometry = with_blocks(geometry, torch.arange(side * side)[None] % 16, 16) if blocks else geometry
+    tensors, pairs = torch.randn(3, 1, 1, geometry.tokens, 8), geometry.tokens**2
+
+    def largest(attend):
+        leaves = [tensor.clone().requires_grad_(True) for tensor in tensors]
+        with MemoryProbe() as probe:
+            attend(*leaves).sum().backward()
+        return probe.largest // 4
+
+    found = largest(lambda q, k, v: grid_attention(q, k, v, bias, geometry, 0.3))
+    assert found <= 528 * geometry.tokens and (side == 16 or found < pairs)
+    if side < 64:
+        assert largest(lambda q, k, v: scaled_dot_product_attention(q, k, v, attn_mask=bias.dense(geometry).expand(1, -1, -1, -1), scale=0.3)) >= pairs
 
 
 def test_chunks_of_queries_change_nothing(monkeypatch):
