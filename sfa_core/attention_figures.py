@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['effect_text', 'entropy_violins', 'attention_frames']
 
-# %% ../notebooks/library/76_attention_figures.ipynb #b2aea44a
+# %% ../notebooks/library/76_attention_figures.ipynb #f8434fe3
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +17,7 @@ from plotly.subplots import make_subplots
 from .figures import GROUP_COLOURS, attention_maps, columns_of
 from .style import INK, in_style
 
-# %% ../notebooks/library/76_attention_figures.ipynb #c3cb57b9
+# %% ../notebooks/library/76_attention_figures.ipynb #de08cd53
 def effect_text(
     row: Any,  # effect, effect_low, effect_high
 ) -> str:
@@ -41,14 +41,13 @@ def entropy_violins(
     known = sorted(table["layer"].unique())
     layers = known[:6] if layers is None else list(layers)
     if not layers or len(layers) > 6 or not set(layers) <= set(known) or not set(pair) <= set(table["region"]):
-        raise ValueError(f"layers {layers} and groups {pair}, expected at most 6 of the layers {[int(layer) for layer in known]} and two of "
-                         f"{', '.join(sorted(set(table['region'])))}")
-    columns = min(2, len(layers))
-    rows = -(-len(layers) // columns)
-    figure = make_subplots(
-        rows, columns, subplot_titles=[f"layer {layer}" for layer in layers], vertical_spacing=0.36 / rows, horizontal_spacing=0.07, shared_yaxes=True
-    )
+        groups = ", ".join(sorted(set(table["region"])))
+        raise ValueError(f"layers {layers} and groups {pair}, expected at most 6 of the layers {[int(layer) for layer in known]} and two of {groups}")
     heads = [str(head) for head in sorted(table["head"].unique())]
+    columns = min(1 if len(heads) > 3 else 2, len(layers))  # the effects under the heads must stay readable
+    rows = -(-len(layers) // columns)
+    names = [f"layer {layer}" for layer in layers]
+    figure = make_subplots(rows, columns, subplot_titles=names, vertical_spacing=0.36 / rows, horizontal_spacing=0.07, shared_yaxes=True)
     for index, layer in enumerate(layers):
         place = {"row": index // columns + 1, "col": index % columns + 1}
         for side, group in zip(("negative", "positive"), pair, strict=True):
@@ -74,14 +73,23 @@ def entropy_violins(
             )
         effects = contrast[contrast["layer"] == layer].assign(head=lambda part: part["head"].astype(str)).set_index("head")
         ticks = [f"head {head}<br>{effect_text(effects.loc[head])}" for head in heads]
-        figure.update_xaxes(type="category", tickvals=heads, ticktext=ticks, categoryorder="array", categoryarray=heads, tickfont={"size": 11}, **place)
+        figure.update_xaxes(
+            type="category",
+            tickvals=heads,
+            ticktext=ticks,
+            categoryorder="array",
+            categoryarray=heads,
+            tickfont={"size": 11},
+            tickangle=0 if len(heads) <= 6 else -90,
+            **place,
+        )
     figure.update_xaxes(range=[-0.6, len(heads) - 0.4])
     figure.update_xaxes(title_text="effect size with 95 % interval, under each head", row=rows)
     figure.update_yaxes(title_text=unit, col=1)
-    in_style(figure, title, subtitle, 300 * rows, above=64)
+    in_style(figure, title, subtitle, 260 * rows, above=64)
     return figure.update_layout(violinmode="overlay", violingap=0.1, showlegend=True, legend={"y": 1 + 0.12 / rows}, margin={"b": 90})
 
-# %% ../notebooks/library/76_attention_figures.ipynb #3b5e9fe3
+# %% ../notebooks/library/76_attention_figures.ipynb #2dc551de
 def attention_frames(
     image: Any,  # (Y, X, 3) uint8 or a PIL image
     states: Mapping[str, Mapping[str, np.ndarray]],  # state of the slider -> name -> (h, w) attention

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['word_row', 'AttentionExplorer']
 
-# %% ../notebooks/library/80_explorer.ipynb #d015471d
+# %% ../notebooks/library/80_explorer.ipynb #a33101e3
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from .paths import exports_root
 from .style import ARM_NAMES, save_figure
 from .views import Choice, Recorder, View, look, trace_values, view_figure, view_limits
 
-# %% ../notebooks/library/80_explorer.ipynb #39155a60
+# %% ../notebooks/library/80_explorer.ipynb #ec7bc1ff
 def word_row(explorer: "AttentionExplorer", arm: str, words: tuple[str, ...]) -> widgets.HBox:
     """Make a row of buttons, a word of the answer each."""
     buttons = []
@@ -33,7 +33,7 @@ def word_row(explorer: "AttentionExplorer", arm: str, words: tuple[str, ...]) ->
         [widgets.HTML(f"{ARM_NAMES.get(arm, arm)} answers:&nbsp;"), *buttons], layout=widgets.Layout(flex_flow="row wrap", align_items="center")
     )
 
-# %% ../notebooks/library/80_explorer.ipynb #cca3e908
+# %% ../notebooks/library/80_explorer.ipynb #d5f92337
 class AttentionExplorer:
     """Widgets over recorded pages; `view` is what is shown, `choose` shows something else, `ask` adds a question of one's own."""
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REGIONS', 'DENSE', 'text_map', 'token_regions', 'by_region', 'paired_contrast']
 
-# %% ../notebooks/library/51_regions.ipynb #06774740
+# %% ../notebooks/library/51_regions.ipynb #d63a56a9
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -14,9 +14,9 @@ from scipy.stats import norm, t
 
 from .documents import Sample
 from .places import box_mask, box_means
-from .probes import UNITS, AttentionRecord, known_mean
+from .records import UNITS, AttentionRecord, known_mean
 
-# %% ../notebooks/library/51_regions.ipynb #06614d57
+# %% ../notebooks/library/51_regions.ipynb #6de5519a
 REGIONS = ("text-dense", "sparse", "special")
 DENSE = 0.3  # share of a token's area
 
@@ -39,7 +39,7 @@ def token_regions(
     dense = np.where(box_means(density, boxes) > threshold, *REGIONS[:2])
     return np.where(np.isnan(boxes).any(axis=1), REGIONS[2], dense)
 
-# %% ../notebooks/library/51_regions.ipynb #3f2e548f
+# %% ../notebooks/library/51_regions.ipynb #4d5763de
 def by_region(
     seen: AttentionRecord,  # of the encoder
     densities: Mapping[str, np.ndarray],  # sample -> (Y, X) density of text, 0..1, in pixels of the image
@@ -63,7 +63,7 @@ def by_region(
             parts.append(part.assign(sample=sample, tile=tile, region=region, n=int((regions == region).sum())))
     return pd.concat(parts, ignore_index=True)[["sample", "tile", "layer", "head", "region", "value", "n"]]
 
-# %% ../notebooks/library/51_regions.ipynb #e858abb1
+# %% ../notebooks/library/51_regions.ipynb #84d618c4
 def paired_contrast(
     table: pd.DataFrame,  # sample, a column that names groups, value, and the columns of `by`
     pair: tuple[str, str] = REGIONS[:2],  # the difference is the first minus the second

@@ -15,12 +15,18 @@ from .style import ARM_COLOURS, DENSITY, SYMBOLS, in_style
 
 # %% ../notebooks/library/78_token_figures.ipynb #75c84dad
 METHODS = {
-    "full": (ARM_COLOURS["control"], "full grid"), "uniform": ("#5E35B1", "uniform resize"), "random": ("#6D4C41", "random tree"),
-    "guard": (ARM_COLOURS["sfa"], "guard only"), "density": (ARM_COLOURS["adat"], "density + guard"), "blocks": (DENSITY, "density blocks + SFA"),
+    "full": (ARM_COLOURS["control"], "full grid"),
+    "uniform": ("#5E35B1", "uniform resize"),
+    "random": ("#6D4C41", "random tree"),
+    "guard": (ARM_COLOURS["sfa"], "guard only"),
+    "density": (ARM_COLOURS["adat"], "density + guard"),
+    "blocks": (DENSITY, "density blocks + SFA"),
     "thresholds": ("#C2185B", "published thresholds + guard"),
 }  # method -> colour, name
 COSTS = {
-    "encoder_tokens": "encoder tokens per tile", "language_tokens": "language tokens per tile", "gflop": "GFLOP per tile, density network included",
+    "encoder_tokens": "encoder tokens per tile",
+    "language_tokens": "language tokens per tile",
+    "gflop": "GFLOP per tile, density network included",
     "milliseconds": "encoder with planning, ms per tile",
 }  # column -> axis title
 
@@ -42,13 +48,23 @@ def cost_curves(
             colour, name = METHODS.get(str(method), ("#558B2F", str(method)))
             part, symbol = part.sort_values(cost), SYMBOLS[index % len(SYMBOLS)]
             bars = {"type": "data", "symmetric": False, "array": part["high"] - part["rate"], "arrayminus": part["rate"] - part["low"]}
-            figure.add_trace(go.Scatter(
-                x=part[cost], y=part["rate"], error_y={**bars, "color": colour, "thickness": 1.4, "width": 3}, mode="lines+markers", name=name,
-                legendgroup=str(method), showlegend=at == 0,
-                line={"color": colour, "width": 2}, marker={"color": colour, "size": 9, "symbol": symbol},
-                customdata=part[["n", "low", "high"]].to_numpy(),
-                hovertemplate=f"{name}: %{{x:.4g}}, %{{y:.1%}} [%{{customdata[1]:.1%}}, %{{customdata[2]:.1%}}], n = %{{customdata[0]:,}}<extra></extra>",
-            ), row=row, col=column)
+            figure.add_trace(
+                go.Scatter(
+                    x=part[cost],
+                    y=part["rate"],
+                    error_y={**bars, "color": colour, "thickness": 1.4, "width": 3},
+                    mode="lines+markers",
+                    name=name,
+                    legendgroup=str(method),
+                    showlegend=at == 0,
+                    line={"color": colour, "width": 2},
+                    marker={"color": colour, "size": 9, "symbol": symbol},
+                    customdata=part[["n", "low", "high"]].to_numpy(),
+                    hovertemplate=f"{name}: %{{x:.4g}}, %{{y:.1%}} [%{{customdata[1]:.1%}}, %{{customdata[2]:.1%}}], n = %{{customdata[0]:,}}<extra></extra>",
+                ),
+                row=row,
+                col=column,
+            )
         figure.update_xaxes(title_text=COSTS[cost], rangemode="tozero", row=row, col=column)
     figure.update_yaxes(tickformat=".0%")
     figure.update_yaxes(title_text="right, with 95 % interval", col=1)

@@ -6,7 +6,7 @@
 __all__ = ['LIMIT', 'LARGE', 'SINK', 'Page', 'Recorder', 'Choice', 'View', 'tile_of', 'heads_of', 'look', 'page_map',
            'trace_values', 'view_limits', 'view_figure']
 
-# %% ../notebooks/library/79_views.ipynb #43f5b79b
+# %% ../notebooks/library/79_views.ipynb #0a466cda
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -24,10 +24,11 @@ from .documents import Sample
 from .finetune import load_arm
 from .models import Bundle
 from .places import cells_of, spread
-from .probes import AttentionRecord, record
+from .probes import record
+from .records import AttentionRecord
 from .style import ARM_NAMES, INK, SCALES, arm_look, colour_bar, in_style, png_source, see_through
 
-# %% ../notebooks/library/79_views.ipynb #7b849fc5
+# %% ../notebooks/library/79_views.ipynb #cd4f8b90
 LIMIT = 2**28  # bytes of maps kept for one page and arm
 LARGE = 1024  # tokens that an image of a native tower is taken to have
 SINK = 8.0  # a key that gets so many times its even share of all queries' attention is shown as a sink
@@ -93,7 +94,7 @@ class Recorder:
                 page.vision[arm] = seen = record(self.bundle, [page.sample], queries=[token], tiles=self.tiles)
         return seen.maps[tile, layer][:, int(np.flatnonzero(seen.queries == token)[0])]
 
-# %% ../notebooks/library/79_views.ipynb #8cfeabad
+# %% ../notebooks/library/79_views.ipynb #7f288c02
 @dataclass(frozen=True)
 class Choice:
     """What to look at."""
@@ -183,7 +184,7 @@ def page_map(page: Page, seen: AttentionRecord, tile: int, values: np.ndarray) -
     whole = (0, 0, *page.image.size)
     return spread(values, seen.boxes[tile], whole, cells_of(seen.boxes.reshape(-1, 4), whole))
 
-# %% ../notebooks/library/79_views.ipynb #b67de17a
+# %% ../notebooks/library/79_views.ipynb #718a89be
 def trace_values(
     view: View,
 ) -> list[dict[str, Any]]:  # updates of the traces, in their order
@@ -274,5 +275,5 @@ def view_figure(
     in_style(figure, "", "", edge + 250, above=30, width=width)
     figure.update_annotations(font={"size": 13})
     figure.layout.annotations = figure.layout.annotations[::-1]  # the first one changes with the view
-    legend = {"y": 0.3, "yanchor": "bottom", "x": 0, "font": {"size": 12}}
+    legend = {"y": 0.84 * 170 / (edge + 170), "yanchor": "bottom", "x": 0, "font": {"size": 12}}  # above the entropy
     return figure.update_layout(view_limits(view)).update_layout(width=width, margin={"l": 40, "r": 150, "b": 46}, showlegend=len(arms) == 2, legend=legend)

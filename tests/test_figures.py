@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from sfa_core.attention_figures import attention_frames, entropy_violins
-from sfa_core.density_figures import cross_architecture, density_gallery, motivation, token_efficiency
+from sfa_core.density_figures import cross_architecture, density_gallery, motivation
 from sfa_core.figures import (
     ARM_COLOURS, architecture, attention_maps, difference_forest, document_gallery, entropy_by_layer, head_grid, save_figure, score_by_kind, structural_bias,
     training_loss,
@@ -184,14 +184,6 @@ def test_density_gallery_holds_label_and_prediction_and_says_their_error():
     assert (figure.layout.coloraxis.cmin, figure.layout.coloraxis.cmax) == (0, 1)
 
 
-def test_token_counts_are_drawn_in_order_with_their_intervals():
-    table = pd.DataFrame([("adat", 90, 0.5, 0.4, 0.7, 100), ("adat", 40, 0.3, 0.2, 0.4, 100), ("baseline", 256, 0.6, 0.5, 0.7, 100)],
-                         columns=["arm", "tokens", "rate", "low", "high", "n"])
-    figure = titled(token_efficiency(table))
-    assert list(figure.data[0].x) == [40, 90] and list(figure.data[0].y) == [0.3, 0.5] and figure.data[0].line.color == FACTS["adat"]
-    assert np.allclose(figure.data[0].error_y.array, [0.1, 0.2]) and np.allclose(figure.data[0].error_y.arrayminus, [0.1, 0.1])
-
-
 def test_architectures_hold_differences_in_points():
     rows = [("A", "own", "vision", 0.01, 0.002, 0.02, 9), ("B", "SigLIP", "vision", -0.01, -0.02, 0.001, 9), ("B", "SigLIP", "sfa", 0.0, -0.1, 0.1, 9)]
     table = pd.DataFrame(rows, columns=["model", "encoder", "arm", "difference", "low", "high", "n"])
@@ -223,7 +215,6 @@ def test_architectures_hold_differences_in_points():
         (lambda: attention_frames(PAGE, {"0": {"a": np.eye(2)}, "1": {"b": np.eye(2)}}), "expected at least one, and the same maps in each"),
         (lambda: motivation(PAGE, np.eye(2), np.zeros((0, 4)), np.zeros((1, 4))), "patches have shapes .0, 4. and .1, 4."),
         (lambda: density_gallery([PAGE], [], []), "1 images, 0 labels, 0 predictions and 0 names"),
-        (lambda: token_efficiency(pd.DataFrame(columns=["arm"])), "a table of token counts has 0 rows"),
         (lambda: cross_architecture(pd.DataFrame({"model": ["a"]})), "a table of models has 1 rows and the columns model"),
         (lambda: save_figure(go.Figure(), "x", formats=("svg",)), "formats are 'svg', expected one or more of html, png, pdf"),
         (lambda: save_figure(go.Figure(), "x", formats=()), "formats are none"),
