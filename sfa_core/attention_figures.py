@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['effect_text', 'entropy_violins', 'attention_frames']
 
-# %% ../notebooks/library/76_attention_figures.ipynb #f8434fe3
+# %% ../notebooks/library/76_attention_figures.ipynb #999faff7
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +17,7 @@ from plotly.subplots import make_subplots
 from .figures import GROUP_COLOURS, attention_maps, columns_of
 from .style import INK, in_style
 
-# %% ../notebooks/library/76_attention_figures.ipynb #de08cd53
+# %% ../notebooks/library/76_attention_figures.ipynb #166e0d1d
 def effect_text(
     row: Any,  # effect, effect_low, effect_high
 ) -> str:
@@ -89,7 +89,7 @@ def entropy_violins(
     in_style(figure, title, subtitle, 260 * rows, above=64)
     return figure.update_layout(violinmode="overlay", violingap=0.1, showlegend=True, legend={"y": 1 + 0.12 / rows}, margin={"b": 90})
 
-# %% ../notebooks/library/76_attention_figures.ipynb #2dc551de
+# %% ../notebooks/library/76_attention_figures.ipynb #2af7669d
 def attention_frames(
     image: Any,  # (Y, X, 3) uint8 or a PIL image
     states: Mapping[str, Mapping[str, np.ndarray]],  # state of the slider -> name -> (h, w) attention

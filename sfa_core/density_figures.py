@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['draw_boxes', 'motivation', 'density_gallery', 'cross_architecture']
 
-# %% ../notebooks/library/78_density_figures.ipynb #21642ce3
+# %% ../notebooks/library/78_density_figures.ipynb #eb6a9cfe
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +16,7 @@ import plotly.graph_objects as go
 from .figures import columns_of
 from .style import ARM_COLOURS, INK, SCALES, arm_look, colour_bar, draw_page, grid_panels, in_style, over, png_source
 
-# %% ../notebooks/library/78_density_figures.ipynb #0d569900
+# %% ../notebooks/library/78_density_figures.ipynb #14d336b3
 def draw_boxes(
     figure: go.Figure,
     place: tuple[int, int],  # row and column of the panel
@@ -53,7 +53,7 @@ def motivation(
     figure.update_layout(coloraxis={"colorscale": SCALES["density"], "cmin": 0, "cmax": 1, "colorbar": colour_bar("density")})
     return in_style(figure, title, subtitle, height + 24, above=26).update_layout(margin={"l": 30, "r": 110, "b": 24}, showlegend=False)
 
-# %% ../notebooks/library/78_density_figures.ipynb #bd41852e
+# %% ../notebooks/library/78_density_figures.ipynb #8c615c43
 def density_gallery(
     images: Sequence[Any],  # (Y, X, 3) uint8 or PIL images
     labels: Sequence[np.ndarray],  # (h, w) 0..1
@@ -81,7 +81,7 @@ def density_gallery(
     figure.update_layout(coloraxis={"colorscale": SCALES["density"], "cmin": 0, "cmax": 1, "colorbar": colour_bar("density") | {"len": min(1, 300 / height)}})
     return in_style(figure, title, subtitle, height + 24, above=26).update_layout(margin={"l": 30, "r": 110, "b": 24})
 
-# %% ../notebooks/library/78_density_figures.ipynb #f9aebc09
+# %% ../notebooks/library/78_density_figures.ipynb #723461d2
 def cross_architecture(
     table: pd.DataFrame,  # model, encoder, arm, difference, low, high (rates, -1..1), n
     title: str = "Difference to the control, by architecture",

@@ -6,7 +6,7 @@
 __all__ = ['BUDGET', 'Call', 'catching', 'watching', 'widened', 'logits_of', 'structural_factors', 'normalised',
            'attention_chunks', 'Places', 'place_tokens', 'pointed', 'measure_layer', 'followed', 'measure_word']
 
-# %% ../notebooks/library/49_measures.ipynb #b8b8d095
+# %% ../notebooks/library/49_measures.ipynb #9f72b0e3
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,7 +23,7 @@ from .families import TokenGrid
 from .records import STORED
 from .windows import Calls
 
-# %% ../notebooks/library/49_measures.ipynb #276cf7f3
+# %% ../notebooks/library/49_measures.ipynb #38652120
 @dataclass(frozen=True, eq=False)
 class Call:
     """What an attention module handed to its kernel."""
@@ -63,7 +63,7 @@ def catching(
     finally:
         ALL_ATTENTION_FUNCTIONS.get_interface = before
 
-# %% ../notebooks/library/49_measures.ipynb #0a5638d8
+# %% ../notebooks/library/49_measures.ipynb #9937bc73
 @contextmanager
 def watching(
     modules: Sequence[nn.Module],
@@ -79,7 +79,7 @@ def watching(
             stack.callback(module.register_forward_pre_hook(partial(hook, index), with_kwargs=True).remove)
         yield
 
-# %% ../notebooks/library/49_measures.ipynb #06be3525
+# %% ../notebooks/library/49_measures.ipynb #6dde8851
 BUDGET = 2**19  # bytes of probabilities held at a time; softmax, entropy and measures need about seven times as much
 
 
@@ -153,7 +153,7 @@ def attention_chunks(
         chosen = slice(start, min(start + step, tokens))
         yield chosen, *normalised(logits(call.query[:, :, chosen], places[:, chosen], factors(chosen)))
 
-# %% ../notebooks/library/49_measures.ipynb #a9903e16
+# %% ../notebooks/library/49_measures.ipynb #809e2746
 @dataclass(frozen=True, eq=False)
 class Places:
     """Where the tokens of a batch of tiles are, on the device of the encoder."""
@@ -184,7 +184,7 @@ def pointed(
     found = evidence[:, None, None].expand(*best.shape, -1).gather(-1, best[..., None])[..., 0]
     return torch.where(found.isnan(), found, (found > 0).to(found))
 
-# %% ../notebooks/library/49_measures.ipynb #66255db9
+# %% ../notebooks/library/49_measures.ipynb #72217149
 def measure_layer(
     call: Call,
     places: Places,
@@ -229,7 +229,7 @@ def followed(
         rows = (rows @ table + rows) / 2
     return rows
 
-# %% ../notebooks/library/49_measures.ipynb #949ad912
+# %% ../notebooks/library/49_measures.ipynb #2ddd8d5c
 def measure_word(
     call: Call,  # of a layer of the language model
     images: Tensor,  # (B, K) places of the image tokens among the keys, -1 where an image has fewer

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['token_boxes', 'row_boxes', 'language_boxes', 'cells_of', 'box_means', 'box_mask', 'coverage', 'spread']
 
-# %% ../notebooks/library/47_places.ipynb #162c08a8
+# %% ../notebooks/library/47_places.ipynb #60559950
 import math
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ from .families import TokenGrid
 from .images import Box, tile_regions
 from .models import Bundle
 
-# %% ../notebooks/library/47_places.ipynb #e1371da3
+# %% ../notebooks/library/47_places.ipynb #6c104eb3
 def token_boxes(
     grid: TokenGrid,  # of one tile
     regions: Sequence[Box],  # of T tiles
@@ -73,7 +73,7 @@ def cells_of(
     x0, y0, x1, y1 = boxes[~np.isnan(boxes).any(axis=1)].T
     return round((region[3] - region[1]) / (y1 - y0).min()), round((region[2] - region[0]) / (x1 - x0).min())
 
-# %% ../notebooks/library/47_places.ipynb #ae0cd544
+# %% ../notebooks/library/47_places.ipynb #7c5c6038
 def box_means(
     picture: np.ndarray,  # (Y, X)
     boxes: np.ndarray,  # (K, 4) pixels; nan rows give 0
@@ -115,7 +115,7 @@ def coverage(
     """Return the share of every token's area that lies inside the boxes, their overlaps counted once."""
     return box_means(box_mask(boxes, size), grid.boxes(tuple(region)))
 
-# %% ../notebooks/library/47_places.ipynb #2117bb79
+# %% ../notebooks/library/47_places.ipynb #ea3f9a11
 def spread(
     values: np.ndarray,  # (K,)
     boxes: np.ndarray,  # (K, 4) pixels; tokens without a box give nothing

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['evidence_in', 'image_sizes', 'placed', 'RowMeasures', 'record_tiles', 'record_words', 'record', 'check_request']
 
-# %% ../notebooks/library/50_probes.ipynb #4643877d
+# %% ../notebooks/library/50_probes.ipynb #249289c6
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +23,7 @@ from .models import Bundle
 from .places import box_mask, box_means, cells_of, language_boxes
 from .records import STORED, AttentionRecord, join, known_mean, padded
 
-# %% ../notebooks/library/50_probes.ipynb #59f2c7ce
+# %% ../notebooks/library/50_probes.ipynb #933c3e45
 def evidence_in(
     sample: Sample,
     boxes: np.ndarray,  # (K, 4) pixels of tokens
@@ -140,7 +140,7 @@ def record_tiles(
         ]
     )
 
-# %% ../notebooks/library/50_probes.ipynb #97dc6d54
+# %% ../notebooks/library/50_probes.ipynb #0fccec51
 @torch.no_grad()
 def record_words(
     bundle: Bundle,
@@ -194,7 +194,7 @@ def record_words(
         "words": tuple(tuple(bundle.tokenizer.decode([token]) for token in said) for said in spoken),
     }
 
-# %% ../notebooks/library/50_probes.ipynb #901d9179
+# %% ../notebooks/library/50_probes.ipynb #4297fd35
 def record(
     bundle: Bundle,
     data: Any,  # a dataset of documents, or samples

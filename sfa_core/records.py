@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STORED', 'UNITS', 'OF_EVIDENCE', 'known_mean', 'AttentionRecord', 'padded', 'join']
 
-# %% ../notebooks/library/48_records.ipynb #bd3b5046
+# %% ../notebooks/library/48_records.ipynb #b6e9a69d
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +16,7 @@ import pandas as pd
 from .families import TokenGrid
 from .places import spread
 
-# %% ../notebooks/library/48_records.ipynb #f720b3b6
+# %% ../notebooks/library/48_records.ipynb #dad08d9d
 STORED = ("entropy", "same_row", "same_column", "special_mass", "distance", "evidence_mass", "pointing")
 UNITS = {
     "entropy": "nats", "effective": "tokens", "relative": "share of ln N", "same_row": "mass", "same_column": "mass", "special_mass": "mass",
@@ -34,7 +34,7 @@ def known_mean(
     count = known.sum(axis)
     return np.divide(np.where(known, values, 0).sum(axis, dtype=np.float64), count, out=np.full(np.shape(count), np.nan), where=count > 0)
 
-# %% ../notebooks/library/48_records.ipynb #e56bcbc5
+# %% ../notebooks/library/48_records.ipynb #e1b9a556
 @dataclass(frozen=True, eq=False)
 class AttentionRecord:
     """What attention did on some pages; all arrays float32, axes B rows, L layers, H heads, Q queries, K keys (see the table above)."""
@@ -147,7 +147,7 @@ class AttentionRecord:
         holds = np.flatnonzero((left <= x) & (x < right) & (top <= y) & (y < bottom))
         return int(holds[np.argmin(((right - left) * (bottom - top))[holds])])
 
-# %% ../notebooks/library/48_records.ipynb #9d704fa6
+# %% ../notebooks/library/48_records.ipynb #ad8abb9c
 def padded(
     parts: Sequence[Any],  # arrays (n, ...), n may differ
     filler: float,

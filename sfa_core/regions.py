@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REGIONS', 'DENSE', 'text_map', 'token_regions', 'by_region', 'paired_contrast']
 
-# %% ../notebooks/library/51_regions.ipynb #d63a56a9
+# %% ../notebooks/library/51_regions.ipynb #f8d89312
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -16,7 +16,7 @@ from .documents import Sample
 from .places import box_mask, box_means
 from .records import UNITS, AttentionRecord, known_mean
 
-# %% ../notebooks/library/51_regions.ipynb #6de5519a
+# %% ../notebooks/library/51_regions.ipynb #032422b7
 REGIONS = ("text-dense", "sparse", "special")
 DENSE = 0.3  # share of a token's area
 
@@ -39,7 +39,7 @@ def token_regions(
     dense = np.where(box_means(density, boxes) > threshold, *REGIONS[:2])
     return np.where(np.isnan(boxes).any(axis=1), REGIONS[2], dense)
 
-# %% ../notebooks/library/51_regions.ipynb #4d5763de
+# %% ../notebooks/library/51_regions.ipynb #f3f411a6
 def by_region(
     seen: AttentionRecord,  # of the encoder
     densities: Mapping[str, np.ndarray],  # sample -> (Y, X) density of text, 0..1, in pixels of the image
@@ -63,7 +63,7 @@ def by_region(
             parts.append(part.assign(sample=sample, tile=tile, region=region, n=int((regions == region).sum())))
     return pd.concat(parts, ignore_index=True)[["sample", "tile", "layer", "head", "region", "value", "n"]]
 
-# %% ../notebooks/library/51_regions.ipynb #84d618c4
+# %% ../notebooks/library/51_regions.ipynb #c69aaa2d
 def paired_contrast(
     table: pd.DataFrame,  # sample, a column that names groups, value, and the columns of `by`
     pair: tuple[str, str] = REGIONS[:2],  # the difference is the first minus the second

@@ -6,7 +6,7 @@
 __all__ = ['LIMIT', 'LARGE', 'SINK', 'Page', 'Recorder', 'Choice', 'View', 'tile_of', 'heads_of', 'look', 'page_map',
            'trace_values', 'view_limits', 'view_figure']
 
-# %% ../notebooks/library/79_views.ipynb #0a466cda
+# %% ../notebooks/library/79_views.ipynb #00e66e95
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -28,7 +28,7 @@ from .probes import record
 from .records import AttentionRecord
 from .style import ARM_NAMES, INK, SCALES, arm_look, colour_bar, in_style, png_source, see_through
 
-# %% ../notebooks/library/79_views.ipynb #cd4f8b90
+# %% ../notebooks/library/79_views.ipynb #d4ed741f
 LIMIT = 2**28  # bytes of maps kept for one page and arm
 LARGE = 1024  # tokens that an image of a native tower is taken to have
 SINK = 8.0  # a key that gets so many times its even share of all queries' attention is shown as a sink
@@ -94,7 +94,7 @@ class Recorder:
                 page.vision[arm] = seen = record(self.bundle, [page.sample], queries=[token], tiles=self.tiles)
         return seen.maps[tile, layer][:, int(np.flatnonzero(seen.queries == token)[0])]
 
-# %% ../notebooks/library/79_views.ipynb #7f288c02
+# %% ../notebooks/library/79_views.ipynb #aaf0ae5e
 @dataclass(frozen=True)
 class Choice:
     """What to look at."""
@@ -184,7 +184,7 @@ def page_map(page: Page, seen: AttentionRecord, tile: int, values: np.ndarray) -
     whole = (0, 0, *page.image.size)
     return spread(values, seen.boxes[tile], whole, cells_of(seen.boxes.reshape(-1, 4), whole))
 
-# %% ../notebooks/library/79_views.ipynb #718a89be
+# %% ../notebooks/library/79_views.ipynb #c45e3045
 def trace_values(
     view: View,
 ) -> list[dict[str, Any]]:  # updates of the traces, in their order

@@ -23,7 +23,7 @@ from sfa_core.probes import record
 from sfa_core.views import Choice, Recorder, look, view_figure
 
 PLOT = "document.querySelector('.sfa-explorer .js-plotly-plot')"
-QUESTION = "text => document.querySelectorAll('.sfa-explorer select')[1].selectedOptions[0].text === text"
+QUESTION = "text => document.querySelectorAll('.sfa-explorer select')[1].selectedOptions[0].text.replaceAll('\\u00a0', ' ') === text"
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +165,8 @@ def test_explorer_answers_the_mouse_in_jupyterlab(bundle, asked, run_in_lab, tmp
     "Slider, dropdown, click on the map, click on a word, own question: after each, the browser holds the numbers that the model gives for that choice."
     notebook = tmp_path / "explore.ipynb"
     cell = nbformat.v4.new_code_cell(CELLS.format(root=str(ROOT), folder=str(tmp_path)))
-    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), notebook)
+    kernel = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=kernel), notebook)
     page = run_in_lab(notebook)
     page.wait_for_function(f"() => {PLOT}?._fullData?.length > 6", timeout=120_000)
     recorder = Recorder(bundle, max_new_tokens=4)
@@ -208,8 +209,18 @@ def test_explorer_answers_the_mouse_in_jupyterlab(bundle, asked, run_in_lab, tmp
     page.wait_for_function(QUESTION, arg=other.question, timeout=60_000)
     page.wait_for_timeout(500)
     expect(other, tower="language", layer=2, head=1)
+    picture = tmp_path / "own.png"
+    asked[0].image.resize((168, 140)).save(picture)
+    with page.expect_file_chooser() as chooser:
+        page.locator(".sfa-explorer .jupyter-button", has_text="image").click()
+    chooser.value.set_files(str(picture))  # an own image
+    page.wait_for_function("() => document.querySelector('.sfa-explorer').innerText.includes('image (1)')", timeout=30_000)
+    page.locator(".sfa-explorer input[type=text]").first.fill("What is here?")
+    page.get_by_role("button", name="ask", exact=True).click()
+    page.wait_for_function(QUESTION, arg="What is here?", timeout=60_000)
+    page.wait_for_timeout(500)
+    expect(replace(own, id="own", question="What is here?", source=Image.open(picture)), tower="language", layer=2, head=1)
     page.get_by_role("button", name="save picture").click()
     page.wait_for_function("() => document.querySelector('.sfa-explorer').innerText.includes('saved ')", timeout=120_000)
-    (saved,) = tmp_path.glob("*.png")
+    (saved,) = (path for path in tmp_path.glob("*.png") if path != picture)
     assert Image.open(saved).size[0] >= 1100 and page.errors == []
-    page.screenshot(path=str(tmp_path / "lab.png"))
