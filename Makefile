@@ -1,5 +1,5 @@
-# make tour | test | lab | export | rendered | site | lint | hooks.  PIP_ARGS goes to pip (README: CPU-only or another CUDA build of torch).
-.PHONY: tour test lab export rendered site lint hooks
+# make tour | test | bench | lab | export | rendered | site | lint | hooks.  PIP_ARGS goes to pip (README: CPU-only or another CUDA build of torch).
+.PHONY: tour test bench lab export rendered site lint hooks
 .DELETE_ON_ERROR:
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -10,7 +10,10 @@ tour: $(INSTALLED)
 	$(BIN)/sfa run 00_tour
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -q tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup tests
+
+bench: $(INSTALLED)
+	$(BIN)/python tests/bench.py
 
 lab: $(INSTALLED)
 	$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)" $(LAB_ARGS)

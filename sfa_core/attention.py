@@ -42,6 +42,7 @@ from sfa_core.kernels import (
     may_strip,
 )
 from .structure import TERMS, Geometry, StructuralBias, check_terms, grid_geometry, with_blocks
+from .windows import Calls, follow_sizes, set_image_blocks, stop_following
 
 # %% ../notebooks/library/25_attention.ipynb #810a3c35
 CHILD = "structure"  # name of the bias below an attention module
@@ -58,6 +59,8 @@ def placed_bias(
     geometry, (batch, _, tokens, _) = bias.geometry, query.shape
     if geometry is None:
         raise ValueError("the structural bias has no geometry: attach it with inject")
+    if isinstance(geometry, Calls):
+        return bias, geometry.take(tokens)
     if geometry.tokens != tokens:
         raise ValueError(f"the encoder sees {tokens} tokens, the geometry places {geometry.tokens} on a grid of {geometry.size[0]} x {geometry.size[1]}")
     if geometry.batch not in ((), (1,), (batch,)):
@@ -83,7 +86,7 @@ def structural_attention(
     bias, geometry = found
     cache = module.structure_cache
     with torch.autocast(query.device.type, enabled=False):
-        if may_cache(bias, geometry, query, cache):
+        if cache is not None and may_cache(bias, geometry, query, cache):
             mask = combine_masks(constant_mask(bias, geometry, cache, query.dtype), attention_mask)
             output = scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
         elif may_strip(geometry, query, attention_mask, dropout):
@@ -140,17 +143,20 @@ def inject(
     """Attach structural attention to a model's encoder; ValueError for an unsupported model, unknown terms or one that has it already."""
     if family_of(model) != family:
         raise ValueError(f"the model is of family {family_of(model).name}, got the row of family {family.name}")
-    terms, attentions, grid = check_terms(terms), family.attentions_of(model), family.grid(model)
+    terms, attentions = check_terms(terms), family.attentions_of(model)
     if any(hasattr(attention, CHILD) for attention in attentions):
         raise ValueError("the model has structural attention already: call eject first")
-    geometry = grid_geometry(grid.row, grid.column, grid.special, grid.height, grid.width)
+    grid = None if family.native else family.grid(model)
     seeds = np.random.SeedSequence(seed).generate_state(len(attentions))
     biases = [StructuralBias(attention.num_heads, blocks, terms, int(own)) for attention, own in zip(attentions, seeds, strict=True)]
     replaced = vision_attention(model)
     for attention, bias in zip(attentions, biases, strict=True):
         attention.add_module(CHILD, bias.to(next(attention.parameters()).device))
-        attention.structure_cache, attention.structure_replaced = MaskCache(MASK_BYTES // len(attentions)), replaced
-    set_geometry(model, family, geometry)
+        attention.structure_cache, attention.structure_replaced = None if family.native else MaskCache(MASK_BYTES // len(attentions)), replaced
+    if family.native:
+        follow_sizes(family.tower_of(model), attentions, family)
+    else:
+        set_geometry(model, family, grid_geometry(grid.row, grid.column, grid.special, grid.height, grid.width))
     use_attention(model, "sfa")
     return biases
 
@@ -161,6 +167,8 @@ def eject(
 ) -> PreTrainedModel:
     """Detach structural attention and return the model as it was before `inject`; ValueError when it has none."""
     structures_of(model, family)
+    if family.native:
+        stop_following(family.tower_of(model))
     for attention in family.attentions_of(model):
         replaced = attention.structure_replaced
         for name in (CHILD, "structure_cache", "structure_replaced"):
@@ -213,7 +221,9 @@ def set_geometry(
     family: Family,
     geometry: Geometry,
 ) -> None:
-    """Give every attached bias the places of the tokens to come; stays until changed."""
+    """Give every attached bias the places of the tokens to come; stays until changed. ValueError for a tower that places its tokens itself."""
+    if family.native:
+        raise ValueError(f"{family.name} sees images at their own size and places their tokens at every forward pass; expected a family with fixed tiles")
     ready: dict[tuple, Geometry] = {}
     for bias in structures_of(model, family):
         weight = next(bias.parameters())
@@ -226,10 +236,12 @@ def set_geometry(
 def set_blocks(
     model: PreTrainedModel,
     family: Family,
-    block_ids: Tensor | None,  # (B, cells) int, a row per image (tile), cells row by row; None puts every patch in block 0
+    block_ids: Tensor | Sequence[Tensor] | None,  # (B, cells) int, a row per image (tile), cells row by row; for native sizes a list of (cells,); None: block 0
 ) -> None:
     """Assign blocks to the patches of the images of the next batch; ValueError for a wrong shape, dtype or id."""
     bias = structures_of(model, family)[0]
+    if family.native:
+        return set_image_blocks(family.tower_of(model), block_ids)
     plain = replace(bias.geometry, block=None)
     if block_ids is not None and block_ids.ndim != 2:
         raise ValueError(f"block ids have shape {tuple(block_ids.shape)}, expected (images, {int((~plain.special).sum(-1).max())})")
@@ -246,9 +258,9 @@ def structure_card(
     blocks: int,
 ) -> dict:
     """Describe structural weights and the encoder they fit."""
-    attentions, grid = family.attentions_of(model), family.grid(model)
+    attentions, grid = family.attentions_of(model), None if family.native else family.grid(model)
     encoder = {"family": family.name, "layers": len(attentions), "heads": attentions[0].num_heads, "width": model.config.vision_config.hidden_size,
-               "grid": [grid.height, grid.width]}
+               "grid": [grid.height, grid.width] if grid else family.views}
     return {"encoder": encoder, "terms": list(terms), "blocks": blocks}
 
 

@@ -6,7 +6,7 @@
 __all__ = ['SHORT', 'LETTER', 'LETTER_KOREAN', 'REFERENCES', 'VQA_FIELDS', 'OPTION_FIELDS', 'BENCHMARKS', 'SYNTHETIC_SEED',
            'SYNTHETIC_DOCUMENTS', 'Benchmark', 'both', 'find_benchmark', 'benchmark_table', 'with_choices',
            'choices_of', 'sample_of', 'option_answer', 'image_file', 'hub_rows', 'local_rows', 'release_rows',
-           'folder_rows', 'folder_evidence', 'load_benchmark', 'choose', 'unique']
+           'folder_rows', 'folder_evidence', 'load_benchmark', 'from_rows', 'is_release', 'choose', 'unique']
 
 # %% ../notebooks/library/05_benchmarks.ipynb #1d19a970
 import hashlib
@@ -24,6 +24,7 @@ import numpy as np
 import pandas as pd
 
 from .documents import Evidence, Sample, TextBox, documents, samples
+from .releases import chartqa_rows, find_split
 
 # %% ../notebooks/library/05_benchmarks.ipynb #78c1b467
 SHORT = "\nAnswer the question using a single word or phrase."
@@ -165,13 +166,14 @@ def hub_rows(benchmark: Benchmark, split: str, source: str | Path | None, stream
     "Open a split of a benchmark kept in the hub's layout, images not decoded; FileNotFoundError says how to get it, ValueError names the splits there are."
     if source is not None and Path(source).is_dir():
         data = local_rows(benchmark, split, Path(source), stream)
-    elif source is not None and not re.fullmatch(r"[\w-]+/[\w.-]+", str(source)):
+    elif source is not None and not re.fullmatch(r"[\w-]+/[\w.-]+(@[\w.-]+)?", str(source)):
         raise FileNotFoundError(f"benchmark {benchmark.name}: no folder {source}; expected a local copy or a hub id such as {benchmark.hubs[0]}")
     else:
         hubs, reasons, data = (str(source),) if source else benchmark.hubs, [], None
         for hub in hubs:
+            hub, _, revision = hub.partition("@")   # owner/name@commit asks for that commit
             try:
-                data = datasets.load_dataset(hub, benchmark.config, split=split, streaming=stream)
+                data = datasets.load_dataset(hub, benchmark.config, split=split, streaming=stream, revision=revision or None)
                 break
             except ValueError as error:   # reached, but this split or configuration is not there
                 raise ValueError(f"benchmark {benchmark.name}: {hub} has no split {split!r} of configuration {benchmark.config}: {error}") from error
@@ -274,7 +276,7 @@ SYNTHETIC_DOCUMENTS = 200
 def load_benchmark(
     name: str,                         # a key of BENCHMARKS
     split: str | None = None,          # None: the benchmark's own
-    source: str | Path | None = None,  # local folder or other hub id; for "synthetic" the generator's preset
+    source: str | Path | None = None,  # local folder or other hub id; for "synthetic" the generator's preset, with a language as in "rich-ko"
     limit: int | None = None,          # most questions; None: all (for "synthetic" those of 200 documents)
     seed: int | None = None,           # of the random choice under `limit`, or of the generated documents
 ) -> list[Sample]:
@@ -286,18 +288,18 @@ def load_benchmark(
     if name == "synthetic":
         if split != benchmark.split:
             raise ValueError(f"benchmark synthetic has no split {split!r}, expected {benchmark.split!r}; other documents come from other seeds")
+        preset, _, language = str(source or "embedded").partition("-")
         number, found = min(limit or SYNTHETIC_DOCUMENTS, SYNTHETIC_DOCUMENTS), []
         while len(found) < (limit or 1):
-            found = samples(documents(number, SYNTHETIC_SEED if seed is None else seed, preset=str(source or "embedded")))
+            found = samples(documents(number, SYNTHETIC_SEED if seed is None else seed, preset=preset, language=language or "en"))
             number *= 2   # the first documents of a seed stay the same
         return unique(found[:limit], name)
     if not benchmark.hubs:
         if source is None or not Path(source).is_dir():
             raise FileNotFoundError(f"benchmark {name}: got source {source}, expected a local folder; {benchmark.note}")
-        rows = folder_rows(Path(source)) if name == "folder" else release_rows(benchmark, split, Path(source))
-        chosen = choose(list(rows), limit, seed) if seed is not None else islice(rows, limit)
-        found = [Sample(r["id"], r["document"], r["kind"], r["question"], tuple(r["answers"]), r["image"], r.get("evidence")) for r in chosen]
-        return unique(found, name)
+        return from_rows(folder_rows(Path(source)) if name == "folder" else release_rows(benchmark, split, Path(source)), limit, seed, name)
+    if name == "chartqa" and source is not None and Path(source).is_dir() and is_release(Path(source)):
+        return from_rows(chartqa_rows(Path(source), split), limit, seed, name)
     data, images = hub_rows(benchmark, split, source, stream=limit is not None and seed is None), {}
     kind = benchmark.fields.get("kind")
     kinds = (data.features or {}).get(kind)
@@ -307,6 +309,17 @@ def load_benchmark(
         named = row | {kind: kinds.int2str(row[kind])} if isinstance(kinds, datasets.ClassLabel) else row
         found.append(sample_of(benchmark, named, f"{split}-{i:05d}", images))
     return unique(found, name)
+
+
+def from_rows(rows: Iterable[dict], limit: int | None, seed: int | None, name: str) -> list[Sample]:
+    "Make samples of rows that have the fields of a sample already, the first or a random choice of them."
+    chosen = choose(list(rows), limit, seed) if seed is not None else islice(rows, limit)
+    return unique((Sample(r["id"], r["document"], r["kind"], r["question"], tuple(r["answers"]), r["image"], r.get("evidence")) for r in chosen), name)
+
+
+def is_release(folder: Path) -> bool:
+    "Tell whether a folder holds ChartQA as its authors released it, whatever the split."
+    return any(find_split(folder, split) for split in ("test", "val", "train"))
 
 
 def choose(rows: Sequence, limit: int | None, seed: int) -> list:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHORT_WORDS', 'WORDS', 'SERIES', 'TITLES', 'EMBEDDED_KINDS', 'LATIN_FONTS', 'PRESETS', 'BOX', 'FEATURES', 'TextBox',
-           'Evidence', 'Sample', 'decode', 'Document', 'make_document', 'generator_version', 'documents', 'evidence_of',
-           'samples']
+           'Evidence', 'Sample', 'as_seen', 'decode', 'Document', 'make_document', 'generator_version', 'documents',
+           'evidence_of', 'samples']
 
 # %% ../notebooks/library/04_documents.ipynb #f5b6108c
 import hashlib
@@ -63,13 +63,22 @@ class Sample:
         return decode(self.source, self.id)
 
 
+def as_seen(image: PILImage.Image) -> PILImage.Image:
+    "Give the RGB image a viewer shows: transparent parts on white paper, 16-bit grey scaled to 8 bits."
+    if image.mode.startswith("I") and image.getextrema()[1] > 255:
+        image = PILImage.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        image = PILImage.alpha_composite(PILImage.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
+
+
 def decode(source, name: str) -> PILImage.Image:
     "Decode bytes, a path or a PIL image to RGB; ValueError with `name` if that fails."
     if isinstance(source, PILImage.Image):
-        return source.convert("RGB")
+        return as_seen(source)
     try:
         with PILImage.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return image.convert("RGB")
+            return as_seen(image)
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError, PILImage.DecompressionBombError) as error:
         raise ValueError(f"{name}: the image cannot be decoded ({error}); expected a PNG or JPEG file") from error
 

@@ -11,6 +11,7 @@ __all__ = ['SCORERS', 'GRADED', 'COLUMNS', 'MIN_DOCUMENTS', 'letter_score', 'kno
 # %% ../notebooks/library/72_evaluation.ipynb #e0342f04
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -166,10 +167,13 @@ def evaluate(
     level: float = 0.95,
     seed: int = 0,                  # of the bootstrap; answers are greedy
     progress: bool = False,
+    intervention: Any = None,       # a VARConfig, VHRConfig or KnockoutConfig, at work while the model answers
     accelerator: Any = None,        # accelerate.Accelerator whose processes share the questions; all get the same records
 ) -> tuple[pd.DataFrame, dict[str, Any]]:  # records and summary
     "Answer and score questions; names are checked before the model starts, ValueError for an unknown one or an empty set."
     row, asked = find_benchmark(benchmark), samples(data)
+    if silent := [sample.id for sample in asked if not sample.answers]:
+        raise ValueError(f"question {silent[0]} has no answers, expected at least one")
     scorer = known("scorer", row.scorer if scorer is None else scorer, SCORERS)
     known("profile", profile, PROFILES)
     if tiles is not None and tiles < 1:
@@ -183,10 +187,12 @@ def evaluate(
         from sfa_core.processes import answer_together
 
         reply = partial(answer_together, accelerator=accelerator)
-    replies = reply(bundle, asked, batch_size=batch_size, max_new_tokens=max_new_tokens, suffix=suffix, tiles=tiles, progress=progress)
+    with nullcontext() if intervention is None else intervention.attach(bundle):
+        replies = reply(bundle, asked, batch_size=batch_size, max_new_tokens=max_new_tokens, suffix=suffix, tiles=tiles, progress=progress)
     records = make_records(asked, replies, scorer, profile)
     settings = settings_of(bundle, asked, benchmark=benchmark, scorer=scorer, profile=profile, suffix=suffix, tiles=tiles,
-                           max_new_tokens=max_new_tokens, batch_size=batch_size, bootstrap_seed=seed, bootstrap_draws=draws)
+                           max_new_tokens=max_new_tokens, batch_size=batch_size, bootstrap_seed=seed, bootstrap_draws=draws,
+                           intervention=None if intervention is None else repr(intervention))
     return records, summarise(records, settings, draws, level, seed)
 
 # %% ../notebooks/library/72_evaluation.ipynb #bc7ea27c

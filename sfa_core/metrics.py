@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['YEAR', 'LIST', 'SCALES', 'NUMBER_WITH_UNIT', 'PROFILES', 'CONTRACTED', 'CONTRACTIONS', 'NUMBER_WORDS', 'MARKS',
-           'FULL_WIDTH', 'LEAD', 'WRAPPING', 'as_answers', 'parse_number', 'relaxed_match', 'list_items',
+           'FULL_WIDTH', 'LEAD', 'COPULA', 'WRAPPING', 'as_answers', 'parse_number', 'relaxed_match', 'list_items',
            'strict_match', 'number_readings', 'lenient_match', 'relaxed_accuracy', 'exact_match', 'anls',
            'normalise_answer', 'vqa_accuracy', 'ocrbench_score', 'option_letter', 'Interval', 'wilson_interval',
            'check_level', 'cluster_means', 'percentile_interval', 'clustered_bootstrap', 'paired_bootstrap', 'McNemar',
@@ -194,6 +194,7 @@ def ocrbench_score(
 
 # %% ../notebooks/library/65_metrics.ipynb #dc27585b
 LEAD = re.compile(r".*(?:\banswer(?:\s+is|\s*:)+|\b(?:option|choice)(?:\s+is\b|\s*:)?|정답(?:은|\s*:)?)\s*:?\s*(?=\S)", flags=re.IGNORECASE | re.DOTALL)
+COPULA = re.compile(r"(?<=[\w.)])\s*(?:번\s*)?(?:입니다|이에요|예요)[\s.!]*$")  # Korean "it is", written onto the word before it
 WRAPPING = " \t\r\n*$\"'`“”.,:;!()[]{}"
 
 
@@ -208,7 +209,7 @@ def option_letter(
     def bare(text: str) -> str:
         return " ".join(text.casefold().split()).strip(WRAPPING)
     whole = prediction.replace("\\boxed", " ")
-    for text in (whole, LEAD.sub("", whole)):
+    for text in (whole, LEAD.sub("", whole), COPULA.sub("", LEAD.sub("", whole))):
         named = [letter for letter, option in options.items() if bare(option) and bare(text) == bare(option)]
         if len(named) == 1:
             return named[0]

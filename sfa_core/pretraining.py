@@ -24,10 +24,11 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from .answers import answer_loss, answer_tokens, image_tokens, pack, pixel_table, prompt_tokens, training_batch
+from .answers import answer_loss, answer_tokens, pack, prompt_tokens, training_batch
 from .dense import DenseHeads, dense_losses, dense_targets, patch_features
 from .documents import SHORT_WORDS, documents, generator_version
 from .loop import LoopConfig, train
+from .images import image_tokens, pixel_table
 from .embedded import EmbeddedConfig, train_tokenizer
 from .models import Bundle, new_bundle
 from .paths import exports_root

@@ -26,6 +26,7 @@ class Geometry:
     special: Tensor  # (..., N) bool: class tokens and padding, without structure
     block: Tensor | None = None  # (..., N, K) weights over blocks, per image; None puts every patch in block 0
     log_area: Tensor | None = None  # (..., N) log of the area in base cells, 0 for special tokens, PADDING where no token is; None means all areas are 1
+    total: int | None = None  # h + w of the whole image where the tokens see a window of it; None: of the base grid
 
     @property
     def tokens(self) -> int:
@@ -36,6 +37,11 @@ class Geometry:
     def size(self) -> tuple[int, int]:
         """Return the base grid, (h, w)."""
         return self.row.shape[-1], self.column.shape[-1]
+
+    @property
+    def extent(self) -> int:
+        """Return h + w, which distances are divided by."""
+        return sum(self.size) if self.total is None else self.total
 
     @property
     def batch(self) -> torch.Size:
@@ -50,7 +56,7 @@ class Geometry:
         function: Callable[[Tensor], Tensor],  # moves or converts one tensor
     ) -> "Geometry":
         """Apply a function to every floating tensor, and to the flags where they must follow to another device."""
-        moved = {f.name: function(t) for f in fields(self) if (t := getattr(self, f.name)) is not None and t.is_floating_point()}
+        moved = {f.name: function(t) for f in fields(self) if isinstance(t := getattr(self, f.name), Tensor) and t.is_floating_point()}
         return replace(self, special=self.special.to(moved["row"].device), **moved)
 
 # %% ../notebooks/library/20_structure.ipynb #6ae5506d
@@ -127,7 +133,7 @@ def merge_cells(
     mean = member / area.clamp(min=1).unsqueeze(-1)
     log_area = torch.where(area == 0, PADDING, area.clamp(min=1).log())
     block = None if geometry.block is None else mean @ geometry.block
-    return Geometry(mean @ geometry.row, mean @ geometry.column, special | (area == 0), block, log_area)
+    return Geometry(mean @ geometry.row, mean @ geometry.column, special | (area == 0), block, log_area, geometry.total)
 
 # %% ../notebooks/library/20_structure.ipynb #d507267e
 TERMS = ("row", "column", "distance", "block")
@@ -239,7 +245,7 @@ def dense_bias(
         table = table + bias.column[:, None, None] * (column @ column.mT).unsqueeze(-3)
     if bias.distance is not None:
         steps = [place @ distance_table(place.shape[-1], place) @ place.mT for place in (row, column)]
-        table = table - bias.distance[:, None, None] * ((steps[0] + steps[1]) / sum(geometry.size)).unsqueeze(-3)
+        table = table - bias.distance[:, None, None] * ((steps[0] + steps[1]) / geometry.extent).unsqueeze(-3)
     if bias.block is not None:
         scalar = bias.block_scalars(geometry)
         table = table + scalar.unsqueeze(-1) * scalar.unsqueeze(-2)
@@ -256,7 +262,7 @@ def bias_factors(
     patch = (~geometry.special).to(weight)[..., None, :, None]
     queries, keys, reference = [], [], None
     for term, place in (("row", geometry.row), ("column", geometry.column)):
-        table = bias.axis_table(term, place.shape[-1], sum(geometry.size))
+        table = bias.axis_table(term, place.shape[-1], geometry.extent)
         if table is not None:
             seen = place.unsqueeze(-3) @ table  # (..., H, N, side): the bias towards each base row
             queries.append(seen[..., :-1] - seen[..., -1:])

@@ -135,6 +135,76 @@ def test_original_releases_become_samples(name, tmp_path):
 
 
 @pytest.fixture
+def release(tmp_path):
+    "ChartQA as its authors ship it: two charts, one annotated, and a folder around it."
+    test = tmp_path / "ChartQA Dataset" / "test"
+    for name in ("png", "tables", "annotations"):
+        (test / name).mkdir(parents=True)
+    for shade, name in enumerate(("two_col_1", "multi_2")):
+        (test / "png" / f"{name}.png").write_bytes(png(shade)["bytes"])
+        (test / "tables" / f"{name}.csv").write_text("Year,Share of adults\n2019,14\n2020,\"1,550\"\n\n", encoding="utf-8-sig")
+    label = {"text": "adults", "bbox": {"x": 1, "y": 2, "w": 3, "h": 4}}
+    ticks = {"values": ["2019", 2020], "bboxes": [{"x": 0, "y": 5, "w": 2, "h": 1}, {"x": 4, "y": 5, "w": 2, "h": 1}]}
+    figure = {"title": {"text": "Shares", "bbox": {"x": 0, "y": 0, "w": 5, "h": 1}}, "figure_info": {"bbox": {"x": 0, "y": 0, "w": 8, "h": 6}},
+              "x_axis": {"major_labels": ticks, "label": {"text": "", "bbox": {"x": 0, "y": 0, "w": 1, "h": 1}}}, "legend": {"items": [{"label": label}]}}
+    bars = [{"name": "adults", "bboxes": [{"x": 0, "y": 1, "w": 1, "h": 4}], "x": ["2019"], "y": [14]}]
+    (test / "annotations" / "two_col_1.json").write_text(json.dumps({"type": "v_bar", "models": bars, "general_figure_info": figure}))
+    (test / "test_human.json").write_text(json.dumps([dict(imgname="two_col_1.png", query="Which year?", label="2020"),
+                                                      dict(imgname="multi_2.png", query="Share?", label="62%")]))
+    (test / "test_augmented.json").write_text(json.dumps([dict(imgname="two_col_1.png", query="How many in 2020?", label="1550")]))
+    return tmp_path
+
+
+def test_the_release_of_chartqa_brings_its_evidence(release):
+    first, second, third = load_benchmark("chartqa", source=release)
+    assert [(s.id, s.kind, s.answers) for s in (first, second, third)] == [
+        ("test-human-00000", "human", ("2020",)), ("test-human-00001", "human", ("62%",)), ("test-machine-00000", "machine", ("1550",))]
+    assert first.document == third.document != second.document and second.image.getpixel((0, 0))[0] == 1
+    assert first.evidence.table == (("Year", "Share of adults"), ("2019", "14"), ("2020", "1,550")) == second.evidence.table
+    assert [(t.text, t.box, t.role) for t in first.evidence.texts] == [
+        ("Shares", (0, 0, 5, 1), "title"), ("2019", (0, 5, 2, 6), "tick"), ("2020", (4, 5, 6, 6), "tick"), ("adults", (1, 2, 4, 6), "legend")]
+    assert second.evidence.texts == () and first.evidence is third.evidence
+    assert len(load_benchmark("chartqa", source=release / "ChartQA Dataset" / "test", limit=2)) == 2
+    assert {s.id for s in load_benchmark("chartqa", source=release, limit=2, seed=1)} < {first.id, second.id, third.id}
+    (release / "ChartQA Dataset" / "test" / "tables" / "multi_2.csv").unlink()
+    assert load_benchmark("chartqa", source=release)[1].evidence is None
+
+
+@pytest.mark.parametrize("file, content, kind, words", [
+    ("png/multi_2.png", None, FileNotFoundError, "question 1 of test_human.json is about .*multi_2.png, which is missing"),
+    ("test_augmented.json", None, FileNotFoundError, "no .*test_augmented.json; expected the human and the augmented"),
+    ("test_human.json", '[{"imgname": "multi_2.png", "query": "?"}]', ValueError, "question 0 of test_human.json has no field label; it has imgname, query"),
+    ("annotations/two_col_1.json", "{", ValueError, "two_col_1.json cannot be read"),
+    ("annotations/two_col_1.json", '{"text": "a", "bbox": {"x": 1}}', ValueError, "two_col_1.json cannot be read .*expected ChartQA's annotation"),
+    ("tables/two_col_1.csv", b"\xff\xfe\xff", ValueError, "two_col_1.csv cannot be read")])
+def test_what_is_wrong_in_a_release_is_named(release, file, content, kind, words):
+    path = release / "ChartQA Dataset" / "test" / file
+    path.unlink() if content is None else path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(kind, match=words):
+        load_benchmark("chartqa", source=release)
+
+
+def test_a_split_that_a_release_lacks_is_named(release):
+    with pytest.raises(FileNotFoundError, match="no train_human.json or train_augmented.json in .*; it has test"):
+        load_benchmark("chartqa", "train", release)
+
+
+def test_korean_goes_through_to_the_score(copy):
+    from types import SimpleNamespace
+
+    from sfa_core.evaluation import make_records
+    reply = lambda text: SimpleNamespace(prediction=text, truncated=False, seconds=0.0, error=None)
+    asked = load_benchmark("k_dtcbench", source=copy("k_dtcbench"))
+    records = make_records(asked, [reply(text) for text in ("A", "정답은 B입니다", "4", "(D) 4")], BENCHMARKS["k_dtcbench"].scorer)
+    assert records["correct"].tolist() == [True, True, False, True]
+    drawn = load_benchmark("synthetic", source="rich-ko", limit=6)
+    assert any("\uac00" <= letter <= "\ud7a3" for s in drawn for letter in s.question) and all(s.evidence.table for s in drawn)
+    assert make_records(drawn, [reply(s.answers[0]) for s in drawn])["correct"].all() and drawn[0].image.size == (448, 448)
+    with pytest.raises(ValueError, match="unknown language 'xx'"):
+        load_benchmark("synthetic", source="rich-xx", limit=2)
+
+
+@pytest.fixture
 def own(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").write_bytes(png(9)["bytes"])
@@ -220,7 +290,7 @@ def test_an_unreachable_hub_says_how_to_get_the_data(monkeypatch):
 def test_the_hub_is_asked_for_the_right_thing_and_streamed_under_a_limit(monkeypatch):
     asked = []
 
-    def hub(name, config, split, streaming):
+    def hub(name, config, split, streaming, revision):
         asked.append((name, config, split, streaming))
         return table("docvqa").to_iterable_dataset() if streaming else table("docvqa")
     monkeypatch.setattr(datasets, "load_dataset", hub)

@@ -28,6 +28,24 @@ def test_all_ink_of_a_text_lies_in_its_box_and_on_the_page(kind, seed, preset, l
         assert inked[y0].any() and inked[y1 - 1].any() and inked[:, x0].any() and inked[:, x1 - 1].any(), "the box is tight"
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
+def test_an_image_of_any_mode_is_read_as_it_looks(mode):
+    "White paper, a black mark, a grey mark; transparent paper counts as white."
+    grey = np.full((8, 8), 255, np.uint8)
+    grey[2:4], grey[5:7] = 0, 0 if mode == "1" else 128
+    if mode == "I;16":
+        image = Image.fromarray(grey.astype(np.uint16) * 257)
+    elif mode in ("LA", "RGBA"):
+        image = Image.merge("LA", [Image.fromarray(np.where(grey == 255, 0, grey).astype(np.uint8)), Image.fromarray(np.where(grey == 255, 0, 255).astype(np.uint8))])
+        image = image.convert(mode)
+    else:
+        image = Image.fromarray(grey).convert(mode if mode in ("L", "P", "1") else "RGB").convert(mode)
+    stream = io.BytesIO()
+    image.save(stream, "TIFF")
+    for seen in (decode(image, "x"), decode(stream.getvalue(), "x")):
+        assert seen.mode == "RGB" and np.abs(np.asarray(seen).astype(int) - grey[..., None]).max() <= 1
+
+
 def numbers(row):
     "The table of a dataset row as numbers, by label and series."
     clean = lambda cell: float(cell.replace(",", "").rstrip("%"))

@@ -12,6 +12,8 @@ import plotly.graph_objects as go
 import pytest
 from PIL import Image
 
+from sfa_core.attention_figures import attention_frames, entropy_violins
+from sfa_core.density_figures import cross_architecture, density_gallery, motivation
 from sfa_core.figures import (
     ARM_COLOURS, architecture, attention_maps, difference_forest, document_gallery, entropy_by_layer, head_grid, save_figure, score_by_kind, structural_bias,
     training_loss,
@@ -131,6 +133,65 @@ def test_architecture_names_parameters_and_what_is_trained():
         architecture(parts.assign(within=["", "decoder", ""]))
 
 
+def regions_and_contrast():
+    draw = np.random.default_rng(2)
+    rows = [dict(layer=layer, head=head, region=region, value=draw.normal())
+            for layer in (3, 5) for head in (0, 1) for region in ("text-dense", "sparse") for _ in range(9)]
+    effects = [(3, 0, -0.8, -1.2, -0.4), (3, 1, 0.1, -0.2, 0.4), (5, 0, 0.9, 0.1, 1.7), (5, 1, 0.0, -0.1, 0.1)]
+    return pd.DataFrame(rows), pd.DataFrame(effects, columns=["layer", "head", "effect", "effect_low", "effect_high"]).assign(n=9)
+
+
+def test_violins_hold_every_document_and_print_each_effect_with_its_interval():
+    table, contrast = regions_and_contrast()
+    figure = titled(entropy_violins(table, contrast), axes=False)
+    assert len(figure.data) == 4
+    for trace, (layer, group) in zip(figure.data, [(3, "text-dense"), (3, "sparse"), (5, "text-dense"), (5, "sparse")], strict=True):
+        part = table[(table["layer"] == layer) & (table["region"] == group)]
+        assert np.allclose(trace.y, part["value"], atol=1e-6) and list(trace.x) == [str(head) for head in part["head"]]
+    ticks = [*figure.layout.xaxis.ticktext, *figure.layout.xaxis2.ticktext]
+    assert ticks == ["head 0<br><b>−0.80</b><br>[−1.20, −0.40]", "head 1<br>+0.10<br>[−0.20, +0.40]", "head 0<br><b>+0.90</b><br>[+0.10, +1.70]",
+                     "head 1<br>+0.00<br>[−0.10, +0.10]"]
+
+
+def test_frames_hold_every_state_on_one_scale():
+    draw = np.random.default_rng(3)
+    states = {str(layer): {"control": draw.random((2, 3)) * layer, "vision": draw.random((2, 3))} for layer in range(3)}
+    figure = titled(attention_frames(PAGE, states, query=(0, 1), difference=("control", "vision")), axes=False)
+    shown = [index for index, trace in enumerate(figure.data) if isinstance(trace, go.Heatmap)]
+    for frame, maps in zip(figure.frames, states.values(), strict=True):
+        assert list(frame.traces) == shown
+        for trace, values in zip(frame.data, [*maps.values(), maps["vision"] - maps["control"]], strict=True):
+            assert np.allclose(trace.z, values, atol=1e-6) and trace.z.dtype == np.float32
+    assert [list(step.args[0]) for step in figure.layout.sliders[0].steps] == [["0"], ["1"], ["2"]] == [[frame.name] for frame in figure.frames]
+    assert np.isclose(figure.layout.coloraxis.cmax, max(values.max() for maps in states.values() for values in maps.values()))
+
+
+def test_patches_are_drawn_around_their_pixels():
+    uniform, adaptive = np.array([[0, 0, 30, 20], [30, 20, 60, 40]]), np.array([[0, 0, 60, 40]])
+    figure = titled(motivation(PAGE, np.eye(2), uniform, adaptive), axes=False)
+    lines = [trace for trace in figure.data if isinstance(trace, go.Scatter)]
+    assert np.nanmax(lines[0].x) == 59.5 and np.nanmin(lines[0].y) == -0.5 and len(lines[0].x) == 12 and len(lines[1].x) == 6
+    assert "uniform grid, 2 patches" in [note.text for note in figure.layout.annotations]
+    assert np.array_equal(next(trace for trace in figure.data if isinstance(trace, go.Heatmap)).z, np.eye(2))
+
+
+def test_density_gallery_holds_label_and_prediction_and_says_their_error():
+    labels, found = [np.eye(2), np.zeros((2, 2))], [np.eye(2), np.full((2, 2), 0.25)]
+    figure = titled(density_gallery([PAGE, PAGE], labels, found), axes=False)
+    maps = [trace for trace in figure.data if isinstance(trace, go.Heatmap)]
+    assert all(np.array_equal(trace.z, values) for trace, values in zip(maps, [labels[0], found[0], labels[1], found[1]], strict=True))
+    assert [note.text for note in figure.layout.annotations][2::3] == ["prediction, mean error 0.000", "prediction, mean error 0.250"]
+    assert (figure.layout.coloraxis.cmin, figure.layout.coloraxis.cmax) == (0, 1)
+
+
+def test_architectures_hold_differences_in_points():
+    rows = [("A", "own", "vision", 0.01, 0.002, 0.02, 9), ("B", "SigLIP", "vision", -0.01, -0.02, 0.001, 9), ("B", "SigLIP", "sfa", 0.0, -0.1, 0.1, 9)]
+    table = pd.DataFrame(rows, columns=["model", "encoder", "arm", "difference", "low", "high", "n"])
+    figure = titled(cross_architecture(table))
+    assert np.allclose(figure.data[0].x, [1, -1]) and np.allclose(figure.data[0].error_x.array, [1, 1.1]) and np.allclose(figure.data[1].y, [1.15])
+    assert [name.endswith("open") for name in figure.data[0].marker.symbol] == [False, True] and "SigLIP" in figure.layout.yaxis.ticktext[1]
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -148,6 +209,13 @@ def test_architecture_names_parameters_and_what_is_trained():
         (lambda: head_grid(np.zeros(3), "t", "nats"), "expected .L, H. and one of attention"),
         (lambda: head_grid(np.zeros((3, 3)), "t", "nats", scale="viridis"), "the scale is 'viridis'"),
         (lambda: document_gallery([], []), "0 images and 0 captions"),
+        (lambda: entropy_violins(*regions_and_contrast(), layers=[9]), "expected at most 6 of the layers .3, 5."),
+        (lambda: entropy_violins(*regions_and_contrast(), pair=("text-dense", "other")), "two of sparse, text-dense"),
+        (lambda: attention_frames(PAGE, {}), "states are none"),
+        (lambda: attention_frames(PAGE, {"0": {"a": np.eye(2)}, "1": {"b": np.eye(2)}}), "expected at least one, and the same maps in each"),
+        (lambda: motivation(PAGE, np.eye(2), np.zeros((0, 4)), np.zeros((1, 4))), "patches have shapes .0, 4. and .1, 4."),
+        (lambda: density_gallery([PAGE], [], []), "1 images, 0 labels, 0 predictions and 0 names"),
+        (lambda: cross_architecture(pd.DataFrame({"model": ["a"]})), "a table of models has 1 rows and the columns model"),
         (lambda: save_figure(go.Figure(), "x", formats=("svg",)), "formats are 'svg', expected one or more of html, png, pdf"),
         (lambda: save_figure(go.Figure(), "x", formats=()), "formats are none"),
     ],

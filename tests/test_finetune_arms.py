@@ -19,6 +19,7 @@ from sfa_core.embedded import EmbeddedConfig, train_tokenizer
 from sfa_core.families import family_of
 from sfa_core.finetune import ARMS, FinetuneConfig, finetune, load_arm, prepared, read_arm, trainable
 from sfa_core.models import new_bundle
+from sfa_core.patches import PatchConfig
 from sfa_core.stream import DocumentSet, batches, steps_in
 from sfa_core.structure import StructuralBias
 
@@ -108,7 +109,9 @@ def test_an_arm_changes_all_of_its_parts_and_nothing_else(bundle, charts, tmp_pa
 
 def test_every_arm_has_a_control_that_differs_from_it(shared):
     for name, arm in ARMS.items():
-        assert arm.against == "baseline" or set(ARMS[arm.against].parts) < set(arm.parts), name
+        if arm.against != "baseline":
+            other = ARMS[arm.against]
+            assert {*other.parts, *other.density} < {*arm.parts, *arm.density}, name
 
 
 def test_the_arms_of_the_real_model_have_the_known_sizes():
@@ -139,19 +142,23 @@ def test_the_arms_of_the_real_model_have_the_known_sizes():
         trainable(model, family, "sfa")
     inject(model, family)
     sizes = {arm: sum(p.numel() for p in trainable(model, family, arm).values()) for arm in ARMS}
-    assert sizes == dict(sfa=7_296, control=337_583_104, vision=337_590_400, projector=33_570_816)
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == sizes["projector"]  # of the last call, nothing is left awake
+    known = dict(sfa=7_296, control=337_583_104, vision=337_590_400, projector=33_570_816)
+    assert sizes == known | dict(vision_blocks=known["vision"], adat=known["control"], vision_adat=known["vision"])
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == sizes["vision_adat"]  # of the last call, nothing is left awake
 
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_no_step_changes_nothing(bundle, charts, tmp_path, arm):
     expected = outputs(bundle, charts)
-    with prepared(bundle, FinetuneConfig(arm)) as parameters:
+    with prepared(bundle, FinetuneConfig(arm, patches=PatchConfig(budget=40, bucket=8))) as parameters:
         if "structure" in ARMS[arm].parts:
             with torch.no_grad():
                 [p.zero_() for name, p in parameters.items() if ".structure." in name]
-        assert torch.allclose(outputs(bundle, charts), expected, atol=1e-5)
-        if "structure" not in ARMS[arm].parts:
+        if "patches" in ARMS[arm].density:
+            assert outputs(bundle, charts).shape[1] < expected.shape[1], "copies of language tokens are gone"
+        else:
+            assert torch.allclose(outputs(bundle, charts), expected, atol=1e-5)
+        if "structure" not in ARMS[arm].parts and not ARMS[arm].density:
             assert torch.equal(outputs(bundle, charts), expected)
     result = run(bundle, charts, arm, tmp_path, until=0)
     assert result.log.empty and result.arm is None and not (tmp_path / "arm").exists()

@@ -2,10 +2,12 @@
 import re
 import shutil
 from pathlib import Path
+from urllib.parse import unquote
 
 import build_site
 import nbformat
 import pytest
+from bs4 import BeautifulSoup
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = sorted(ROOT.glob("notebooks/library/*.ipynb"))
@@ -24,7 +26,7 @@ def test_rendered_study_is_the_study(study):
     assert code(rendered) == code(study), f"{study.stem} has changed since it was rendered: run `make rendered`"
     text = rendered.read_text()
     assert str(ROOT) not in text and "application/vnd.jupyter.widget" not in text and '"output_type": "error"' not in text
-    assert len(text) < 8_000_000
+    assert rendered.stat().st_size < 1_000_000, "a code host shows pages below 1 MB"
 
 
 def test_nothing_is_rendered_that_is_no_study():
@@ -67,4 +69,64 @@ def test_figures_are_drawn_in_a_browser_that_opens_the_file(site, browser):
     page.goto(shown.as_uri())
     page.locator(".sfa-plotly .main-svg").first.wait_for(timeout=30_000)
     assert errors == [] and [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
+    page.close()
+
+
+def test_no_link_is_broken(site):
+    "Every link of every page leads to a file of the site, and to a place on that page where it names one."
+    html, _ = site
+    trees = {page: BeautifulSoup(page.read_text(), "html.parser") for page in html.rglob("*.html")}
+    places = {page: {tag.get("id") for tag in tree.find_all(id=True)} for page, tree in trees.items()}
+    broken, seen = [], 0
+    for page, tree in trees.items():
+        for link in tree.find_all("a", href=True):
+            address, _, place = unquote(link["href"]).partition("#")
+            if re.match(r"[a-z]+:", address):
+                continue
+            target, seen = (page.parent / address).resolve() if address else page, seen + 1
+            if not target.is_file() or place and target in places and place not in places[target] and not link.get("class") == ["skip-link"]:
+                broken.append((page.name, link["href"]))
+    assert seen > 500 and broken == []
+
+
+def test_index_shows_the_pipeline_and_the_api_lists_every_function(site):
+    html, pages = site
+    index = BeautifulSoup((html / "index.html").read_text(), "html.parser")
+    stages = [link.text for link in index.select("#the-way-of-the-data > blockquote a")]
+    assert stages[0] == "document" and "structural attention" in stages and stages[-1] == "page"
+    listed = {link.text for link in BeautifulSoup((html / "api.html").read_text(), "html.parser").select("article table a")}
+    assert {"record", "AttentionRecord", "AttentionExplorer", "load_model", "evaluate", "make_document"} <= listed and len(listed) > 150
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [1400, 390], ids=["wide", "phone"])
+def test_pages_fit_the_screen_and_search_finds(site, browser, width, dark):
+    html, _ = site
+    page, errors = browser.new_page(viewport={"width": width, "height": 900}, color_scheme="dark" if dark else "light"), []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto((html / "index.html").as_uri())
+    assert page.evaluate("() => document.documentElement.scrollWidth <= innerWidth + 1"), "the page is wider than the screen"
+    background = page.evaluate("() => getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).map(Number)")
+    assert (sum(background) < 200) == dark
+    page.goto((html / "search.html").as_uri() + "?q=wilson")
+    page.locator("#search-results li a").first.wait_for(timeout=30_000)
+    assert any("metrics" in link.get_attribute("href") for link in page.locator("#search-results li a").all()) and errors == []
+    page.close()
+
+
+def test_a_slider_on_the_site_changes_its_figure(site, browser):
+    html, _ = site
+    page = browser.new_page(viewport={"width": 1400, "height": 1000})
+    page.goto((html / "library" / "76_attention_figures.html").as_uri())
+    figure = page.locator(".sfa-plotly:has(.slider-container)").first
+    figure.locator(".slider-grip-rect").wait_for(timeout=30_000)
+    figure.scroll_into_view_if_needed()
+    before, (last, steps) = (figure.evaluate("f => JSON.stringify(f._fullData.filter(t => t.type == 'heatmap').map(t => Array.from(t.z[0])))"),
+                             figure.evaluate("f => [f._transitionData._frames.length - 1, f._fullLayout.sliders[0].steps.length]"))
+    rail = figure.locator(".slider-rail-touch-rect").bounding_box()
+    page.mouse.click(rail["x"] + rail["width"] - 3, rail["y"] + rail["height"] / 2)
+    page.wait_for_function("f => f._fullLayout.sliders[0].active > 0", arg=figure.element_handle(), timeout=30_000)
+    page.wait_for_timeout(300)
+    after = figure.evaluate("f => JSON.stringify(f._fullData.filter(t => t.type == 'heatmap').map(t => Array.from(t.z[0])))")
+    assert last == steps - 1 >= 1 and after != before
     page.close()

@@ -1,0 +1,55 @@
+"""Draw the pictures that README.md shows, from committed results and from the model that ships.
+
+    python site/pictures.py        writes exports/reference/pictures/explorer.png and main_table.png
+
+The table is that of the tour's reference run; the explorer shows a page with the first seed of a trained arm from exports/reference/arms where there is
+one, else the model as it is. Needs Chromium.
+"""
+import json
+
+import plotly.graph_objects as go
+
+from sfa_core.documents import documents, samples
+from sfa_core.models import load_model
+from sfa_core.paths import REPOSITORY
+from sfa_core.style import ARM_COLOURS, ARM_NAMES, INK, in_style, save_figure
+from sfa_core.views import Choice, Recorder, look, view_figure
+
+REFERENCE = REPOSITORY / "exports" / "reference"
+PICTURES = REFERENCE / "pictures"
+
+
+def table_figure(metrics):
+    "Draw the main table of a tour's metrics.json."
+    groups = {"baseline": [metrics["baseline"]]}
+    for run, summary in metrics["arms"].items():
+        groups.setdefault(run.rsplit("-", 1)[0], []).append(summary)
+    rows = []
+    for arm, runs in groups.items():
+        span, rate = runs[0]["by_document"], sum(run["rate"] for run in runs) / len(runs)
+        rows.append((ARM_NAMES.get(arm, arm), f"{len(runs)}", f"{runs[0]['n']:,}", f"{rate:.3f}", f"{span['low']:.3f} to {span['high']:.3f}",
+                     "  ".join(f"{run['rate']:.3f}" for run in runs)))
+    head = ["arm", "seeds", "questions", "right", "95 % over documents, first seed", "by seed"]
+    colours = [[ARM_COLOURS[arm] for arm in groups], *[[INK] * len(groups)] * (len(head) - 1)]
+    figure = go.Figure(go.Table(
+        columnwidth=[2, 0.8, 1.2, 1, 2.6, 2.4],
+        header={"values": [f"<b>{name}</b>" for name in head], "align": "left", "fill_color": "#F1F3F4", "line_color": "#DADCE0", "height": 30},
+        cells={"values": list(zip(*rows)), "align": "left", "fill_color": "white", "line_color": "#DADCE0", "height": 30, "font": {"color": colours}}))
+    in_style(figure, "Right answers, baseline and two trained arms", metrics["verdict"], 30 * (len(rows) + 1) + 20)
+    return figure.update_layout(margin={"l": 16, "r": 16, "b": 8})
+
+
+def explorer_figure():
+    "Draw the explorer's view of one page."
+    trained = sorted((REFERENCE / "arms").glob("*vision*"))
+    arms = {"baseline": None, "vision": trained[0]} if trained else {"baseline": None}
+    first = samples(documents(1, seed=7_300), kinds=("read_label",))[0]
+    recorder, label = Recorder(load_model("embedded"), arms), next(text.box for text in first.evidence.texts if text.role == "label")
+    place = (label[0] + label[2]) / 2, (label[1] + label[3]) / 2
+    return view_figure(look(recorder, recorder.page(first), Choice(layer=2, place=place)), 1000)
+
+
+if __name__ == "__main__":
+    metrics = json.loads((REFERENCE / "tour" / "metrics.json").read_text())
+    for name, figure, width in (("main_table", table_figure(metrics), 900), ("explorer", explorer_figure(), 1000)):
+        print(save_figure(figure, PICTURES / name, ("png",), width=width)[0])

@@ -1,0 +1,182 @@
+"""Nothing that is read can run code, what is downloaded has a revision, names stay inside exports, and the lab keeps to itself."""
+import ast
+import json
+import os
+import pickle
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import nbformat
+import pytest
+import sfa_core.benchmarks
+import sfa_core.models
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import SafetensorError
+from sfa_core.benchmarks import load_benchmark
+from sfa_core.checkpoints import digest, read_folder
+from sfa_core.collect import facts_of, parameters_of, run_rates, tidy_records
+from sfa_core.grids import read_grid
+from sfa_core.models import load_model
+from sfa_core.results import alias_name, component, find_run, revision
+from sfa_core.studies import study_path
+from toy_study import wait_for
+
+ROOT = Path(__file__).resolve().parents[1]
+PICKLE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+OPENING = {"torch": {"load"}, "np": {"load"}, "numpy": {"load"}, "pd": {"read_pickle", "read_hdf"}, "pandas": {"read_pickle", "read_hdf"},
+           "yaml": {"load", "load_all", "unsafe_load", "full_load"}}
+
+
+def sources():
+    "All code of the repository: package, notebooks, site, tests besides this one."
+    for path in [*ROOT.glob("sfa_core/*.py"), *ROOT.glob("site/*.py"), *ROOT.glob("tests/*.py"), ROOT / "setup.py"]:
+        if path != Path(__file__):
+            yield path.name, path.read_text("utf-8")
+    for path in ROOT.glob("notebooks/**/*.ipynb"):
+        for cell in nbformat.read(path, 4).cells:
+            if cell.cell_type == "code":
+                yield path.name, "\n".join(line for line in cell.source.splitlines() if not re.match(r"\s*[%!]", line))
+
+
+def dangers(source):
+    "Name what could open a pickle or run foreign code."
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+            yield from (name for name in names if name.split(".")[0] in PICKLE)
+        elif isinstance(node, ast.Call):
+            function = node.func
+            if isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name) and function.attr in OPENING.get(function.value.id, ()):
+                yield f"{function.value.id}.{function.attr}"
+            if isinstance(function, ast.Name) and function.id in ("eval", "exec"):
+                yield function.id
+            for keyword in node.keywords:
+                if keyword.arg in ("trust_remote_code", "allow_pickle", "weights_only"):
+                    yield keyword.arg
+
+
+@pytest.mark.parametrize("source, name", [
+    ("import pickle", "pickle"), ("from joblib import load", "joblib"), ("torch.load(p)", "torch.load"), ("np.load(p, allow_pickle=True)", "allow_pickle"),
+    ("M.from_pretrained(p, trust_remote_code=True)", "trust_remote_code"), ("yaml.load(t, Loader=L)", "yaml.load"), ("pd.read_pickle(p)", "pd.read_pickle")])
+def test_the_scan_finds_what_it_is_for(source, name):
+    assert name in set(dangers(source)) and not set(dangers("yaml.safe_load(t); load_file(p); json.loads(t)"))
+
+
+def test_no_code_of_the_repository_opens_pickles_or_trusts_remote_code():
+    assert {name: found for name, source in sources() if (found := set(dangers(source)))} == {}
+
+
+@pytest.fixture
+def planted(tmp_path):
+    "A pickle that leaves a mark when it is opened, and the mark."
+    mark = tmp_path / "mark"
+
+    class Trap:
+        def __reduce__(self):
+            return Path.touch, (mark,)
+
+    return pickle.dumps(Trap()), mark
+
+
+def test_the_trap_works(planted):
+    pickle.loads(planted[0])
+    assert planted[1].exists()
+
+
+NAMES = ("records.parquet", "metrics.json", "provenance.json", "parameters.yaml", "weights.safetensors", "model.safetensors", "config.json",
+         "pytorch_model.bin", "training_args.bin", "test-00000.parquet", "dataset_info.json", "state.json", "questions.jsonl", "optimizer.pt", "small.yaml")
+
+
+def test_a_pickle_planted_under_any_name_is_never_opened(tmp_path, planted, monkeypatch):
+    content, mark = planted
+    run = tmp_path / "exports" / "runs" / "draw" / "0123456789ab"
+    run.mkdir(parents=True)
+    for name in NAMES:
+        (run / name).write_bytes(content)
+    (run / "SHA256SUMS").write_text("".join(f"{digest(run / name)}  {name}\n" for name in NAMES))
+    monkeypatch.setenv("SFA_EXPORTS", str(tmp_path / "exports"))
+    readers = [lambda: read_folder(run), lambda: load_model(run), lambda: load_benchmark("chartqa", source=run), lambda: load_benchmark("folder", source=run),
+               lambda: run_rates(run), lambda: tidy_records({run: {}}, tmp_path / "out.parquet"), lambda: facts_of(run), lambda: parameters_of(run),
+               lambda: read_grid(run / "small.yaml")]
+    for reader in readers:
+        with pytest.raises((ValueError, OSError, yaml.YAMLError, SafetensorError)):
+            reader()
+    (run / "config.json").write_text(json.dumps({"model_type": "internvl"}))
+    with pytest.raises(ValueError, match="damaged or cut off"):
+        load_model(run)
+    (run / "model.safetensors").unlink()
+    (run / "weights.safetensors").unlink()
+    with pytest.raises(ValueError, match="pickled weights only"):
+        load_model(run)
+    assert find_run("draw/0123456789ab") == run and not mark.exists()
+
+
+def test_a_model_is_downloaded_in_the_revision_that_is_named_or_was_there_first(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(sfa_core.models, "snapshot_download", lambda name, **options: asked.append((name, options["revision"])) or str(tmp_path))
+    first = "0" * 40
+    monkeypatch.setattr(sfa_core.models, "try_to_load_from_cache", lambda name, file: f"/cache/snapshots/{first}/{file}" if name == "known/model" else None)
+    for name in ("new/model@abc123", "new/model", "known/model", "known/model@abc123"):
+        sfa_core.models.find_model(name)
+    assert asked == [("new/model", "abc123"), ("new/model", "main"), ("known/model", first), ("known/model", "abc123")]
+    assert revision("new/model@abc123") == "abc123", "and the run says so"
+
+
+def test_a_data_set_is_downloaded_in_the_revision_that_is_named(monkeypatch):
+    asked = []
+
+    def load_dataset(hub, config, **options):
+        asked.append((hub, options["revision"]))
+        raise OSError("offline")
+    monkeypatch.setattr(sfa_core.benchmarks.datasets, "load_dataset", load_dataset)
+    for source in ("HuggingFaceM4/ChartQA@abc123", None):
+        with pytest.raises(FileNotFoundError, match="cannot be read"):
+            load_benchmark("chartqa", source=source)
+    assert asked == [("HuggingFaceM4/ChartQA", "abc123"), ("HuggingFaceM4/ChartQA", None)]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.text(max_size=12) | st.sampled_from(["..", ".", "../x", "a/../../b", "a/b", "/etc", "~", "a\0b", "a\nb", "-x", ".hidden", "con", "a b"]))
+def test_a_name_is_refused_or_stays_one_component(name):
+    for check in (lambda: component(name, "run"), lambda: alias_name(name), lambda: find_run(name) if "/" not in name else study_path(name)):
+        try:
+            check()
+        except (ValueError, FileNotFoundError):
+            continue
+        assert (Path("/exports/runs/study") / name).resolve().parent == Path("/exports/runs/study") and not name.startswith("."), name
+
+
+def test_make_lab_listens_on_loopback_and_answers_nobody_without_the_token(tmp_path):
+    planned = subprocess.run(["make", "-n", "lab"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    arguments = shlex.split(next(line for line in planned.splitlines() if "jupyter lab" in line))[2:]
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    places = {name: str(tmp_path / name) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_DATA_DIR", "IPYTHONDIR")}
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("JUPYTER")}
+    with (tmp_path / "log").open("w") as log:
+        more = ["--no-browser", "--allow-root", f"--ServerApp.port={port}", "--ServerApp.port_retries=0"]
+        command = [sys.executable, "-m", "jupyterlab", *arguments, *more]
+        server = subprocess.Popen(command, env=clean | places, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        wait_for(lambda: re.search(r"token=\w{20,}", (tmp_path / "log").read_text()), "the address with the token")
+        token = re.search(r"token=(\w+)", (tmp_path / "log").read_text())[1]
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/api/contents")
+        assert refused.value.code == 403
+        assert urllib.request.urlopen(f"http://127.0.0.1:{port}/api/contents?token={token}").status == 200
+        tables = [path.read_text().splitlines()[1:] for path in map(Path, ("/proc/net/tcp", "/proc/net/tcp6")) if path.exists()]
+        entries = [line.split() for table in tables for line in table]
+        listening = {entry[1].split(":")[0] for entry in entries if entry[3] == "0A" and int(entry[1].split(":")[1], 16) == port}
+        assert listening == {"0100007F"}, "127.0.0.1 and no other address"
+    finally:
+        server.terminate()
+        server.wait(20)
