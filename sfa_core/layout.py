@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from .drawing import Polyline, Rect, Text, Wedge, fitting_size, ink, text_box
-from .questions import Content, colour_name
+from .questions import Content
 
 PALETTE = dict(red=(214, 39, 40), green=(44, 150, 44), blue=(31, 100, 190), orange=(255, 140, 0), purple=(140, 60, 190), pink=(240, 120, 190),
                brown=(130, 80, 50), teal=(30, 175, 175), black=(40, 40, 40), gold=(225, 190, 0))

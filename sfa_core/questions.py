@@ -109,7 +109,8 @@ WORDING = {
 }
 MARK = {"en": dict(bar="bar", grouped_bar="bar", line="point", pie="slice"), "ko": dict(bar="막대", grouped_bar="막대", line="점", pie="조각")}
 YES_NO = {"en": ("yes", "no"), "ko": ("예", "아니요")}
-COLOUR_NAMES_KO = dict(red="빨간색", green="초록색", blue="파란색", orange="주황색", purple="보라색", pink="분홍색", brown="갈색", teal="청록색", black="검은색", gold="금색")
+COLOUR_NAMES_KO = dict(red="빨간색", green="초록색", blue="파란색", orange="주황색", purple="보라색",
+                       pink="분홍색", brown="갈색", teal="청록색", black="검은색", gold="금색")
 
 # %% ../notebooks/library/02_questions.ipynb #ec03e44f
 @dataclass(frozen=True)

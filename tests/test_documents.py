@@ -36,7 +36,8 @@ def test_an_image_of_any_mode_is_read_as_it_looks(mode):
     if mode == "I;16":
         image = Image.fromarray(grey.astype(np.uint16) * 257)
     elif mode in ("LA", "RGBA"):
-        image = Image.merge("LA", [Image.fromarray(np.where(grey == 255, 0, grey).astype(np.uint8)), Image.fromarray(np.where(grey == 255, 0, 255).astype(np.uint8))])
+        ink = grey < 255
+        image = Image.merge("LA", [Image.fromarray(np.where(ink, values, 0).astype(np.uint8)) for values in (grey, 255)])
         image = image.convert(mode)
     else:
         image = Image.fromarray(grey).convert(mode if mode in ("L", "P", "1") else "RGB").convert(mode)
