@@ -226,7 +226,7 @@ def categorise(
     if missing := sorted(set(records["id"]) - set(by_id)):
         raise ValueError(f"{len(missing)} of {len(records)} records belong to no question given, such as {missing[0]!r}; expected the samples that were asked")
     rows = []
-    for r in records.itertuples():
+    for r in records.astype(object).itertuples():  # strings of an Arrow column are slow one by one
         sample = by_id[r.id]
         if r.error:
             verdict, rule = Verdict("", r.error, (), "", known[sample.document].level, False, False), ""

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MORE', 'MOVES', 'NAMES', 'NAMED', 'ANY', 'COUNT', 'named_operations', 'asks_for_count', 'results_plainly', 'Results',
-           'results']
+           'pairs_of', 'results']
 
 # %% ../notebooks/library/68_operations.ipynb #4d1d6a1d
 import re
@@ -61,9 +61,13 @@ def results_plainly(operation: str, values: Sequence[float], lines: Sequence[Seq
 class Results:
     "Every result of one operation, sorted, with the operands that give it."
 
-    def __init__(self, values: np.ndarray, operands: list[tuple[int, ...]]):
-        order = np.argsort(values, kind="stable")
-        self.values, self.operands, self.order = values[order], operands, order
+    def __init__(self, values: np.ndarray, pairs: np.ndarray, lines: list[tuple[int, ...]]):
+        self.order = np.argsort(values, kind="stable")  # results of pairs (P, 2) first, then of lines
+        self.values, self.pairs, self.lines = values[self.order], pairs, lines
+
+    def operands(self, result: int) -> tuple[int, ...]:
+        "Give what a result was calculated from."
+        return tuple(self.pairs[result].tolist()) if result < len(self.pairs) else self.lines[result - len(self.pairs)]
 
     def find(self, number: Number, signed: bool = True) -> tuple[int, ...] | None:
         "Give operands whose result agrees with a number at the digits it shows, None when there are none."
@@ -73,8 +77,14 @@ class Results:
             if self.values[i] > number.value + half:
                 return None
             if rounds_to(float(self.values[i]), number):
-                return self.operands[self.order[i]]
+                return self.operands(int(self.order[i]))
         return None
+
+
+@lru_cache(maxsize=256)
+def pairs_of(n: int) -> np.ndarray:  # (n (n - 1) / 2, 2), not to be written to
+    "List all pairs of n operands."
+    return np.stack(np.triu_indices(n, 1), 1)
 
 
 def results(
@@ -86,12 +96,12 @@ def results(
     if operation not in NAMES:
         raise ValueError(f"unknown operation {operation!r}, expected one of {', '.join(NAMES)}")
     values = np.asarray(values, dtype=np.float64)
-    i, j = np.triu_indices(len(values), 1)
-    a, b, pairs = values[i], values[j], list(zip(i.tolist(), j.tolist()))
+    pairs = pairs_of(len(values))
+    a, b = values[pairs].T
     if operation == "ratio":
-        found, pairs = np.concatenate([a[b != 0] / b[b != 0], b[a != 0] / a[a != 0]]), [p for p, y in zip(pairs, b) if y] + [p for p, x in zip(pairs, a) if x]
+        found, pairs = np.concatenate([a[b != 0] / b[b != 0], b[a != 0] / a[a != 0]]), np.concatenate([pairs[b != 0], pairs[a != 0]])
     else:
         found = {"sum": a + b, "difference": np.abs(a - b), "product": a * b}.get(operation, (a + b) / 2)
     of_line = {"sum": np.sum, "average": np.mean, "median": np.median}.get(operation)
     long = [tuple(line) for line in lines if len(line) > 2] if of_line else []
-    return Results(np.concatenate([found, [of_line(values[list(line)]) for line in long]]), pairs + long)
+    return Results(np.concatenate([found, [of_line(values[list(line)]) for line in long]]), pairs, long)
