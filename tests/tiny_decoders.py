@@ -98,7 +98,7 @@ def tiny(name: str, seed: int = 0) -> Tiny:
         for weight in model.parameters():
             torch.nn.init.normal_(weight, mean=0.0 if weight.ndim > 1 else 1.0, std=0.2)
     family = Family(name=name, model_type=name, tower="model.vision_tower", projector="model.multi_modal_projector", language="model.language_model",
-                    attention="", image_token="<image>", special=0, merge=lambda config: 1)
+                    attention="", image_token="<image>", special=0, views="tiles", example="", merge=lambda config: 1)
     return Tiny(Bundle(model.double().eval(), None, family, f"tiny-{name}"), name)
 
 
