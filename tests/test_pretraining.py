@@ -27,7 +27,7 @@ from sfa_core.pretraining import (
 )
 from sfa_core.questions import KINDS
 
-SMALL = Recipe(documents=24, document_seed=5, encoder_steps=2, lookup_steps=4, joint_steps=3, reading_steps=2, batch=2, question_batch=4, questions=3,
+SMALL = Recipe(documents=24, document_seed=5, encoder_steps=2, lookup_steps=4, joint_steps=3, reading_steps=2, cell_steps=2, batch=2, question_batch=4, questions=3,
                vocabulary=400,
                checkpoint_every=1)
 TINY = EmbeddedConfig(vision_width=32, vision_layers=1, vision_heads=2, vision_hidden=64, language_width=32, language_layers=1, language_heads=2,
@@ -44,11 +44,11 @@ def weights(bundle, heads):
 
 
 def test_an_interrupted_training_ends_with_the_same_weights(trained, tmp_path):
-    train_embedded(replace(SMALL, joint_steps=0, reading_steps=0), tmp_path, TINY, progress=False)  # as far as a run killed between two stages came
+    train_embedded(replace(SMALL, joint_steps=0, reading_steps=0, cell_steps=0), tmp_path, TINY, progress=False)  # as far as a run killed between two stages came
     bundle, heads, log = train_embedded(SMALL, tmp_path, TINY, progress=False)
     for (name, there), here in zip(weights(*trained[:2]).items(), weights(bundle, heads).values()):
         assert torch.equal(there, here), name
-    assert list(log["stage"].unique()) == ["encoder", "lookup", "joint", "reading"]
+    assert list(log["stage"].unique()) == ["encoder", "lookup", "joint", "reading", "cells"]
 
 
 def test_a_finished_training_is_read_back(trained, tmp_path):
@@ -80,8 +80,8 @@ def test_a_name_is_followed_directly_by_its_value(trained):
 
 
 def test_the_lookup_stage_leaves_the_encoder_alone(trained, tmp_path):
-    bundle, _, _ = train_embedded(replace(SMALL, joint_steps=0, reading_steps=0), tmp_path / "a", TINY, progress=False)
-    encoder, _, _ = train_embedded(replace(SMALL, lookup_steps=0, joint_steps=0, reading_steps=0), tmp_path / "b", TINY, progress=False)
+    bundle, _, _ = train_embedded(replace(SMALL, joint_steps=0, reading_steps=0, cell_steps=0), tmp_path / "a", TINY, progress=False)
+    encoder, _, _ = train_embedded(replace(SMALL, lookup_steps=0, joint_steps=0, reading_steps=0, cell_steps=0), tmp_path / "b", TINY, progress=False)
     moved = {name for (name, p), q in zip(bundle.model.named_parameters(), encoder.model.parameters()) if not torch.equal(p, q)}
     assert moved and not any("vision_tower" in name for name in moved) and all(p.requires_grad for p in bundle.model.parameters())
 
