@@ -41,7 +41,7 @@ class SCRConfig:
     stability: float = 0.1  # a_s
     density: float = 0.3  # a patch is text-dense above this, 0..1
     layers: int | None = None  # last layers of the encoder whose entropy counts; None: the last quarter
-    floor: float = 1.0  # nats below which entropy is not lowered further: exp(1), about three tokens
+    floor: float = 0.5  # nats below which entropy is not lowered further: exp(0.5), less than two tokens
     rows: int = 128  # queries whose attention is held at a time
     temperature: float = 0.07  # of InfoNCE
     scale: float = 1.5  # sides of the second view of an encoder on the uniform grid; one with adaptive patches gets the uniform grid instead
@@ -50,8 +50,17 @@ class SCRConfig:
     norms_every: int = 20  # steps between lines of the log with the gradient norm of each loss; 0: none
 
     def __post_init__(self):
-        for name, low, high in (("entropy", 0, np.inf), ("grounding", 0, np.inf), ("stability", 0, np.inf), ("density", 0, 1), ("floor", 0, np.inf),
-                                ("norms_every", 0, np.inf), ("rows", 1, np.inf), ("temperature", 1e-6, np.inf), ("scale", 1e-6, np.inf)):
+        for name, low, high in (
+            ("entropy", 0, np.inf),
+            ("grounding", 0, np.inf),
+            ("stability", 0, np.inf),
+            ("density", 0, 1),
+            ("floor", 0, np.inf),
+            ("norms_every", 0, np.inf),
+            ("rows", 1, np.inf),
+            ("temperature", 1e-6, np.inf),
+            ("scale", 1e-6, np.inf),
+        ):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} is {getattr(self, name)}; a number from {low} to {high} is expected")
         if self.distance not in ("cosine", "l2") or self.layers is not None and self.layers < 1:
@@ -244,8 +253,9 @@ def with_consistency(
         dropped = bool(plans) and control.handle is not None
         own = [[next(kept) for _ in tile_regions(bundle, page.size, tiles)] if dropped else () for page in pages]
         shown = [shown_boxes(bundle, page.size, tiles, each) for page, each in zip(pages, own)]
-        digits, images, positive, negative, skipped = (part.to(states[0].device) if torch.is_tensor(part) else part
-                                                       for part in number_targets(bundle, batch, pages, shown))
+        digits, images, positive, negative, skipped = (
+            part.to(states[0].device) if torch.is_tensor(part) else part for part in number_targets(bundle, batch, pages, shown)
+        )
         found = grounding_loss(states[0][digits[:, 0], digits[:, 1]], states[0][images[:, 0], images[:, 1]], positive, negative, config.temperature)
         losses["grounding"] = config.grounding * found
         counts |= dict(grounding_questions=sum(len(page.asked) for page in pages), grounding_skipped=skipped, grounding_digits=len(digits))

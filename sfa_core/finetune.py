@@ -288,7 +288,7 @@ class FinetuneResult:
 
 def finetune(
     bundle: Bundle,  # the plain base model; it is given back as it was
-    data: Dataset | Iterable[Any] | Mixture,  # dataset of documents, samples, or several of them with weights
+    data: Dataset | Iterable[Any] | DocumentSet | Mixture,  # dataset of documents, samples, or several of them with weights
     config: FinetuneConfig,
     folder: str | Path,  # log.jsonl, checkpoints/ and arm/ go here
     resume: str = "latest",  # latest, previous or never, as in `train`
@@ -299,7 +299,7 @@ def finetune(
     sharded: bool = False,  # spread all weights over the processes (FSDP2); the model is used up
 ) -> FinetuneResult:
     "Train one arm, or go on training it, and keep the trained part in `folder/arm`; errors are those of `train` and `training_batch`."
-    documents, arm, accelerator = data if isinstance(data, Mixture) else DocumentSet(data), Path(folder) / "arm", accelerator or Accelerator()
+    documents, arm, accelerator = data if isinstance(data, DocumentSet | Mixture) else DocumentSet(data), Path(folder) / "arm", accelerator or Accelerator()
     scr = config.scr or SCRConfig(0, 0, 0)
     if scr.grounding and loss is not None:
         raise ValueError("the grounding loss needs the states of a language model in this process; loss=None, or scr with grounding 0, is expected")
