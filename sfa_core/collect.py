@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'REPORTED', 'FIGURES', 'parameters_of', 'facts_of', 'schema_of', 'tidy_records', 'run_rates', 'cell_rates',
-           'flat', 'differing', 'all_runs', 'newest', 'overview', 'benchmark_of', 'arm_rates', 'against_control',
-           'published_table', 'categories', 'figures_of', 'figure_index']
+           'flat', 'differing', 'all_runs', 'newest', 'overview', 'benchmark_of', 'models_of', 'arm_rates',
+           'against_control', 'published_table', 'categories', 'figures_of', 'figure_index']
 
 # %% ../notebooks/library/88_collect.ipynb #01124160
 import json
@@ -173,11 +173,19 @@ def benchmark_of(run: Path) -> str:
     return next((str(value) for key, value in values.items() if key.endswith("settings.benchmark")), parameters_of(run).get("benchmark", ""))
 
 
+def models_of(run: Path) -> list[str]:
+    "List the models that the records of a run tell apart; none where they say nothing about models."
+    names = (schema_of(run) or pa.schema([])).names
+    return sorted(pq.read_table(run / "records.parquet", columns=["model"])["model"].unique().to_pylist()) if "model" in names else []
+
+
 def arm_rates(runs: Iterable[Path]) -> pd.DataFrame:
-    "Make table 1, every arm of every run with records, with the paired difference to the control of the same run where there is one."
+    "Make table 1, every arm of every run with records about one model, with the paired difference to the control of the same run where there is one."
     columns = ["benchmark", "arm", "seeds", "n", "right", "95 % over seeds", "minus control, points", "from"]
     rows = []
     for run in runs:
+        if len(models_of(run)) > 1:
+            continue  # several models in one run are table 1b
         rates, study = run_rates(run), facts_of(run)["study"]
         rates = rates.assign(arm=rates["arm"].replace("", "baseline") if study == "10_baseline_eval" else rates["arm"])
         for cell in cell_rates(rates[rates["arm"].isin(ARMS)], ["arm"]).to_dict("records"):

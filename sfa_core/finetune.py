@@ -24,6 +24,7 @@ from .adaptive import CONTROL, attach_tokens, detach_tokens
 from .answers import answer_loss, training_batch
 from .attention import CHILD, eject, inject, load_structure, save_structure
 from .checkpoints import read_folder, write_folder
+from .consistency import SCRConfig, with_consistency
 from .density import load_density
 from .families import Family
 from .loop import Position, train
@@ -31,7 +32,7 @@ from .models import Bundle
 from .patches import PatchConfig
 from .processes import is_sharded, shard, whole
 from .schedule import FREE_ON_RESUME, LoopConfig
-from .stream import DocumentSet, batches
+from .stream import DocumentSet, Mixture, batches
 from .structure import TERMS, StructuralBias, check_terms
 
 # %% ../notebooks/library/45_finetune.ipynb #5ebd7689
@@ -53,6 +54,7 @@ ARMS = {
     "vision_blocks": Arm(("structure", "tower", "projector"), "vision", "as vision, with density blocks: control + SFA + density blocks", ("blocks",)),
     "adat": Arm(("tower", "projector"), "control", "as control, on adaptive patches", ("patches",)),
     "vision_adat": Arm(("structure", "tower", "projector"), "vision", "as vision, on adaptive patches: SFA + ADAT", ("patches",)),
+    "full": Arm(("structure", "tower", "projector"), "vision_adat", "SFA with density blocks + ADAT + consistency losses (SCR)", ("blocks", "patches")),
 }
 
 
@@ -81,6 +83,7 @@ class FinetuneConfig:
     terms: tuple[str, ...] = TERMS  # structural terms
     blocks: int = 16  # size of the block table
     patches: PatchConfig = field(default_factory=PatchConfig)  # rule of adaptive patches, for the arms that have them
+    scr: SCRConfig | None = None  # consistency losses; None: those of SCRConfig for the arm full, none for the others
     tiles: int | None = None  # most tiles per image; None: as the processor is set
     checkpointing: bool = False  # compute activations again in the backward pass, to save memory
     seed: int = 0  # first structural weights, and dropout where a model has it
@@ -93,6 +96,8 @@ class FinetuneConfig:
     def __post_init__(self):
         find_arm(self.arm)
         object.__setattr__(self, "terms", check_terms(self.terms))
+        if self.arm == "full" and self.scr is None:
+            object.__setattr__(self, "scr", SCRConfig())
         for name, least in dict(batch_size=1, blocks=1, questions=0, data_seed=0, seed=0).items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; at least {least} is expected")
@@ -283,7 +288,7 @@ class FinetuneResult:
 
 def finetune(
     bundle: Bundle,  # the plain base model; it is given back as it was
-    data: Dataset | Iterable[Any],  # dataset of documents, or samples
+    data: Dataset | Iterable[Any] | DocumentSet | Mixture,  # dataset of documents, samples, or several of them with weights
     config: FinetuneConfig,
     folder: str | Path,  # log.jsonl, checkpoints/ and arm/ go here
     resume: str = "latest",  # latest, previous or never, as in `train`
@@ -294,16 +299,21 @@ def finetune(
     sharded: bool = False,  # spread all weights over the processes (FSDP2); the model is used up
 ) -> FinetuneResult:
     "Train one arm, or go on training it, and keep the trained part in `folder/arm`; errors are those of `train` and `training_batch`."
-    documents, arm, accelerator = DocumentSet(data), Path(folder) / "arm", accelerator or Accelerator()
+    documents, arm, accelerator = data if isinstance(data, DocumentSet | Mixture) else DocumentSet(data), Path(folder) / "arm", accelerator or Accelerator()
+    scr = config.scr or SCRConfig(0, 0, 0)
+    if scr.grounding and loss is not None:
+        raise ValueError("the grounding loss needs the states of a language model in this process; loss=None, or scr with grounding 0, is expected")
     settings = {name: value for name, value in asdict(config).items() if name not in FREE_ON_RESUME}
     identity = dict(arm=config.arm, base=bundle.revision or bundle.name, data=documents.digest, finetune=settings)
     low = bundle.model.dtype if bundle.model.dtype == torch.bfloat16 else None
 
     def losses(units):
-        batch = training_batch(bundle, [row for unit in units for row in unit], tiles=config.tiles)
+        rows = [row for unit in units for row in unit]
+        batch = training_batch(bundle, rows, tiles=config.tiles)
         with torch.autocast(bundle.devices[1].type, dtype=low, enabled=low is not None):
-            total, targets = (loss or answer_loss)(bundle.model, batch)
-        return {"answer": total / max(targets, 1)}, targets
+            forward = lambda: (loss or answer_loss)(bundle.model, batch)
+            (total, targets), more, counts = with_consistency(bundle, rows, batch, scr, forward, config.tiles) if scr.names else (forward(), {}, {})
+        return {"answer": total / max(targets, 1)} | more, targets, counts
 
     order = batches(documents, config.batch_size, config.accumulation, config.questions, config.data_seed)
     with prepared(bundle, config) as parameters:
@@ -321,6 +331,8 @@ def finetune(
             accelerator=accelerator,
             progress=progress,
             title=config.arm,
+            norms=("answer", *scr.names) if scr.names else (),
+            norms_every=scr.norms_every,
         )
         finished = result.position.step == config.steps
         kept = {name: whole(parameter.detach()) for name, parameter in parameters.items()} if finished else {}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Position', 'Run', 'first_difference', 'save_run', 'load_run', 'resume_run', 'split_batch', 'accumulate',
-           'window_gradients', 'take_step', 'LoopResult', 'start_run', 'train']
+           'window_gradients', 'loss_norms', 'take_step', 'LoopResult', 'start_run', 'train']
 
 # %% ../notebooks/library/44_loop.ipynb #46d249ae
 import json
@@ -150,27 +150,33 @@ def split_batch(
 
 def accumulate(
     batches,  # of this process, one after the other
-    losses: Callable,  # batch -> (named mean losses, targets)
+    losses: Callable,  # batch -> (named mean losses, targets), and perhaps counts
     autocast: Callable,
-) -> dict | None:  # sums of the losses over targets, and targets; None when memory ran out
+) -> dict | None:  # sums of the losses over targets, targets, and sums of the counts; None when memory ran out
     "Add the gradients of the loss summed over the targets of all batches to the parameters."
-    sums, targets = {}, 0
+    sums, targets, counts = {}, 0, {}
     try:
         for batch in batches:
             with autocast():
-                named, count = losses(batch)
-            (sum(named.values()) * count).backward()
+                named, count, *counted = losses(batch)
+            total = sum(named.values()) * count
+            if total.requires_grad:
+                total.backward()
             targets += int(count)
+            for name, value in (counted[0] if counted else {}).items():
+                counts[name] = counts.get(name, 0.0) + float(value)
             for name, value in named.items():
                 sums[name] = sums.get(name, 0.0) + value.detach().double() * count
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and not should_reduce_batch_size(error):
             raise
         return None
-    return dict(sums={name: float(value) for name, value in sums.items()}, targets=targets)
+    return dict(sums={name: float(value) for name, value in sums.items()}, targets=targets, counts=counts)
 
 # %% ../notebooks/library/44_loop.ipynb #57a9831e
-def window_gradients(run: Run, batch_at: Callable, losses: Callable, split: Callable = split_batch) -> tuple[dict, int]:  # mean losses, targets
+def window_gradients(
+    run: Run, batch_at: Callable, losses: Callable, split: Callable = split_batch
+) -> tuple[dict, int, dict]:  # mean losses, targets, sums of the counts
     "Leave in the parameters the gradient of the mean loss over all targets of the window, over all processes."
     acc, parameters, before = run.accelerator, list(run.parameters.values()), random_state()
     micros = range(acc.process_index, run.config.accumulation, acc.num_processes)
@@ -198,13 +204,31 @@ def window_gradients(run: Run, batch_at: Callable, losses: Callable, split: Call
             parameter.grad = acc.reduce(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad, "sum")
         parameter.grad.div_(max(targets, 1))
     names = sorted({name for share in shares for name in share["sums"]})
-    return {name: sum(share["sums"].get(name, 0.0) for share in shares) / max(targets, 1) for name in names}, targets
+    counts = {name: sum(share["counts"].get(name, 0.0) for share in shares) for name in sorted({name for share in shares for name in share["counts"]})}
+    return {name: sum(share["sums"].get(name, 0.0) for share in shares) / max(targets, 1) for name in names}, targets, counts
+
+
+def loss_norms(run: Run, batch_at: Callable, losses: Callable, split: Callable, names: tuple[str, ...]) -> dict[str, float]:
+    "Measure the gradient norm of each named loss alone, over the whole window and all processes; the random generators stay where they are."
+    before, norms = random_state(), {}
+    for name in names:
+        def alone(batch, name=name):
+            named, count, *_ = losses(batch)
+            return {name: named[name]}, count
+
+        window_gradients(run, batch_at, alone, split)
+        norms[name] = clip_gradients(list(run.parameters.values()), math.inf)
+        set_random_state(before)
+    return norms
 
 # %% ../notebooks/library/44_loop.ipynb #70f84293
-def take_step(run: Run, batch_at: Callable, losses: Callable, split: Callable = split_batch) -> dict:  # line of the log
+def take_step(
+    run: Run, batch_at: Callable, losses: Callable, split: Callable = split_batch, norms: tuple[str, ...] = ()
+) -> dict:  # line of the log
     "Train one step, or skip it when it has no targets, or its losses or gradients are not finite."
     position, config = run.position, run.config
-    means, targets = window_gradients(run, batch_at, losses, split)
+    each = loss_norms(run, batch_at, losses, split, norms)
+    means, targets, counts = window_gradients(run, batch_at, losses, split)
     norm = clip_gradients(list(run.parameters.values()), config.clip_norm)
     bad = [name for name, value in means.items() if not math.isfinite(value)]
     reason = "no target tokens" if not targets else f"loss {bad[0]} is not finite" if bad else "" if math.isfinite(norm) else "gradient is not finite"
@@ -217,6 +241,7 @@ def take_step(run: Run, batch_at: Callable, losses: Callable, split: Callable = 
     position.skipped += bool(reason)
     position.skipped_in_row = position.skipped_in_row + 1 if reason else 0
     line = dict(step=position.step, loss=sum(means.values()), **{f"loss_{name}": value for name, value in means.items()})
+    line |= counts | {f"gradient_norm_{name}": value for name, value in each.items()}
     line |= {f"learning_rate_{part.strip('.')}": rate * share for part, rate in config.group_rates}
     line |= dict(learning_rate=config.learning_rate * share, gradient_norm=norm, targets=targets, parts=position.parts, skipped=reason)
     return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()}
@@ -266,7 +291,7 @@ def start_run(parameters: dict[str, Parameter], config: LoopConfig, folder: Path
 def train(
     parameters: dict[str, Parameter],  # what is trained, under the names used in the checkpoints
     batch_at: Callable[[int, int], object],  # (step from 0, micro-batch from 0) -> batch, always the same for the same position
-    losses: Callable[[object], tuple],  # batch -> (named losses, each a mean over the targets; number of targets)
+    losses: Callable[[object], tuple],  # batch -> (named losses, each a mean over the targets; number of targets; and perhaps counts for the log, summed)
     config: LoopConfig,
     folder: str | Path,  # log.jsonl and checkpoints/ go here
     identity: dict | None = None,  # what must agree on resume besides the configuration: model, data, arm
@@ -276,6 +301,8 @@ def train(
     accelerator: Accelerator | None = None,  # processes and mixed precision
     progress: bool = True,  # show a bar with loss, tokens/s and memory
     title: str = "",  # in front of the bar
+    norms: tuple[str, ...] = (),  # losses whose own gradient norms are logged, at the price of a forward and a backward pass each
+    norms_every: int = 20,  # steps between such lines; 0: none
 ) -> LoopResult:
     """Train parameters step by step, and go on from the folder's checkpoint when there is one.
 
@@ -290,7 +317,7 @@ def train(
         log = dict(start=position.step, stop=last, steps=config.steps, every=config.log_every, main=run.accelerator.is_main_process)
         with Recorder(run.folder, **log, progress=progress, title=title) as recorder:
             while position.step < last:
-                line = take_step(run, batch_at, losses, split)
+                line = take_step(run, batch_at, losses, split, norms if norms_every and position.step % norms_every == 0 else ())
                 recorder.write(line)
                 if position.skipped_in_row >= config.max_bad_steps:
                     good = ([None] + checkpoints(run.folder / "checkpoints"))[-1]

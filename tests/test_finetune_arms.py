@@ -143,8 +143,8 @@ def test_the_arms_of_the_real_model_have_the_known_sizes():
     inject(model, family)
     sizes = {arm: sum(p.numel() for p in trainable(model, family, arm).values()) for arm in ARMS}
     known = dict(sfa=7_296, control=337_583_104, vision=337_590_400, projector=33_570_816)
-    assert sizes == known | dict(vision_blocks=known["vision"], adat=known["control"], vision_adat=known["vision"])
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == sizes["vision_adat"]  # of the last call, nothing is left awake
+    assert sizes == known | dict(vision_blocks=known["vision"], adat=known["control"], vision_adat=known["vision"], full=known["vision"])
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == sizes["full"]  # of the last call, nothing is left awake
 
 
 @pytest.mark.parametrize("arm", ARMS)

@@ -27,7 +27,8 @@ from sfa_core.pretraining import (
 )
 from sfa_core.questions import KINDS
 
-SMALL = Recipe(documents=24, document_seed=5, encoder_steps=2, lookup_steps=4, joint_steps=3, reading_steps=2, cell_steps=2, batch=2, question_batch=4, questions=3,
+SMALL = Recipe(documents=24, document_seed=5, encoder_steps=2, lookup_steps=4, joint_steps=3, reading_steps=2, cell_steps=2, batch=2, question_batch=4,
+               questions=3,
                vocabulary=400,
                checkpoint_every=1)
 TINY = EmbeddedConfig(vision_width=32, vision_layers=1, vision_heads=2, vision_hidden=64, language_width=32, language_layers=1, language_heads=2,
@@ -44,7 +45,8 @@ def weights(bundle, heads):
 
 
 def test_an_interrupted_training_ends_with_the_same_weights(trained, tmp_path):
-    train_embedded(replace(SMALL, joint_steps=0, reading_steps=0, cell_steps=0), tmp_path, TINY, progress=False)  # as far as a run killed between two stages came
+    killed = replace(SMALL, joint_steps=0, reading_steps=0, cell_steps=0)  # between two stages
+    train_embedded(killed, tmp_path, TINY, progress=False)
     bundle, heads, log = train_embedded(SMALL, tmp_path, TINY, progress=False)
     for (name, there), here in zip(weights(*trained[:2]).items(), weights(bundle, heads).values()):
         assert torch.equal(there, here), name
