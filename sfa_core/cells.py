@@ -60,15 +60,15 @@ TABLE_3 = {
 
 # %% ../notebooks/library/86_cells.ipynb #ef712362
 def kinds_mixture(
-    weights: str,  # kinds of documents with weights, as "line=1 pie=1"
+    weights: str,  # kinds of documents with weights, as "line:1 pie:1"
     count: int,  # documents of each kind
     seed: int,
 ) -> Mixture:
     "Generate documents of some kinds and mix them; ValueError when the text does not say so."
     try:
-        shares = {kind: float(weight) for kind, weight in (part.split("=") for part in weights.split())}
+        shares = {kind: float(weight) for kind, weight in (part.split(":") for part in weights.split())}
     except ValueError as error:
-        raise ValueError(f"a mixture is {weights!r}; kinds with weights such as 'line=1 pie=2' are expected") from error
+        raise ValueError(f"a mixture is {weights!r}; kinds with weights such as 'line:1 pie:2' are expected") from error
     return Mixture({kind: documents(count, seed, kinds=(kind,)) for kind in shares}, shares)
 
 
