@@ -370,7 +370,7 @@ def test_recomputed_activations_change_nothing(bundle, charts, tmp_path):
 @pytest.mark.parametrize(
     "wrong, said",
     [
-        (dict(arm="everything"), "arm is 'everything'; one of sfa, control, vision, projector is expected"),
+        (dict(arm="everything"), "arm is 'everything'; one of sfa, control, vision, projector, "),
         (dict(steps=0), "steps is 0"),
         (dict(steps=-1), "steps is -1"),
         (dict(batch_size=0), "batch_size is 0"),
