@@ -370,11 +370,7 @@ def test_recomputed_activations_change_nothing(bundle, charts, tmp_path):
 @pytest.mark.parametrize(
     "wrong, said",
     [
-<<<<<<< HEAD
         (dict(arm="half"), "arm is 'half'; one of sfa, control, vision, projector"),
-=======
-        (dict(arm="everything"), "arm is 'everything'; one of sfa, control, vision, projector, "),
->>>>>>> five
         (dict(steps=0), "steps is 0"),
         (dict(steps=-1), "steps is -1"),
         (dict(batch_size=0), "batch_size is 0"),
