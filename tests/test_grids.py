@@ -123,7 +123,7 @@ def test_a_grid_that_cannot_be_meant_is_refused_before_anything_starts(home, cap
 def test_a_place_to_run_that_cannot_be_meant_is_refused(home, write_grid, capsys, arguments, said):
     assert main(["grid", str(write_grid()), *arguments]) == 2
     assert said in capsys.readouterr().err and executions(home) == 0 and finished_runs() == []
-    assert main(["grid", "no_such_grid"]) == 2 and "expected a YAML file or one of small" in capsys.readouterr().err
+    assert main(["grid", "no_such_grid"]) == 2 and "expected a YAML file or one of ablation, small, tour" in capsys.readouterr().err
 
 
 def test_a_worker_that_is_killed_costs_no_run(home, write_grid):
@@ -158,7 +158,8 @@ def test_a_study_that_hangs_ends_at_the_timeout_of_its_grid(home, write_grid):
 
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
 def test_a_grid_that_is_stopped_leaves_nothing_running_and_goes_on_where_it_was(home, write_grid, ending):
-    command = [*SFA, "grid", str(write_grid(parameters={"seconds": 60, "checkpoint": True})), "--workers", "1"]
+    grid = write_grid(parameters={"seconds": 60, "checkpoint": True})
+    command = ["env", "--default-signal=INT", *SFA, "grid", str(grid), "--workers", "1"]  # a job in the background of a shell would ignore SIGINT
     client = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
     wait_for(lambda: any((exports_root() / "runs" / "draw").glob(".partial-*/checkpoint/state")), "the first checkpoint")
     kernel, = kernels(home)
