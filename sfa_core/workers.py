@@ -189,7 +189,7 @@ def on_cluster(
         futures = {client.submit(attempt, task, environment, key=f"sfa-{task.identity}", pure=False, **limits): task for task in tasks}
         seen = set()
         while futures:
-            with suppress(TimeoutError):
+            with suppress(TimeoutError), client.as_current():  # `wait` asks the current client
                 wait_for(list(futures), timeout=1, return_when="FIRST_COMPLETED")
             with suppress(OSError):  # the scheduler is gone: its futures say so
                 begun = {task.identity for keys in client.processing().values() for task in futures.values() if f"sfa-{task.identity}" in keys} - seen
