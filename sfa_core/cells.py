@@ -20,7 +20,7 @@ import pandas as pd
 import sfa_core
 from .consistency import SCRConfig
 from .documents import Sample, documents
-from .evaluation import compare_seeds, evaluate, fingerprint, interval_text
+from .evaluation import compare_seeds, evaluate, fingerprint, interval_text, points_text, resolved
 from .finetune import FinetuneConfig, finetune, load_arm
 from .checkpoints import read_log
 from .metrics import clustered_bootstrap, seed_interval
@@ -153,15 +153,12 @@ def against(a: Sequence[pd.DataFrame], b: Sequence[pd.DataFrame], names: tuple[s
 
 def difference_text(comparison: Mapping[str, Any]) -> dict[str, Any]:
     "Write a difference in points with its intervals, the p of McNemar's exact test of each seed, and whether it is resolved."
-    low, high = widest(comparison)
-    points = lambda a, b: "one seed" if a is None else f"{100 * a:+.1f} to {100 * b:+.1f}"
-    said = "not tested" if low is None else "better" if low > 0 else "worse" if high < 0 else "not resolved"
     return {
         "difference, points": round(100 * comparison["difference"], 2),
-        "over seeds, points": points(comparison["low"], comparison["high"]),
-        "over documents, points": points(comparison["document_low"], comparison["document_high"]),
+        "over seeds, points": points_text(comparison["low"], comparison["high"]),
+        "over documents, points": points_text(comparison["document_low"], comparison["document_high"]),
         "p by seed": " ".join(f"{each['p']:.2g}" for each in comparison["seeds"]),
-        "said": said,
+        "said": resolved(comparison),
     }
 
 

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from .evaluation import compare_seeds, interval_text
+from .evaluation import compare_seeds, interval_text, points_text
 from .metrics import seed_interval, wilson_interval
 from .paths import REPOSITORY, exports_root
 from .results import finished_runs
@@ -207,7 +207,7 @@ def against_control(run: Path, arm: str) -> str:
         return "no control"
     found = compare_seeds([(parts["control"][seed], parts[arm][seed]) for seed in seeds], ("control", arm))
     kinds = (("over seeds", found["low"], found["high"]), ("over documents", found["document_low"], found["document_high"]))
-    over = [f"{100 * low:+.1f} to {100 * high:+.1f} {what}" for what, low, high in kinds if low is not None]
+    over = [f"{points_text(low, high)} {what}" for what, low, high in kinds if low is not None]
     return f"{100 * found['difference']:+.1f} ({'; '.join(over)})"
 
 # %% ../notebooks/library/88_collect.ipynb #a10fab2b

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SCORERS', 'GRADED', 'COLUMNS', 'MIN_DOCUMENTS', 'letter_score', 'known', 'make_records', 'rate_of', 'mean_of',
-           'summarise', 'fingerprint', 'tiles_of', 'settings_of', 'evaluate', 'interval_text', 'summary_table',
-           'kind_table', 'paired', 'repr_of', 'difference_of', 'compare', 'verdict', 'comparison_table',
-           'transition_table', 'compare_seeds', 'seed_table']
+           'summarise', 'fingerprint', 'tiles_of', 'settings_of', 'evaluate', 'interval_text', 'points_text',
+           'summary_table', 'kind_table', 'paired', 'repr_of', 'difference_of', 'compare', 'resolved', 'verdict',
+           'comparison_table', 'transition_table', 'compare_seeds', 'seed_table']
 
 # %% ../notebooks/library/72_evaluation.ipynb #e0342f04
 import hashlib
@@ -203,6 +203,11 @@ def interval_text(low: float | None, high: float | None, signed: bool = False) -
     return f"{low:+.3f} to {high:+.3f}" if signed else f"{low:.3f} to {high:.3f}"
 
 
+def points_text(low: float | None, high: float | None) -> str:
+    "Write an interval of a difference of shares in percentage points; a dash when there is none."
+    return "—" if low is None or high is None else f"{100 * low:+.1f} to {100 * high:+.1f}"
+
+
 def summary_table(
     summaries: Mapping[str, Mapping[str, Any]],  # name -> summary
 ) -> pd.DataFrame:                               # one row per name
@@ -279,21 +284,29 @@ def compare(
     return difference_of(rows, draws, level, seed) | {"names": list(names), "level": level, "left_out": len(joined) - len(rows), "kinds": kinds}
 
 # %% ../notebooks/library/72_evaluation.ipynb #e8e89025
+def resolved(
+    comparison: Mapping[str, Any],  # from `compare` or `compare_seeds`
+) -> str:                           # better, worse, not resolved, or not tested
+    "Say what the intervals of a comparison allow; fewer than MIN_DOCUMENTS documents, or a single seed, test nothing."
+    c = comparison
+    intervals = [(c["low"], c["high"])] + ([(c["document_low"], c["document_high"])] if "document_low" in c else [])
+    if c["documents"] < MIN_DOCUMENTS or any(low is None for low, _ in intervals):
+        return "not tested"
+    return "better" if all(low > 0 for low, _ in intervals) else "worse" if all(high < 0 for _, high in intervals) else "not resolved"
+
+
 def verdict(
     comparison: Mapping[str, Any],  # from `compare` or `compare_seeds`
 ) -> str:
     "Write what a comparison shows; better or worse only when every interval excludes zero."
     c, (first, second) = comparison, comparison["names"]
-    intervals = [(c["low"], c["high"])] + ([(c["document_low"], c["document_high"])] if "document_low" in c else [])
-    enough = c["documents"] >= MIN_DOCUMENTS and all(low is not None for low, _ in intervals)
+    said = resolved(c)
     over = f"{c['n']:,} questions about {c['documents']:,} documents" + (f", {len(c['seeds'])} seeds" if "seeds" in c else "")
-    interval = "no interval" if c["low"] is None else f"{100 * c['level']:g} % interval {100 * c['low']:+.1f} to {100 * c['high']:+.1f}"
+    interval = "no interval" if c["low"] is None else f"{100 * c['level']:g} % interval {points_text(c['low'], c['high'])}"
     numbers = f"{100 * c['difference']:+.1f} points ({interval}; {over})"
-    if enough and all(low > 0 for low, _ in intervals):
-        return f"{second} is better than {first}: {numbers}."
-    if enough and all(high < 0 for _, high in intervals):
-        return f"{second} is worse than {first}: {numbers}."
-    few = "" if enough else f" Fewer than {MIN_DOCUMENTS} documents, or a single seed, resolve nothing."
+    if said in ("better", "worse"):
+        return f"{second} is {said} than {first}: {numbers}."
+    few = "" if said == "not resolved" else f" Fewer than {MIN_DOCUMENTS} documents, or a single seed, resolve nothing."
     return f"No difference between {second} and {first} is resolved: {numbers}.{few}"
 
 # %% ../notebooks/library/72_evaluation.ipynb #5a717929

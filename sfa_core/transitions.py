@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from .evaluation import MIN_DOCUMENTS, interval_text, paired
+from .evaluation import MIN_DOCUMENTS, interval_text, paired, points_text
 from .grounding import CATEGORIES
 from .metrics import mcnemar, paired_bootstrap
 
@@ -97,7 +97,7 @@ def change_sentence(
         where = f"{change['n']} questions about {change['documents']} documents with two numeric replies"
         return f"Ungrounded numbers of {second} and {first} cannot be compared: {where}."
     numbers = (
-        f"{100 * change['difference']:+.1f} points ({100 * change['level']:g} % interval {100 * change['low']:+.1f} to {100 * change['high']:+.1f}; "
+        f"{100 * change['difference']:+.1f} points ({100 * change['level']:g} % interval {points_text(change['low'], change['high'])}; "
         f"only {first} {change['only_first']}, only {second} {change['only_second']}, exact p = {change['p']:.3g}; "
         f"{change['n']:,} questions, {change['documents']:,} documents)"
     )

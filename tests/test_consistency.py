@@ -14,27 +14,16 @@ from sfa_core.checkpoints import TIMING
 from sfa_core.consistency import SCRConfig, consistency_table, dense_queries, entropy_loss, tile_density, with_consistency
 from sfa_core.density import load_density
 from sfa_core.documents import documents, samples
-from sfa_core.embedded import EmbeddedConfig, train_tokenizer
+from sfa_core.embedded import train_tokenizer
 from sfa_core.finetune import FinetuneConfig, finetune, load_arm
 from sfa_core.measures import catching
 from sfa_core.models import new_bundle
 from sfa_core.patches import PatchConfig
 from sfa_core.stream import DocumentSet, Mixture, batches
 from sfa_core.visible import number_pages, number_targets, shown_boxes
+from tiny_internvl import SMALLEST
 
-TINY = EmbeddedConfig(
-    vision_width=32,
-    vision_layers=2,
-    vision_heads=2,
-    vision_hidden=32,
-    language_width=32,
-    language_layers=2,
-    language_heads=2,
-    language_kv_heads=1,
-    head_dim=16,
-    language_hidden=32,
-    initializer_range=0.3,
-)
+TINY = replace(SMALLEST, initializer_range=0.3)
 ALONE = {name: SCRConfig(**dict(entropy=0, grounding=0, stability=0, floor=0.0) | {name: 1.0}) for name in ("entropy", "grounding", "stability")}
 QUICK = dict(steps=3, batch_size=4, questions=3, learning_rate=5e-3, structure_rate=5e-3, checkpoint_every=0)
 

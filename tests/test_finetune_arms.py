@@ -16,26 +16,15 @@ from sfa_core.attention import eject, inject, load_structure
 from sfa_core.checkpoints import TIMING, read_folder
 from sfa_core.consistency import SCRConfig
 from sfa_core.documents import documents, samples
-from sfa_core.embedded import EmbeddedConfig, train_tokenizer
+from sfa_core.embedded import train_tokenizer
 from sfa_core.families import family_of
 from sfa_core.finetune import ARMS, FinetuneConfig, finetune, load_arm, prepared, read_arm, trainable
 from sfa_core.models import new_bundle
 from sfa_core.patches import PatchConfig
 from sfa_core.stream import DocumentSet, batches, steps_in
 from sfa_core.structure import StructuralBias
+from tiny_internvl import SMALLEST
 
-TINY = EmbeddedConfig(
-    vision_width=32,
-    vision_layers=2,
-    vision_heads=2,
-    vision_hidden=32,
-    language_width=32,
-    language_layers=2,
-    language_heads=2,
-    language_kv_heads=1,
-    head_dim=16,
-    language_hidden=32,
-)
 QUICK = dict(steps=4, batch_size=4, questions=3, learning_rate=5e-3, structure_rate=5e-3, checkpoint_every=2)
 
 
@@ -46,7 +35,7 @@ def charts(tmp_path_factory):
 
 def tiny(seed=0, **changes):
     texts = ["What is the value of oak? yes no 1 2 3 4 5 6 7 8 9 0"]
-    return new_bundle(replace(TINY, **changes), train_tokenizer(texts, 300), seed, name="tiny")
+    return new_bundle(replace(SMALLEST, **changes), train_tokenizer(texts, 300), seed, name="tiny")
 
 
 @pytest.fixture(scope="module")
