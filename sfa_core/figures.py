@@ -31,7 +31,7 @@ def document_gallery(
     if not len(images) or len(images) != len(captions):
         raise ValueError(f"{len(images)} images and {len(captions)} captions, expected at least one image and as many captions")
     columns = min(columns, len(images))
-    edge, wrapped = 840 // columns, ["<br>".join(textwrap.wrap(caption, 840 // columns // 7)) for caption in captions]
+    edge, wrapped = 840 // columns, ["<br>".join(textwrap.wrap(caption, 840 // columns // 8)) for caption in captions]
     figure, places, height = grid_panels(wrapped, columns, min(edge, 320))
     for image, place in zip(images, places, strict=True):
         source, *size = png_source(image)
