@@ -45,7 +45,7 @@ class Recipe:
     lookup_steps: int = 2_400
     joint_steps: int = 2_500
     reading_steps: int = 3_000
-    cell_steps: int = 1_200
+    cell_steps: int = 3_000
     batch: int = 32  # documents, in the encoder and lookup stages
     question_batch: int = 16  # documents, from the joint stage on: half as many allow twice the steps in the same time
     questions: int = 8  # or names, drawn anew for every visit to a document
@@ -126,7 +126,7 @@ CURRICULUM = {  # stage -> (share of its steps until which it holds, kinds asked
     "lookup": ((0.15, NAMES[:1]), (0.35, NAMES[:2]), (1.0, NAMES)),
     "joint": ((0.1, NAMES), (0.35, (*NAMES, *READING)), (1.0, KINDS)),
     "reading": ((1.0, ("sentence", "cell_sentence", *KINDS)),),
-    "cells": ((1.0, ("cell_sentence", *KINDS)),),
+    "cells": ((0.7, ("cell_sentence", "cell_name")), (1.0, ("cell_sentence", *KINDS))),
 }
 
 
