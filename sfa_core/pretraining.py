@@ -311,7 +311,7 @@ def write_card(
     vision, text = bundle.model.config.vision_config, bundle.model.config.text_config
     layers = (f"encoder {vision.num_hidden_layers} x {vision.hidden_size}, language model {text.num_hidden_layers} x {text.hidden_size}, "
               f"{vision.image_size[0]} px, patch {vision.patch_size[0]}")
-    table = lambda frame: frame.to_markdown(floatfmt=".3f")
+    table = lambda frame: frame.round(3).to_markdown(floatfmt="g")
     parameters = sum(p.numel() for p in bundle.model.parameters())
     text = CARD.format(parameters=parameters, layers=layers, n_documents=n_documents, stages=table(stages), reads=table(reads), kinds=table(kinds), tried=tried,
                        **{name: getattr(recipe, name) for name in ("seed", "documents", "document_seed", "learning_rate", "joint_rate")})
