@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['AREA', 'SUPPORTED', 'CONTROL', 'REMEMBERED', 'plan_geometry', 'area_attention', 'EmbeddingParts', 'embedding_parts',
-           'TokenControl', 'place_leaves', 'embed_tiles', 'run_tiles', 'drop_copies', 'language_tokens',
-           'attach_tokens', 'detach_tokens', 'adaptive_tokens']
+           'TokenControl', 'place_leaves', 'embed_tiles', 'run_tiles', 'language_tokens', 'attach_tokens',
+           'detach_tokens', 'adaptive_tokens']
 
 # %% ../notebooks/library/27_adaptive.ipynb #8e8d98e2
 import contextlib
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import sdpa_mask
 
 from .attention import CHILD, set_geometry, structures_of, use_attention, vision_attention
+from .copies import drop_copies, is_kept, token_origins
 from .density import DensityEstimator, density_blocks, estimate_density
 from .embedding import embed_patches, regrid
 from .families import Family
@@ -127,7 +128,7 @@ class TokenControl:
     current: tuple[list[PatchPlan], int] = field(default=((), 0), repr=False)  # plans and length of the sequences under way
     base: Geometry | None = field(default=None, repr=False)  # of the uniform grid
     replaced: str = ""  # the encoder's attention before
-    handle: Any = field(default=None, repr=False)  # of the hook that drops copies
+    keep_copies: Callable[[], None] | None = field(default=None, repr=False)  # undoes what drops copies; None: all tokens stay
     last: list[PatchPlan] = field(default_factory=list, repr=False)  # plans of the tiles the tower ran on last
     seen: dict[str, tuple] = field(default_factory=dict, repr=False)
 
@@ -215,25 +216,18 @@ def run_tiles(control: TokenControl, pixel_values: Tensor, **options) -> Any:  #
     return type(output)(last_hidden_state=last, hidden_states=tuple(hidden) or None)
 
 # %% ../notebooks/library/27_adaptive.ipynb #77c1d7f2
-def drop_copies(control: TokenControl, module: nn.Module, arguments: tuple) -> tuple:
-    "Leave one of each set of equal tokens, (T, n, C) -> (1, kept, C); a hook in front of the projector."
-    merge = control.family.merge(control.model.config)
-    tokens, kept = arguments[0], np.concatenate([plan.kept(merge) for plan in control.last])
-    if tokens.shape[0] * tokens.shape[1] != len(kept):
-        raise ValueError(f"the projector gets {tuple(tokens.shape)}, plans are for {len(kept)} language tokens")
-    return (tokens.flatten(0, 1)[torch.from_numpy(kept).to(tokens.device)][None], *arguments[1:])
-
-
 def language_tokens(
     model: PreTrainedModel,
     family: Family,
-    pixels: Tensor,  # (T, 3, Y, X) normalised tiles
-) -> list[int] | None:  # language tokens of each tile; None where all of them stay
-    "Say how many tokens of each tile the language model will see."
+    images: Sequence[Tensor],  # of each image: (T, 3, Y, X) normalised tiles
+    sizes: Sequence[Sequence[int]] | None = None,  # height and width of each image, pixels; where the model packs tiles together
+) -> list[int] | None:  # language tokens of each image; None where all of them stay
+    "Say how many tokens of each image the language model will see."
     control = getattr(family.tower_of(model), CONTROL, None)
-    if control is None or control.handle is None:
+    if control is None or control.keep_copies is None:
         return None
-    return [int(plan.kept(family.merge(model.config)).sum()) for plan in control.read(pixels)[0]]
+    plans = control.read(torch.cat(list(images)))[0]
+    return [int(is_kept(own).sum()) for own in token_origins(model, family, plans, [len(tiles) for tiles in images], sizes)]
 
 # %% ../notebooks/library/27_adaptive.ipynb #06cb7374
 def attach_tokens(
@@ -244,7 +238,7 @@ def attach_tokens(
     estimator: DensityEstimator | None = None,  # needed for blocks, and for patches that look at density
     patches: PatchConfig | None = None,  # the rule; None: the uniform grid
     blocks: bool = False,  # density blocks for the structural bias, which must be attached (inject)
-    drop: bool = True,  # leave out copies of language tokens, where the family can
+    drop: bool = True,  # leave out copies of language tokens
 ) -> TokenControl:
     """Let density decide blocks or patches of a model; `detach_tokens` is the inverse.
 
@@ -275,8 +269,8 @@ def attach_tokens(
         parts.module.forward = lambda pixel_values, **options: embed_tiles(control, pixel_values, **options)
         if not structured:
             use_attention(model, "adat")
-        if drop and family.name == "internvl":
-            control.handle = family.projector_of(model).register_forward_pre_hook(lambda module, arguments: drop_copies(control, module, arguments))
+        if drop:
+            control.keep_copies = drop_copies(model, family, lambda: control.last)
     return control
 
 
@@ -298,8 +292,8 @@ def detach_tokens(
                 delattr(attention, AREA)
         if vision_attention(model) == "adat":
             use_attention(model, control.replaced)
-        if control.handle is not None:
-            control.handle.remove()
+        if control.keep_copies is not None:
+            control.keep_copies()
     if hasattr(attentions[0], CHILD):
         set_geometry(model, family, control.base)
     return model

@@ -250,7 +250,7 @@ def with_consistency(
         if len(states) != 1:
             raise ValueError(f"the language model ran {len(states)} times in this process; the grounding loss expects its states here, once")
         pages, kept = number_pages(rows), iter(plans)
-        dropped = bool(plans) and control.handle is not None
+        dropped = bool(plans) and control.keep_copies is not None
         own = [[next(kept) for _ in tile_regions(bundle, page.size, tiles)] if dropped else () for page in pages]
         shown = [shown_boxes(bundle, page.size, tiles, each) for page, each in zip(pages, own)]
         digits, images, positive, negative, skipped = (

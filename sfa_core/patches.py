@@ -139,17 +139,21 @@ class PatchPlan:
             member[part, cells] = 1
         return member
 
-    def kept(
+    def origins(
         self,
         merge: int = 1,  # base cells per side in one language token
-    ) -> np.ndarray:  # (h / merge * w / merge,) bool, row by row
-        "Mark the language tokens that are no copies of an earlier one: of all tokens inside one leaf, the first."
+    ) -> np.ndarray:  # (h / merge * w / merge,) int, row by row
+        "Say of each language token which is the first that is equal: of all tokens inside one leaf, the first; else the token itself."
         if merge < 1 or self.grid[0] % merge or self.grid[1] % merge:
             raise ValueError(f"{merge} cells per side make no language tokens on a grid of {self.grid[0]} x {self.grid[1]}, expected a divisor of both")
         of = blocks_of(self.owner, 2 * merge).transpose(0, 2, 1, 3).reshape(-1, 4 * merge**2)
-        inside, first = (of == of[:, :1]).all(1), np.zeros(len(of), dtype=bool)
-        first[np.unique(of[:, 0] + len(self) * ~inside * np.arange(1, len(of) + 1), return_index=True)[1]] = True
-        return first
+        inside = (of == of[:, :1]).all(1)
+        _, first, which = np.unique(of[:, 0] + len(self) * ~inside * np.arange(1, len(of) + 1), return_index=True, return_inverse=True)
+        return first[which]
+
+    def kept(self, merge: int = 1) -> np.ndarray:  # (h / merge * w / merge,) bool
+        "Mark the language tokens that are no copies of an earlier one."
+        return self.origins(merge) == np.arange(self.grid[0] * self.grid[1] // merge**2)
 
 # %% ../notebooks/library/15_patches.ipynb #6c95e932
 @dataclass(frozen=True, eq=False)

@@ -19,10 +19,10 @@ from PIL import Image
 from torch import Tensor
 
 from .answers import IGNORE, answer_tokens
+from .copies import is_kept, token_origins
 from .documents import Sample
-from .images import tile_regions
 from .models import Bundle
-from .patches import PATCH, PatchPlan, blocks_of
+from .patches import PatchPlan
 from .places import language_boxes
 
 # %% ../notebooks/library/39_visible.ipynb #654a3728
@@ -84,13 +84,10 @@ def shown_boxes(
     boxes = language_boxes(bundle, size, tiles)
     if not plans:
         return boxes
-    merge, regions, found = bundle.family.merge(bundle.model.config), tile_regions(bundle, size, tiles), []
-    for own, region, plan in zip(boxes.reshape(len(plans), -1, 4), regions, plans, strict=True):
-        leaf = blocks_of(plan.owner, 2 * merge).transpose(0, 2, 1, 3).reshape(len(own), -1)[:, 0]
-        scale = np.array([(region[2] - region[0]) / plan.grid[1], (region[3] - region[1]) / plan.grid[0]] * 2) / PATCH
-        leaves = plan.boxes[leaf] * scale + np.array(region[:2] * 2)
-        found.append(np.concatenate([np.minimum(own, leaves)[:, :2], np.maximum(own, leaves)[:, 2:]], axis=1)[plan.kept(merge)])
-    return np.concatenate(found)
+    [origins], shown = token_origins(bundle.model, bundle.family, plans, [len(plans)], [size[::-1]]), boxes.copy()
+    np.minimum.at(shown[:, :2], origins, boxes[:, :2])
+    np.maximum.at(shown[:, 2:], origins, boxes[:, 2:])
+    return shown[is_kept(origins)]
 
 
 def touches(

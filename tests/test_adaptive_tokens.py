@@ -116,8 +116,7 @@ def test_a_plan_of_pretrained_patches_is_the_stock_encoder_of_llava_onevision():
     detach_tokens(model, family)
     control = attach_tokens(model, family, MEAN, STD, patches=GUARDED)
     fewer = torch.cat(model.model.get_image_features(given, image_sizes=sizes).pooler_output)
-    assert fewer.shape == features.shape and not torch.allclose(fewer, features, atol=1e-3), "its packing needs the whole raster"
-    assert min(map(len, control.last)) < 16 and language_tokens(model, family, given) is None
+    assert len(fewer) == sum(language_tokens(model, family, given.split(2), sizes.tolist())) < len(features) and min(map(len, control.last)) < 16
     detach_tokens(model, family)
     assert torch.equal(tower(model, family, given), expected)
 
@@ -187,8 +186,8 @@ def test_a_result_depends_neither_on_batch_mates_nor_on_their_order(seed, order)
     together = tower(model, family, given)
     alone = torch.cat([tower(model, family, given[i : i + 1]) for i in range(4)])
     assert torch.allclose(together, alone, atol=1e-5) and torch.allclose(tower(model, family, given[list(order)]), together[list(order)], atol=1e-5)
-    counts = language_tokens(model, family, given)
-    assert language_tokens(model, family, given[list(order)]) == [counts[i] for i in order]
+    counts = language_tokens(model, family, given[:, None])
+    assert language_tokens(model, family, given[list(order), None]) == [counts[i] for i in order]
 
 
 def test_the_order_of_leaves_changes_nothing(internvl):
@@ -242,7 +241,7 @@ def test_dropped_language_tokens_are_copies_of_kept_ones(merge):
         detach_tokens(model, family)
         control = attach_tokens(model, family, MEAN, STD, patches=GUARDED)
         kept = model.model.get_image_features(given).pooler_output
-    marks, counts = [plan.kept(merge) for plan in control.last], language_tokens(model, family, given)
+    marks, counts = [plan.kept(merge) for plan in control.last], language_tokens(model, family, given[:, None])
     assert kept.shape[:2] == (1, sum(counts)) and sum(counts) < whole.shape[0] * whole.shape[1]
     for tokens, mark, own in zip(whole, marks, kept[0].split(counts)):
         assert torch.allclose(tokens[mark], own, atol=1e-5)
@@ -388,7 +387,7 @@ def test_the_prompt_has_as_many_image_tokens_as_the_model_gives(bundle):
     attach_tokens(bundle.model, bundle.family, processor.image_mean, processor.image_std, patches=GUARDED)
     given, counts = image_inputs(bundle, list(data["image"]))
     blocks = image_blocks(bundle, given, counts)
-    expected = language_tokens(bundle.model, bundle.family, given)
+    expected = language_tokens(bundle.model, bundle.family, given[:, None])
     assert [block.count(image) for block in blocks] == expected and max(expected) < 64 and len(set(expected)) > 1
     batch = training_batch(bundle, [data[i] for i in range(4)])
     assert (batch["input_ids"] == image).sum(1).tolist() == expected
