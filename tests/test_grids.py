@@ -166,7 +166,7 @@ def test_a_grid_that_is_stopped_leaves_nothing_running_and_goes_on_where_it_was(
     kernel, = kernels(home)
     worker = parent_of(kernel)
     client.send_signal(ending)
-    said = client.communicate(timeout=60)[0]
+    said = client.communicate(timeout=300)[0]
     assert ending != signal.SIGINT or (client.returncode == 130 and "the same command goes on where it stopped" in said)
     wait_for(lambda: not alive(worker) and not alive(kernel), "the end of worker and kernel")
     assert [row[1] for row in run_table()] == ["unfinished"]

@@ -157,7 +157,7 @@ def start(*arguments):
 
 def test_two_processes_that_start_the_same_run_execute_it_once(home):
     both = [start("-p", "seconds", "3") for _ in range(2)]
-    outputs = [process.communicate(timeout=120)[0] for process in both]
+    outputs = [process.communicate(timeout=300)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
     assert len((home / "log").read_text().splitlines()) == 1
     assert len(finished_runs()) == 1 and len({output.splitlines()[-1] for output in outputs}) == 1
@@ -176,7 +176,7 @@ def test_a_killed_run_looks_unfinished_and_goes_on_from_its_checkpoint(home):
     wait_for(lambda: not os.path.exists(f"/proc/{kernel}") or "Z" in open(f"/proc/{kernel}/stat").read().rsplit(")")[1].split()[0], "the end of the kernel")
     assert finished_runs() == [] and [row[1] for row in run_table()] == ["unfinished"]
     again = start(*arguments)
-    output = again.communicate(timeout=120)[0]
+    output = again.communicate(timeout=300)[0]
     assert again.returncode == 0, output
     assert [row[1] for row in run_table()] == ["finished"]
 
@@ -189,7 +189,7 @@ def test_progress_and_output_of_the_cells_reach_the_terminal_while_they_run(home
         assert line, seen
         seen += line
     assert process.poll() is None and "== Drawing" in seen, "before the study ends"
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=300)[0]
     assert "mean 0." in output and output.splitlines()[-1] == str(finished_runs()[0] / "notebook.ipynb")
 
 
