@@ -18,8 +18,3 @@ DATA = REPOSITORY / "data"
 def exports_root() -> Path:
     "Give the folder of everything written: `$SFA_EXPORTS` (a relative one counts from the repository), or exports/ of the repository."
     return (REPOSITORY / os.environ.get("SFA_EXPORTS", "exports")).resolve()
-
-# %% ../notebooks/library/00_paths.ipynb #7be41f02
-import sys
-
-sys.modules.setdefault("rfc3987_syntax", None)
