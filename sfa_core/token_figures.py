@@ -70,4 +70,4 @@ def cost_curves(
         figure.update_xaxes(title_text=COSTS[cost], rangemode="tozero", row=row, col=column)
     figure.update_yaxes(tickformat=".0%")
     figure.update_yaxes(title_text="right, with 95 % interval", col=1)
-    return in_style(figure, title, subtitle, 330 * rows, above=64).update_layout(legend={"y": 1.03})
+    return in_style(figure, title, subtitle, 330 * rows, above=116).update_layout(legend={"y": 1.03})
