@@ -95,7 +95,7 @@ def logits_of(
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:  # queries (B, H, q, D), their places among the keys (B, q), factors -> (B, H, q, K)
     """Prepare the logits of a call; the function it gives computes them for some of its queries."""
     key, groups = widened(call.key), call.query.shape[1] // call.key.shape[1]
-    key = key.repeat_interleave(groups, dim=1) if groups > 1 else key
+    key = key.repeat_interleave(groups, dim=1) if groups > 1 else key.contiguous()
 
     def logits(query, place, factors):
         scores = widened(query) * call.scale @ key.mT
@@ -180,7 +180,8 @@ def pointed(
     evidence: Tensor,  # (B, K), nan for a sample without
 ) -> Tensor:  # (B, H, q) 0 or 1, nan for a sample without evidence
     """Say whether the key with the most mass touches the evidence."""
-    best = chance.masked_fill(~shown.expand(len(chance), -1)[:, None, None], -1).argmax(-1)
+    below = 2 * (~shown.expand(len(chance), -1)[:, None, None]).to(chance)  # cheaper to subtract than to fill in
+    best = (chance - below).argmax(-1)
     found = evidence[:, None, None].expand(*best.shape, -1).gather(-1, best[..., None])[..., 0]
     return torch.where(found.isnan(), found, (found > 0).to(found))
 
@@ -198,14 +199,14 @@ def measure_layer(
     one_hot = [(place[:, None] == torch.arange(side, device=device)) for place, side in ((row, grid.height), (column, grid.width))]
     like, means = widened(call.query[:0]), []
     common = torch.cat([*one_hot, special[:, None]], dim=-1).to(like).expand(len(call.query), -1, -1)
-    weights = torch.cat([common, places.evidence[..., None].to(like)], dim=-1)[:, None]
+    weights = torch.cat([common, places.evidence[..., None].to(like)], dim=-1)
     centre, parts, received = places.centre.to(like), {name: [] for name in (*STORED, "maps")}, 0
     for chosen, chance, entropy in attention_chunks(call, budget):
-        sums = chance @ weights  # (B, H, q, h + w + 2)
+        sums = (chance.flatten(1, 2) @ weights).view(*chance.shape[:-1], -1)  # (B, H, q, h + w + 2)
         same = torch.cat([row[chosen, None].clamp(min=0), column[chosen, None].clamp(min=0) + grid.height], dim=-1)
         own = sums.gather(-1, same.expand(*sums.shape[:-1], 2)) * ~special[chosen, None]
-        away = torch.cdist(centre[:, chosen], centre)  # (B, q, K), nan at special tokens
-        far = torch.einsum("bhqk,bqk->bhq", chance, away.nan_to_num()) / (1 - sums[..., -2]).clamp(min=1e-30)
+        away = torch.hypot(*(centre[:, chosen, None] - centre[:, None]).unbind(-1))  # (B, q, K), nan at special tokens
+        far = torch.linalg.vecdot(chance, away.nan_to_num()[:, None]) / (1 - sums[..., -2]).clamp(min=1e-30)
         hit = pointed(chance, ~special, places.evidence.to(like))
         values = (entropy, own[..., 0], own[..., 1], sums[..., -2], far.masked_fill(special[chosen], math.nan), sums[..., -1], hit)
         for name, value in zip(STORED, values, strict=True):

@@ -80,7 +80,9 @@ def box_means(
 ) -> np.ndarray:  # (K,) float32
     """Average a picture over boxes, fractions of pixels counted; what lies outside of the picture is 0."""
     total = np.zeros((picture.shape[0] + 1, picture.shape[1] + 1))
-    total[1:, 1:] = np.asarray(picture, dtype=np.float64).cumsum(0).cumsum(1)
+    total[1:, 1:] = picture
+    inner = total[1:, 1:].cumsum(0, out=total[1:, 1:])
+    inner.cumsum(1, out=inner)
 
     def upto(x, y):
         x, y = np.clip(x, 0, picture.shape[1]), np.clip(y, 0, picture.shape[0])
@@ -91,7 +93,8 @@ def box_means(
 
     x0, y0, x1, y1 = np.nan_to_num(np.asarray(boxes, dtype=np.float64)).T
     area = (x1 - x0) * (y1 - y0)
-    inside = upto(x1, y1) - upto(x0, y1) - upto(x1, y0) + upto(x0, y0)
+    whole, left, above, both = upto(np.stack([x1, x0, x1, x0]), np.stack([y1, y1, y0, y0]))
+    inside = whole - left - above + both
     return np.divide(inside, area, out=np.zeros_like(area), where=area > 0).astype(np.float32)
 
 

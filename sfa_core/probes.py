@@ -92,17 +92,19 @@ def record_tiles(
     sizes = image_sizes(prepared)
     of_image = zip(batch, images, sizes, strict=True)
     of_row = [(sample, image.size, size, region) for sample, image, size in of_image for region in tile_regions(bundle, image.size, tiles)]
-    grids = [family.grid(model, size) for *_, size, _ in of_row]
+    layouts = {size: family.grid(model, size) for size in set(sizes)}
+    grids, regions = [layouts[size] for *_, size, _ in of_row], np.array([region for *_, region in of_row], dtype=np.float32)
     boxes = [grid.boxes(tuple(region)) for grid, (*_, region) in zip(grids, of_row, strict=True)]
     evidence = [evidence_in(sample, own, size)[0] for own, (sample, size, *_) in zip(boxes, of_row, strict=True)]
     wanted = [np.arange(len(grid)) if queries is None else queries for grid in grids]
     seen = [RowMeasures(grids, wanted, modules[layer].num_heads, rollout) for layer in layers] if family.native else [None] * len(layers)
-    geometry, evidence_shape = family.geometry(model, sizes) if family.native else None, (len(of_row), len(grids[0]))
+    geometry = family.geometry(model, sizes) if family.native else None
+    places = None if family.native else place_tokens(grids[0], regions, np.stack(evidence), device)
 
     def see(at, call):
         if not family.native:
-            places = place_tokens(grids[0], np.array([region for *_, region in of_row], dtype=np.float32), np.stack(evidence), device)
-            seen[at] = measure_layer(call, places, wanted[0], table=rollout) | {"visible": np.full(evidence_shape, evidence_shape[1], dtype=np.float32)}
+            visible = np.full((len(of_row), len(grids[0])), len(grids[0]), dtype=np.float32)
+            seen[at] = measure_layer(call, places, wanted[0], table=rollout) | {"visible": visible}
             return
         part = geometry[layers[at]][seen[at].calls]
         row = part.image
@@ -114,31 +116,26 @@ def record_tiles(
 
     with catching([modules[layer] for layer in layers], see):
         image_features(bundle, prepared)
-    names = (*STORED, "received", "maps", "visible", *(["table"] if rollout else []))
-    rows = (
-        [{name: np.stack([layer.rows[row][name][0] for layer in seen]) for name in names} for row in range(len(grids))]
-        if family.native
-        else [{name: np.stack([layer[name][row] for layer in seen]) for name in names} for row in range(len(grids))]
-    )
-    for row, own in zip(rows, wanted, strict=True):
-        row["rollout"] = followed(list(row.pop("table")[:, None]), own)[0] if rollout else None
     known = [share[~np.isnan(own).any(1)] for share, own in zip(evidence, boxes, strict=True)]
     touched = [np.nan if np.isnan(share).all() else (share > 0).mean() for share in known]
-    return join(
-        [
+    groups = [[layer.rows[row] for layer in seen] for row in range(len(grids))] if family.native else [seen]  # rows as large as each other
+    parts, count = [], len(grids) // len(groups)
+    for start, group in zip(range(0, len(grids), count), groups, strict=True):
+        rows = slice(start, start + count)
+        parts.append(
             {
-                "sample": (sample.id,),
-                "region": np.array([region], dtype=np.float32),
-                "boxes": own[None],
-                "cells": np.array([(grid.height, grid.width)]),
-                "evidence_share": share.mean(keepdims=True),
-                "pointing_chance": np.array([hit], dtype=np.float32),
+                "sample": tuple(sample.id for sample, *_ in of_row[rows]),
+                "region": regions[rows],
+                "boxes": np.stack(boxes[rows]),
+                "cells": np.array([(grid.height, grid.width) for grid in grids[rows]]),
+                "evidence_share": np.array([share.mean() for share in known[rows]]),
+                "pointing_chance": np.array(touched[rows], dtype=np.float32),
                 "words": (),
-                **{name: None if values is None else values[None] for name, values in row.items()},
+                "rollout": followed([layer["table"] for layer in group], wanted[start]) if rollout else None,
+                **{name: np.stack([layer[name] for layer in group], axis=1) for name in (*STORED, "received", "maps", "visible")},
             }
-            for (sample, _, _, region), grid, own, share, hit, row in zip(of_row, grids, boxes, known, touched, rows, strict=True)
-        ]
-    )
+        )
+    return join(parts)
 
 # %% ../notebooks/library/50_probes.ipynb #0fccec51
 @torch.no_grad()
@@ -213,14 +210,15 @@ def record(
     chosen, family = samples(data), bundle.family
     if (control := getattr(family.tower_of(bundle.model), CONTROL, None)) is not None and control.patches is not None:
         raise ValueError("attention is recorded on the uniform grid and the model has adaptive patches: call detach_tokens first")
-    size = image_sizes(image_batch(bundle, [chosen[0].image], tiles))[0]
+    size = image_sizes(image_batch(bundle, [chosen[0].image], tiles))[0] if family.native else None
     grid = family.grid(bundle.model, size) if tower == "vision" else family.language_grid(bundle.model, size)
     modules = family.attentions_of(bundle.model) if tower == "vision" else modules_at(family.language_of(bundle.model), "layers.*.self_attn")
     layers = tuple(range(len(modules)) if layers is None else layers)
     kept = None if isinstance(queries, str) and queries == "all" else np.unique(np.asarray(queries, dtype=int))
     check_request(tower, layers, len(modules), kept, len(grid), batch_size, rollout)
     training, batches = bundle.model.training, []
-    bundle.model.eval()
+    if any(module.training for module in bundle.model.modules()):  # looking is cheaper than setting
+        bundle.model.eval()
     try:
         for start in tqdm(range(0, len(chosen), batch_size), desc="record", disable=not progress):
             batch = chosen[start : start + batch_size]
@@ -228,7 +226,8 @@ def record(
                 record_tiles(bundle, batch, layers, kept, tiles, rollout) if tower == "vision" else record_words(bundle, batch, layers, tiles, max_new_tokens)
             )
     finally:
-        bundle.model.train(training)
+        if training:
+            bundle.model.train()
     joined = join(batches)
     kept = np.arange(joined["entropy"].shape[-1]) if kept is None or tower == "language" else kept
     return AttentionRecord(layers=layers, grid=grid, tower=tower, queries=kept, **joined)

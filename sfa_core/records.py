@@ -173,5 +173,5 @@ def join(
                 filler = 0 if name in ("maps", "received") and axis == first.ndim - 1 else np.nan
                 pads = [[(0, (wide - part.shape[axis]) * (axis == at)) for at in range(part.ndim)] for part in parts]
                 parts = [np.pad(part, pad, constant_values=filler) if wide > part.shape[axis] else part for part, pad in zip(parts, pads, strict=True)]
-            joined[name] = np.concatenate(parts)
+            joined[name] = np.concatenate(parts) if len(parts) > 1 else first
     return joined
