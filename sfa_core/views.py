@@ -274,6 +274,8 @@ def view_figure(
         figure.update_layout({name: {"colorscale": scale, "colorbar": bar, "showscale": not hidden}})
     in_style(figure, "", "", edge + 250, above=30, width=width)
     figure.update_annotations(font={"size": 13})
+    beside = {"x": figure.get_subplot(2, 1).xaxis.domain[1], "xanchor": "right"}  # the legend stands on its left
+    figure.update_annotations(beside, selector={"text": "entropy of this query by layer, nats"})
     figure.layout.annotations = figure.layout.annotations[::-1]  # the first one changes with the view
     legend = {"y": 0.84 * 170 / (edge + 170), "yanchor": "bottom", "x": 0, "font": {"size": 12}}  # above the entropy
     return figure.update_layout(view_limits(view)).update_layout(width=width, margin={"l": 40, "r": 150, "b": 46}, showlegend=len(arms) == 2, legend=legend)
