@@ -10,7 +10,7 @@ tour: $(INSTALLED)
 	$(BIN)/sfa run 00_tour
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --no-loadscope-reorder tests
 
 bench: $(INSTALLED)
 	$(BIN)/python tests/bench.py

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PATCH', 'SIZES', 'GUARD', 'PALE_GUARD', 'EMBEDDINGS', 'SOURCE', 'PRESETS', 'PatchConfig', 'blocks_of', 'merge_error',
-           'PatchPlan', 'Level', 'levels_of', 'children', 'fits', 'start_squares', 'by_threshold', 'check_budget',
-           'by_budget', 'plan_patches', 'checked_page', 'tokens_on']
+           'is_kept', 'PatchPlan', 'Level', 'levels_of', 'children', 'fits', 'start_squares', 'by_threshold',
+           'check_budget', 'by_budget', 'plan_patches', 'checked_page', 'tokens_on']
 
 # %% ../notebooks/library/15_patches.ipynb #666cef74
 import heapq
@@ -87,6 +87,13 @@ def merge_error(
     return blocks_of(lost, PATCH).max((1, 3))
 
 # %% ../notebooks/library/15_patches.ipynb #7c8ed760
+def is_kept(
+    origins: np.ndarray,  # (K,) int
+) -> np.ndarray:  # (K,) bool
+    "Mark the tokens that are no copies of an earlier one."
+    return origins == np.arange(len(origins))
+
+
 @dataclass(frozen=True, eq=False)
 class PatchPlan:
     "The leaves of one tile; ValueError unless they cover every pixel of the grid exactly once."
@@ -153,7 +160,7 @@ class PatchPlan:
 
     def kept(self, merge: int = 1) -> np.ndarray:  # (h / merge * w / merge,) bool
         "Mark the language tokens that are no copies of an earlier one."
-        return self.origins(merge) == np.arange(self.grid[0] * self.grid[1] // merge**2)
+        return is_kept(self.origins(merge))
 
 # %% ../notebooks/library/15_patches.ipynb #6c95e932
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ from .style import ARM_COLOURS, DENSITY, SYMBOLS, in_style
 # %% ../notebooks/library/78_token_figures.ipynb #75c84dad
 METHODS = {
     "full": (ARM_COLOURS["control"], "full grid"),
-    "full_longer": ("#9AA0A6", "full grid, longer"),
+    "full_longer": ("#5F6368", "full grid, longer"),
     "uniform": ("#5E35B1", "uniform resize"),
     "random": ("#6D4C41", "random tree"),
     "guard": (ARM_COLOURS["sfa"], "guard only"),
