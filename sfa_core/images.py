@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Box', 'pixel_table', 'image_tokens', 'shortened', 'image_blocks', 'image_inputs', 'grid_boxes', 'most_tiles',
-           'check_tiles', 'tile_regions', 'describe_views', 'ImageBatch', 'image_batch', 'placeholder', 'ImageFeatures',
-           'image_features']
+           'check_tiles', 'tile_regions', 'describe_views', 'ImageBatch', 'image_batch', 'check_leaves', 'placeholder',
+           'ImageFeatures', 'image_features']
 
 # %% ../notebooks/library/33_images.ipynb #18d10934
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
-from .adaptive import language_tokens
+from .adaptive import CONTROL, language_tokens
 from .models import Bundle
 
 # %% ../notebooks/library/33_images.ipynb #9f0a5e50
@@ -182,6 +182,8 @@ def image_batch(
         pixels, counts = image_inputs(bundle, images, tiles)
         return ImageBatch({"pixel_values": pixels}, counts, image_blocks(bundle, pixels, counts))
     single, inputs = views == "anyres" and tiles == 1, dict(processor.image_processor(list(images), return_tensors="pt"))
+    if views == "anyres" and inputs["pixel_values"].shape[-1] != processor.image_processor.size["width"]:
+        check_leaves(bundle)
     if single:  # the whole image comes first; a sample of several images, as this pretends to be, has no tiles
         inputs |= {"pixel_values": inputs["pixel_values"][:, :1], "batch_num_images": torch.tensor([max(2, len(images))])}
     texts = [processor.replace_image_token(inputs, number) for number in range(len(images))]
@@ -192,6 +194,13 @@ def image_batch(
         kept = language_tokens(bundle.model, bundle.family, shown, inputs["image_sizes"].tolist())
         blocks = blocks if kept is None else [shortened(bundle, block, own) for block, own in zip(blocks, kept, strict=True)]
     return ImageBatch(inputs, counts, blocks)
+
+
+def check_leaves(bundle: Bundle) -> None:
+    "Refuse tiles of twice the pixels where nothing cuts them into leaves, with a ValueError."
+    control = getattr(bundle.family.tower_of(bundle.model), CONTROL, None)
+    if control is None or control.patches is None:
+        raise ValueError(f"tiles of {bundle.name} come in twice the pixels of its encoder, expected adaptive patches: call attach_tokens first")
 
 
 def placeholder(bundle: Bundle, text: str) -> list[int]:

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from sfa_core.adaptive import CONTROL, adaptive_tokens, language_tokens
@@ -14,6 +16,7 @@ from sfa_core.miniatures import miniature
 from sfa_core.patches import PatchConfig, PatchPlan, is_kept
 from sfa_core.places import language_boxes
 from sfa_core.probes import record
+from sfa_core.resolution import at_resolution
 from sfa_core.visible import shown_boxes
 
 GUARDED, CELLS = PatchConfig(coarse=None, bucket=8), 16  # cells of a tile
@@ -120,6 +123,54 @@ def test_leaves_of_all_sizes_are_read_once(bundle, budget):
     expected = firsts(every, np.isnan(language_boxes(bundle, image.size)).any(1))
     assert {7, 14} <= set(np.concatenate([plan.size for plan in control.last])) and len(tiles) == 5
     assert expected.sum() < len(every) and torch.allclose(fewer, every[torch.from_numpy(expected)], atol=1e-5)
+
+
+@given(width=st.integers(1, 700), height=st.integers(1, 700))
+@settings(max_examples=40)
+def test_finer_tiles_show_what_the_plain_ones_show(shared, width, height):
+    "As many tiles, of the same shapes, from any image; and where it is enlarged anyway, the same picture."
+    image, fine = page((width, height)), at_resolution(shared, 124)
+    plain, finer = (each.processor.image_processor([image], return_tensors="pt") for each in (shared, fine))
+    assert finer["pixel_values"].shape == (*plain["pixel_values"].shape[:3], 124, 124) and torch.equal(finer["image_sizes"], plain["image_sizes"])
+    texts = [each.processor.replace_image_token(dict(inputs), 0) for each, inputs in ((shared, plain), (fine, finer))]
+    assert texts[0] == texts[1]
+    if 20 < min(width, height) and max(width, height) < 62:
+        difference = torch.nn.functional.avg_pool2d(finer["pixel_values"][0], 2) - plain["pixel_values"][0]
+        assert difference.abs().mean() < 0.15, "normalised values have a spread of about 1"
+
+
+@pytest.mark.parametrize("tiles", [None, 1])
+def test_leaves_of_7_px_are_answered_and_trained_as_each_image_alone(bundle, tiles):
+    fine, rule = at_resolution(bundle, 124), PatchConfig((7, 14, 28), budget=22, random=3, bucket=8)
+    images = [page(size, seed) for seed, size in enumerate(SIZES[:4])]
+    asked = [(0, "What is the value of red?"), (1, "List all values."), (3, "List all values.")]
+    rows = [Sample(f"p{seed}", f"p{seed}", "own", "What is the value of red?", ("12",), image) for seed, image in enumerate(images)]
+    with attached(bundle, rule) as control:
+        features, batch = encoded(fine, images, tiles)
+        assert count(bundle, batch) == [len(own) for own in features] and all((plan.size == 7).any() for plan in control.last)
+        together = generate(fine, images, asked, 4, tiles=tiles)
+        assert together == [generate(fine, [images[number]], [(0, text)], 4, tiles=tiles)[0] for number, text in asked]
+        loss, targets = answer_loss(bundle.model, training_batch(fine, rows, tiles=tiles))
+        alone = [answer_loss(bundle.model, training_batch(fine, [row], tiles=tiles)) for row in rows]
+        assert targets == sum(own for _, own in alone) and torch.allclose(loss, sum(own for own, _ in alone), rtol=1e-4)
+
+
+def test_a_plan_of_pretrained_patches_reads_finer_tiles_almost_as_the_plain_ones(bundle):
+    images = [page(size, seed) for seed, size in enumerate(SIZES)]
+    stock, batch = encoded(bundle, images)
+    with attached(bundle, PatchConfig(sizes=(14,), coarse=None)):
+        same, again = encoded(at_resolution(bundle, 124), images)
+    assert again.tokens == batch.tokens
+    for a, b in zip(same, stock, strict=True):
+        assert torch.nn.functional.cosine_similarity(a, b, dim=-1).quantile(0.1) > 0.9
+
+
+def test_finer_tiles_without_leaves_and_other_sizes_are_refused(bundle):
+    with pytest.raises(ValueError, match="twice the pixels of its encoder, expected adaptive patches"):
+        encoded(at_resolution(bundle, 124), [page((62, 50))])
+    for side in (62, 100, 0, -124):
+        with pytest.raises(ValueError, match=f"a tile of {side} px; expected 124 px"):
+            at_resolution(bundle, side)
 
 
 def test_a_plan_of_pretrained_patches_drops_nothing(bundle):
