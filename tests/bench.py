@@ -99,7 +99,7 @@ def main() -> None:
     if options.only_report:
         return only_report(options.only_report)
     options.out.mkdir(parents=True, exist_ok=True)
-    found, began = {}, time.time()
+    found, began, facts = {}, time.time(), provenance({}, {})
     for name, measure in (("grid", lambda: grid_overhead(options.runs, options.workers)), ("report", lambda: report_cost(options.rows, 200))):
         with tempfile.TemporaryDirectory() as scratch:
             os.environ |= {"SFA_EXPORTS": f"{scratch}/exports", "SFA_STUDIES": f"{scratch}/studies", "DRAW_LOG": f"{scratch}/log"}
@@ -108,7 +108,7 @@ def main() -> None:
     grid, report = found["grid"], found["report"]
     write_timings(options.out, found)
     write_metrics(options.out, {"grid": {"runs": grid["runs"], "workers": grid["workers"]}, "report": {"rows": report["rows_written"], "runs": report["runs"]}})
-    write_json(options.out / "provenance.json", provenance({}, {}) | {"what": "make bench", "wall_seconds": round(time.time() - began, 1)})
+    write_json(options.out / "provenance.json", facts | {"what": "make bench", "wall_seconds": round(time.time() - began, 1)})
     write_summary(options.out, f"""{grid['runs']} runs of {grid['median_run_seconds']:.2f} s (median), {grid['workers']} workers: {grid['wall_seconds']:.0f} s,
 overhead {100 * grid['overhead']:.1f} % (bar: 15 %).
 Of {grid['run_wall_seconds']:.0f} s in the runs, {grid['cells_seconds']:.0f} s were their cells; the rest is a kernel for each.

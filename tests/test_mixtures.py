@@ -1,4 +1,4 @@
-"""A mixture takes kinds of documents and benchmarks alike, and an arm trained on it is asked about any benchmark, by its own scorer, without being trained again."""
+"""A mixture takes kinds of documents and benchmarks alike; an arm trained on it is asked about any benchmark, by its own scorer, and not trained again."""
 import datasets
 import pytest
 
@@ -50,7 +50,8 @@ def test_documents_of_a_benchmark_are_whole_and_chosen_by_the_seed(benchmark):
         chosen = {sample.document for sample in part}
         assert len(chosen) == 3 and part == [sample for sample in whole if sample.document in chosen]
     generated = source_documents("synthetic@rich", 2, seed=4)
-    assert len({sample.document for sample in generated}) == 2 and not {s.id for s in generated} & {s.id for s in load_benchmark("synthetic", source="rich", limit=90)}
+    evaluated = {sample.id for sample in load_benchmark("synthetic", source="rich", limit=90)}
+    assert len({sample.document for sample in generated}) == 2 and not {sample.id for sample in generated} & evaluated
 
 
 def test_one_training_is_asked_about_kinds_and_benchmarks(benchmark, tmp_path, monkeypatch):
