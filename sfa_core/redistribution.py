@@ -114,9 +114,9 @@ BUDGET, LEAST = 2**26, 1e-9  # bytes of probabilities held at a time; attention 
 class Columns:
     """What redistribution needs to know about the tokens of a prompt."""
 
-    sums: Tensor  # (B, N, 4) of attention: on takers, on the image, on image tokens that are no sinks less rho times the image, on sinks
+    sums: Tensor  # (B, N, 4) of attention: on takers, on the image, on image tokens that are no sinks less rho times the image, and p of that on sinks
     takers: Tensor  # (B, 1, N) 0 or 1
-    sinks: Tensor  # (B, 1, N) 0 or -1
+    sinks: Tensor  # (B, 1, N) 0 or -p
     bounds: Tensor  # (3,) least value of the first three sums
 
     def grown(self, keys: int) -> "Columns":
@@ -136,8 +136,9 @@ def prompt_columns(
     takers = {"visual": visual & ~sinks, "text": ~visual & ~sinks, "both": ~sinks}[config.target].to(dtype)
     margin = (visual & ~sinks).to(dtype) - config.ratio * visual.to(dtype)
     bounds = (LEAST, config.mass, 0.0) if config.choose_heads else (LEAST, LEAST, -1.0)
-    sums = torch.stack([takers, visual.to(dtype), margin, sinks.to(dtype)], dim=-1)
-    return Columns(sums, takers[:, None], -sinks.to(dtype)[:, None], torch.tensor(bounds, dtype=dtype, device=sinks.device))
+    moved = config.moved * sinks.to(dtype)
+    sums = torch.stack([takers, visual.to(dtype), margin, moved], dim=-1)
+    return Columns(sums, takers[:, None], -moved[:, None], torch.tensor(bounds, dtype=dtype, device=sinks.device))
 
 
 def correction(
@@ -163,7 +164,7 @@ def correction(
     gain = sums[..., 3:] / sums[..., :1].clamp(min=LEAST)
     changed = torch.addcmul(columns.sinks, gain, columns.takers).mul_(chance)  # (B, H * R, N)
     change = torch.bmm(changed.view(batch * groups, -1, used), widened(value).reshape(batch * groups, keys, width)[:, :used])
-    return (change.view(batch, heads * count, width) * (config.moved * chosen)).view(batch, heads, count, width).transpose(1, 2)
+    return change.view(batch, heads * count, width).mul_(chosen).view(batch, heads, count, width).transpose(1, 2)
 
 
 class LayerEdit:

@@ -3,6 +3,7 @@ import io
 import json
 from contextlib import nullcontext
 from dataclasses import replace
+from threading import Event
 
 import nbformat
 import numpy as np
@@ -141,6 +142,24 @@ def test_the_structure_of_a_model_that_carries_one_is_shown(bundle, asked):
         eject(bundle.model, bundle.family)
 
 
+def test_a_picture_is_written_while_everything_else_goes_on(bundle, asked, tmp_path, monkeypatch):
+    "The view is the one of the click, whatever is chosen meanwhile; what goes wrong is said where the mouse is."
+    wait, views = Event(), []
+    explorer = AttentionExplorer(bundle, asked, folder=tmp_path, max_new_tokens=4)
+    clicked = explorer.choose(layer=1, head=2)
+    monkeypatch.setattr("sfa_core.explorer.save_figure", lambda figure, path, formats, **size: wait.wait(30) and views.append(figure) or [path])
+    writing = explorer.save_beside()
+    assert explorer.save_button.disabled and writing.is_alive() and "saved" not in explorer.notes.value
+    assert explorer.choose(layer=3).choice.layer == 3 and writing.is_alive()
+    wait.set()
+    writing.join(30)
+    assert f"saved {clicked.page.sample.id.replace('/', '_')}-vision-layer1-head2" in explorer.notes.value and not explorer.save_button.disabled
+    assert "layer 1, head 2" in views[0].layout.title.text and np.allclose(views[0].data[4].z, clicked.maps["baseline"])
+    monkeypatch.setattr("sfa_core.explorer.save_figure", lambda *arguments, **size: (_ for _ in ()).throw(FileNotFoundError("png needs Chromium")))
+    explorer.save_beside().join(30)
+    assert "<b>not saved</b>: png needs Chromium" in explorer.notes.value and not explorer.save_button.disabled
+
+
 CELLS = """import sys
 sys.path.insert(0, {root!r})
 from sfa_core.documents import documents, samples
@@ -220,7 +239,12 @@ def test_explorer_answers_the_mouse_in_jupyterlab(bundle, asked, run_in_lab, tmp
     page.wait_for_function(QUESTION, arg="What is here?", timeout=60_000)
     page.wait_for_timeout(500)
     expect(replace(own, id="own", question="What is here?", source=Image.open(picture)), tower="language", layer=2, head=1)
+    page.locator(".sfa-explorer .js-plotly-plot").hover()
+    with page.expect_download() as download:
+        page.locator(".sfa-explorer .modebar-btn[data-title*='PNG']").click()  # the browser draws
+    download.value.save_as(tmp_path / "camera.png")
     page.get_by_role("button", name="save picture").click()
     page.wait_for_function("() => document.querySelector('.sfa-explorer').innerText.includes('saved ')", timeout=120_000)
-    (saved,) = (path for path in tmp_path.glob("*.png") if path != picture)
-    assert Image.open(saved).size[0] >= 1100 and page.errors == []
+    (saved,) = (path for path in tmp_path.glob("*.png") if path.name not in ("own.png", "camera.png"))
+    assert Image.open(saved).size == Image.open(tmp_path / "camera.png").size == (2200, 2 * view_figure(look(recorder, recorder.page(other), Choice())).layout.height)
+    assert page.errors == []
