@@ -235,9 +235,9 @@ def row_probabilities(
 ) -> Tensor:  # (B, H, R, K) float32 or float64, rows sum to 1
     """Compute the attention of some queries, as the stock kernel does."""
     (batch, groups, keys, width), queries = key.shape, query.shape[2]
-    asked, known = widened(query[:, :, rows]), widened(key).reshape(batch * groups, keys, width)
+    asked = widened(query if rows == slice(None) else query[:, :, rows]) * scaling
     folded = asked.reshape(batch * groups, -1, width)  # (B * G, H / G * R, D)
-    logits = torch.baddbmm(asked.new_empty(1), folded, known.mT, beta=0, alpha=scaling).view(*asked.shape[:3], keys)
+    logits = torch.bmm(folded, widened(key).reshape(batch * groups, keys, width).mT).view(*asked.shape[:3], keys)
     if mask is not None:
         part = mask[:, :, rows, :keys]
         logits = logits.masked_fill(~part, torch.finfo(logits.dtype).min) if part.dtype == torch.bool else logits + part

@@ -117,7 +117,7 @@ class Columns:
     sums: Tensor  # (B, N, 4) of attention: on takers, on the image, on image tokens that are no sinks less rho times the image, and p of that on sinks
     takers: Tensor  # (B, 1, N) 0 or 1
     sinks: Tensor  # (B, 1, N) 0 or -p
-    bounds: Tensor  # (3,) least value of the first three sums
+    bounds: Tensor  # (4,) least value of each sum
 
     def grown(self, keys: int) -> "Columns":
         """Return the columns with later tokens as text."""
@@ -135,7 +135,7 @@ def prompt_columns(
     """Prepare the columns of a prompt for `correction`."""
     takers = {"visual": visual & ~sinks, "text": ~visual & ~sinks, "both": ~sinks}[config.target].to(dtype)
     margin = (visual & ~sinks).to(dtype) - config.ratio * visual.to(dtype)
-    bounds = (LEAST, config.mass, 0.0) if config.choose_heads else (LEAST, LEAST, -1.0)
+    bounds = (LEAST, config.mass, 0.0, 0.0) if config.choose_heads else (LEAST, LEAST, -1.0, 0.0)
     moved = config.moved * sinks.to(dtype)
     sums = torch.stack([takers, visual.to(dtype), margin, moved], dim=-1)
     return Columns(sums, takers[:, None], -moved[:, None], torch.tensor(bounds, dtype=dtype, device=sinks.device))
@@ -160,7 +160,7 @@ def correction(
     heads, count = chance.shape[1:3]
     chance = chance.view(batch, heads * count, keys)[..., :used]
     sums = torch.bmm(chance, columns.sums)  # (B, H * R, 4)
-    chosen = (sums[..., :3] >= columns.bounds).all(-1, keepdim=True)
+    chosen = (sums >= columns.bounds).all(-1, keepdim=True)
     gain = sums[..., 3:] / sums[..., :1].clamp(min=LEAST)
     changed = torch.addcmul(columns.sinks, gain, columns.takers).mul_(chance)  # (B, H * R, N)
     change = torch.bmm(changed.view(batch * groups, -1, used), widened(value).reshape(batch * groups, keys, width)[:, :used])

@@ -246,5 +246,6 @@ def test_explorer_answers_the_mouse_in_jupyterlab(bundle, asked, run_in_lab, tmp
     page.get_by_role("button", name="save picture").click()
     page.wait_for_function("() => document.querySelector('.sfa-explorer').innerText.includes('saved ')", timeout=120_000)
     (saved,) = (path for path in tmp_path.glob("*.png") if path.name not in ("own.png", "camera.png"))
-    assert Image.open(saved).size == Image.open(tmp_path / "camera.png").size == (2200, 2 * view_figure(look(recorder, recorder.page(other), Choice())).layout.height)
+    height = view_figure(look(recorder, recorder.page(other), Choice())).layout.height
+    assert Image.open(saved).size == Image.open(tmp_path / "camera.png").size == (2200, 2 * height)
     assert page.errors == []
