@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from sfa_core import answers
 from sfa_core.answers import IGNORE, SUFFIX, answer, answer_loss, answer_tokens, end_token, image_inputs, image_tokens, pack, prompt_tokens, training_batch
-from sfa_core.documents import Sample, as_seen, documents
+from sfa_core.documents import Sample, as_seen, documents, samples
 from sfa_core.embedded import EmbeddedConfig, build_processor, train_tokenizer
-from sfa_core.models import new_bundle
+from sfa_core.models import load_model, new_bundle
 
 QUESTIONS = ["a", "How much is the red bar?", "What is the highest value of all the 12 months in 2015, and which month has it?", "한국어 질문 12?",
              "Is <|im_end|> or <IMG_CONTEXT> in <img>?", "max?\n\n  min? "]
@@ -286,3 +287,39 @@ def test_sizes_below_one_are_refused(options, word):
         answer(small(), asked([page(0)]), **options)
     with pytest.raises(ValueError, match="samples"):
         answer(small(), [])
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    "Questions and token limit of every batch."
+    made, original = [], answers.generate
+
+    def generate(bundle, images, asked, limit, *rest):
+        made.append((len(asked), limit))
+        return original(bundle, images, asked, limit, *rest)
+    monkeypatch.setattr(answers, "generate", generate)
+    return made
+
+
+def test_long_answers_are_generated_behind_the_others_and_are_the_same(calls):
+    bundle, asked = load_model("embedded"), samples(documents(9, seed=5))
+    alone = [answer(bundle, [sample], 1, 40)[0] for sample in asked]
+    assert {limit for _, limit in calls} == {40}
+    calls.clear()
+    together = answer(bundle, asked, 32, 40)
+    long = sum(len(reply.tokens) >= 8 for reply in alone)
+    batches = [*[32] * (len(asked) // 32), *([len(asked) % 32] if len(asked) % 32 else [])]
+    assert calls == [*((size, 8) for size in batches), (long, 40)] and 0 < long < 32
+    assert [reply.tokens for reply in together] == [reply.tokens for reply in alone]
+    assert [reply.truncated for reply in together] == [reply.truncated for reply in alone]
+    calls.clear()
+    answer(bundle, asked, 32, 5)
+    assert calls == [(size, 5) for size in batches]
+
+
+def test_where_most_answers_are_long_none_waits(calls):
+    bundle = load_model("embedded")
+    asked = [sample for sample in samples(documents(12, seed=5)) if sample.kind == "transcribe"]
+    replies = answer(bundle, asked, 4, 40)
+    assert len(asked) >= 12 and calls[0] == (4, 8) and set(calls[1:]) == {(4, 40)} and len(calls) == len(asked) // 4 + 1
+    assert all(len(reply.tokens) > 8 for reply in replies)
