@@ -314,7 +314,8 @@ def answer(
             for start in range(0, len(asked), batch_size):
                 part = answer_batch(bundle, asked[start : start + batch_size], limit, suffix, tiles)
                 late = [start + place for place, reply in enumerate(part) if reply.truncated and limit < max_new_tokens]
-                answers, waiting = answers + part, waiting + late
+                answers += part
+                waiting += late
                 bar.update(len(part) - len(late))
                 limit = max_new_tokens if len(late) > LONG * len(part) else limit
             for start in range(0, len(waiting), batch_size):

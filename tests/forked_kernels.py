@@ -36,10 +36,6 @@ class ForkedKernel:
         here.recv()
         self.pid = self.process.pid
 
-    @property
-    def returncode(self) -> int | None:
-        return self.process.exitcode
-
     def poll(self) -> int | None:
         return self.process.exitcode
 

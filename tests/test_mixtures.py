@@ -10,7 +10,6 @@ from sfa_core.finetune import FinetuneConfig
 from sfa_core.models import load_model
 
 
-
 @pytest.fixture
 def benchmark(tmp_path, monkeypatch):
     "A local copy of two splits of ChartQA in the hub's layout, with pages that the shipped model can read."
