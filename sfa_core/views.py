@@ -197,7 +197,7 @@ def trace_values(
     for index, values in enumerate([np.zeros_like(layers[0]), *layers, *change]):
         across, down = size[0] / values.shape[1], size[1] / values.shape[0]
         place = {"x0": across / 2 - 0.5, "dx": across, "y0": down / 2 - 0.5, "dy": down}
-        updates += [{"source": view.page.source}, {"z": values, **place}, square if index <= len(layers) else {"x": [], "y": []}]
+        updates += [{"z": values, **place}, square if index <= len(layers) else {"x": [], "y": []}]
     updates += [{"x": list(range(len(values))), "y": values.astype(np.float32)} for values in view.entropy.values()]
     updates.append({"x": [view.choice.layer] * len(view.entropy), "y": [float(values[view.choice.layer]) for values in view.entropy.values()]})
     return [*updates, {"z": np.zeros((1, 1), dtype=np.float32) if view.bias is None else view.bias}]
@@ -206,7 +206,7 @@ def trace_values(
 def view_limits(
     view: View,
 ) -> dict[str, Any]:  # update of the layout
-    """Return the colour limits and the title of a view."""
+    """Return the page, the colour limits and the title of a view."""
     layers = [np.nan_to_num(values) for values in view.maps.values()]
     most = max(float(values.max()) for values in layers) or 1.0
     change = float(np.abs(layers[-1] - layers[0]).max()) or 1.0
@@ -214,7 +214,9 @@ def view_limits(
     head = "mean over heads" if view.choice.head is None else f"head {view.choice.head}"
     what = "Where the encoder looks" if view.choice.tower == "vision" else "What the answer is read from"
     limits = {"coloraxis": (0, most), "coloraxis2": (-change, change), "coloraxis3": (-bias, bias)}
-    return {f"{axis}_{end}": value for axis, pair in limits.items() for end, value in zip(("cmin", "cmax"), pair)} | {
+    page = {"source": view.page.source, "sizex": view.page.image.width, "sizey": view.page.image.height}
+    pages = {f"images[{panel}].{name}": value for panel in range(2 * len(view.maps)) for name, value in page.items()}  # page, arms, difference
+    return pages | {f"{axis}_{end}": value for axis, pair in limits.items() for end, value in zip(("cmin", "cmax"), pair)} | {
         "title_text": f"{what}: layer {view.choice.layer}, {head}",
         "annotations[0].text": "no structural bias" if view.bias is None else "structural bias, logits",
     }
@@ -242,7 +244,7 @@ def view_figure(
     for column, _ in enumerate(titles, start=1):
         axis = {"row": 1, "col": column}
         shared = {2 + len(arms): "coloraxis2"}.get(column, "coloraxis")
-        figure.add_trace(go.Image(hoverinfo="skip"), **axis)
+        figure.add_layout_image(x=-0.5, y=-0.5, sizex=1, sizey=1, sizing="stretch", layer="below", **axis)
         figure.add_trace(go.Heatmap(coloraxis=shared, opacity=0.02 if column == 1 else 1, hovertemplate="%{z:.4f}<extra></extra>"), **axis)
         figure.add_trace(go.Scatter(mode="lines", line={"color": INK, "width": 2.5}, hoverinfo="skip", showlegend=False), **axis)
         figure.update_xaxes(visible=False, constrain="domain", **axis)
@@ -272,7 +274,7 @@ def view_figure(
         hidden = name == "coloraxis2" and len(arms) < 2 or name == "coloraxis3" and view.bias is None
         bar = colour_bar(text, x) | {"len": 0.5 if y > 0.5 else 0.3, "y": y}
         figure.update_layout({name: {"colorscale": scale, "colorbar": bar, "showscale": not hidden}})
-    in_style(figure, "", "", edge + 250, above=30, width=width)
+    in_style(figure, "", "", edge + 250, above=30, width=width).update_xaxes(automargin=False).update_yaxes(automargin=False)
     figure.update_annotations(font={"size": 13})
     beside = {"x": figure.get_subplot(2, 1).xaxis.domain[1], "xanchor": "right"}  # the legend stands on its left
     figure.update_annotations(beside, selector={"text": "entropy of this query by layer, nats"})

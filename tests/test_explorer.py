@@ -154,7 +154,7 @@ def test_a_picture_is_written_while_everything_else_goes_on(bundle, asked, tmp_p
     wait.set()
     writing.join(30)
     assert f"saved {clicked.page.sample.id.replace('/', '_')}-vision-layer1-head2" in explorer.notes.value and not explorer.save_button.disabled
-    assert "layer 1, head 2" in views[0].layout.title.text and np.allclose(views[0].data[4].z, clicked.maps["baseline"])
+    assert "layer 1, head 2" in views[0].layout.title.text and np.allclose(views[0].data[2].z, clicked.maps["baseline"])
     monkeypatch.setattr("sfa_core.explorer.save_figure", lambda *arguments, **size: (_ for _ in ()).throw(FileNotFoundError("png needs Chromium")))
     explorer.save_beside().join(30)
     assert "<b>not saved</b>: png needs Chromium" in explorer.notes.value and not explorer.save_button.disabled
@@ -170,9 +170,10 @@ explorer"""
 
 
 def shown(page):
-    "What the browser's own copy of the figure holds: the map of the arm, the square, the title."
+    "What the browser's own copy of the figure holds: the map of the arm, the square, the title, the pages."
     return json.loads(page.evaluate(f"""() => {{ const p = {PLOT}, d = p._fullData;
-        return JSON.stringify({{z: d[4].z.map(row => Array.from(row)), x: Array.from(d[2].x || []), title: p._fullLayout.title.text}}) }}"""))
+        return JSON.stringify({{z: d[2].z.map(row => Array.from(row)), x: Array.from(d[1].x || []), title: p._fullLayout.title.text,
+                                pages: p._fullLayout.images.map(image => [image.source, image.sizex, image.sizey])}}) }}"""))
 
 
 def wait_for_title(page, text):
@@ -187,13 +188,14 @@ def test_explorer_answers_the_mouse_in_jupyterlab(bundle, asked, run_in_lab, tmp
     kernel = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
     nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=kernel), notebook)
     page = run_in_lab(notebook)
-    page.wait_for_function(f"() => {PLOT}?._fullData?.length > 6", timeout=120_000)
+    page.wait_for_function(f"() => {PLOT}?._fullData?.length > 4", timeout=120_000)
     recorder = Recorder(bundle, max_new_tokens=4)
 
     def expect(sample, **choice):
         wanted = look(recorder, recorder.page(sample), Choice(**choice))
         found = shown(page)
         assert np.allclose(found["z"], wanted.maps["baseline"], atol=1e-5), choice
+        assert found["pages"] == [[wanted.page.source, *wanted.page.image.size]] * 2, "the page lies below the map"
         return found
 
     expect(asked[0])
@@ -211,7 +213,7 @@ def test_explorer_answers_the_mouse_in_jupyterlab(bundle, asked, run_in_lab, tmp
     page.mouse.move(*spot, steps=4)
     page.wait_for_timeout(400)
     page.mouse.click(*spot)  # on the map
-    page.wait_for_function(f"() => {PLOT}._fullData[2].x[0] === 83.5", timeout=60_000)
+    page.wait_for_function(f"() => {PLOT}._fullData[1].x[0] === 83.5", timeout=60_000)
     page.wait_for_timeout(300)
     expect(asked[0], layer=2, head=1, place=(91, 21))
     page.locator(".sfa-word").first.click()  # a word of the answer
