@@ -3,14 +3,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny_decoders import BUILDERS, IMAGE, PROMPTS, tiny, token_ids
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.masking_utils import eager_mask
 
 from sfa_core.prompts import EDIT, attending, decoder_layers, following
-from sfa_core.redistribution import TARGETS, VARConfig, redistribute, redistributed_attention, visual_redistribution
+from sfa_core.redistribution import LEAST, TARGETS, VARConfig, redistribute, redistributed_attention, visual_redistribution
 from sfa_core.sinks import sink_threshold, sink_values
 
 CONFIG = VARConfig((3, 17), share=0.05, ratio=0.3, mass=0.1)  # of 48 channels: about a fifth of all tokens is a sink
@@ -48,13 +48,14 @@ def by_hand(row, sinks, visual, config):
     "The rule of the paper for one row of one head, written as it is spoken."
     image = sum(a for a, v in zip(row, visual) if v)
     others = sum(a for a, v, s in zip(row, visual, sinks) if v and not s)
-    if config.choose_heads and (image < config.mass or others < config.ratio * image) or others <= 1e-6:
+    if config.choose_heads and (image < config.mass or others < config.ratio * image) or others <= LEAST:
         return list(row)
     moved = config.moved * sum(a for a, s in zip(row, sinks) if s)
     return [a * (1 - config.moved) if s else a + moved * a / others if v else a for a, s, v in zip(row, sinks, visual)]
 
 
 @given(seed=st.integers(0, 10_000), moved=shares, choose=st.booleans())
+@example(seed=710, moved=1.0, choose=False)  # hardly anything on those who take it
 @settings(max_examples=40, deadline=None)
 def test_edited_matrix_is_the_published_rule(seed, moved, choose):
     generator = torch.Generator().manual_seed(seed)
