@@ -13,7 +13,6 @@ from pathlib import Path
 from rich.console import Console
 
 from .grids import label, plan, read_grid, run_grid, survey
-from .report import report_grid
 from .results import find_run
 from .runs import StudyFailed, run_study, run_table
 from .studies import known_studies, study_parameters, study_path
@@ -96,6 +95,8 @@ def command(options: argparse.Namespace) -> int:  # exit code
     elif options.command == "grid":
         return grid_command(options)
     elif options.command == "report" and options.grid:
+        from sfa_core.report import report_grid  # brings statistics and data sets: the other commands need not wait for them
+
         print(report_grid(options.grid))
     elif options.command == "report":
         print_run(run_study("90_report", force=True))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FINISHED', 'TABLES', 'component', 'out_folder', 'write_atomic', 'plain', 'write_json', 'keys_of', 'write_metrics',
            'write_timings', 'write_records', 'write_summary', 'write_table', 'finished_runs', 'find_run', 'alias_name',
-           'set_alias', 'content_hash', 'revision', 'revisions', 'command_output', 'hardware', 'provenance']
+           'set_alias', 'content_hash', 'revision', 'revisions', 'command_output', 'hardware', 'packages', 'provenance']
 
 # %% ../notebooks/library/83_results.ipynb #2fcf45de
 import hashlib
@@ -15,6 +15,7 @@ import os
 import platform
 import re
 import subprocess
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -231,10 +232,17 @@ def hardware() -> dict[str, Any]:
             "gpus": cards.splitlines() if cards else [], "threads": os.environ.get("OMP_NUM_THREADS")}
 
 
+@cache
+def packages() -> dict[str, str]:  # name -> version
+    "List what is installed; read once, since a process that makes many runs goes on with what it has imported."
+    found = [entry.metadata for entry in importlib.metadata.distributions()]
+    return {metadata["Name"]: metadata["Version"] for metadata in found}
+
+
 def provenance(parameters: dict[str, Any], versions: dict[str, str]) -> dict[str, Any]:
     "Collect everything beside the parameters that a result may depend on."
     changes = command_output("git", "status", "--porcelain")
     return {"git": {"commit": command_output("git", "rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)},
             "python": platform.python_version(), "hardware": hardware(), "revisions": versions,
-            "packages": {entry.metadata["Name"]: entry.version for entry in importlib.metadata.distributions()},
+            "packages": dict(packages()),
             "seeds": {name: value for name, value in parameters.items() if name.startswith("seed")}}

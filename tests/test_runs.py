@@ -47,7 +47,7 @@ def test_a_finished_run_is_not_repeated_and_forced_ones_get_new_folders_with_the
     assert (first / "metrics.json").read_bytes() == (again / "metrics.json").read_bytes()
 
 
-def test_the_id_follows_parameters_and_code_but_not_prose(home, monkeypatch):
+def test_the_id_follows_parameters_and_code_but_not_prose(home, forked_kernels, monkeypatch):
     first = run_study("draw")
     other = run_study("draw", {"seed": 1})
     study = home / "studies" / "draw.ipynb"
@@ -60,7 +60,7 @@ def test_the_id_follows_parameters_and_code_but_not_prose(home, monkeypatch):
     assert run_study("draw") not in (first, other)
 
 
-def test_a_failed_study_keeps_its_traceback_and_is_no_run(home, capsys):
+def test_a_failed_study_keeps_its_traceback_and_is_no_run(home, forked_kernels, capsys):
     with pytest.raises(StudyFailed, match="AssertionError: size is -1, expected at least 1") as caught:
         run_study("draw", {"size": -1}, name="bad")
     failed = caught.value.folder
@@ -123,7 +123,7 @@ def test_a_study_must_have_the_common_parameters_and_readable_ones(home):
         resolve_parameters("twice", {})
 
 
-def test_a_link_out_of_exports_is_not_followed(home):
+def test_a_link_out_of_exports_is_not_followed(home, forked_kernels):
     run = run_study("draw")
     outside = home / "0123456789ab"
     run.rename(outside)
@@ -143,7 +143,7 @@ def test_figures_are_kept_as_json_and_as_png_where_a_browser_is(home, monkeypatc
     assert set(cells[-1].outputs[-1].data) == kept
 
 
-def test_one_name_in_two_studies_is_refused_until_the_study_is_said(home):
+def test_one_name_in_two_studies_is_refused_until_the_study_is_said(home, forked_kernels):
     write_study(home / "studies", "second")
     runs = [run_study(study, name="same") for study in ("draw", "second")]
     with pytest.raises(ValueError, match="several runs are named 'same': draw/.*, second/"):
