@@ -2,6 +2,7 @@
 import copy
 import re
 import runpy
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -28,12 +29,17 @@ from sfa_core.windows import block_geometry, sequence_geometry
 NATIVE = [name for name, family in FAMILIES.items() if family.native]
 each_family = pytest.mark.parametrize("name", FAMILIES)
 each_native = pytest.mark.parametrize("name", NATIVE)
-BUNDLES = {name: miniature(name, seed=2, spread=0.3) for name in FAMILIES}
+
+
+@cache
+def shared(name):
+    "A family's miniature, not to be changed."
+    return miniature(name, seed=2, spread=0.3)
 
 
 def fresh(name):
     "A copy of a family's miniature, to be changed."
-    return copy.deepcopy(BUNDLES[name])
+    return copy.deepcopy(shared(name))
 
 
 def picture(seed, width, height):
@@ -105,7 +111,7 @@ def test_sequences_of_a_windowed_tower_are_those_of_transformers(halves, window)
 @given(st.integers(1, 5), st.integers(1, 5), st.sampled_from([2, 4, 6]), st.integers(0, 1000))
 def test_a_windows_bias_is_that_part_of_the_images(rows, columns, side, seed):
     "Counted from its own corner, with few factors, and still the same numbers; float64."
-    (whole,) = FAMILIES["qwen3_vl"].sequences(BUNDLES["qwen3_vl"].model, [(2 * rows, 2 * columns)])[0]
+    (whole,) = FAMILIES["qwen3_vl"].sequences(shared("qwen3_vl").model, [(2 * rows, 2 * columns)])[0]
     bias, ids = StructuralBias(2, 3, seed=seed).double(), torch.randint(3, (4 * rows * columns,), generator=torch.Generator().manual_seed(seed))
     reference = bias.dense(block_geometry(uniform_geometry(2 * rows, 2 * columns), FAMILIES["internvl"].layout(PLAIN(2 * rows, 2 * columns), 0), ids, 3))
     for window in split_windows(whole, side):
@@ -153,7 +159,7 @@ def test_a_changed_pixel_changes_the_tokens_that_show_it(name):
     ("internvl", (196, 84)), ("internvl", (60, 60)), ("llava_onevision", (196, 84)), ("llava_onevision", (70, 150)), ("llava", (90, 60))])
 def test_regions_show_what_the_processor_cut(name, size):
     "An image whose colours are its own coordinates: the mean colour of every tile is the middle of its region."
-    bundle, (width, height) = BUNDLES[name], size
+    bundle, (width, height) = shared(name), size
     ramp = np.zeros((height, width, 3), dtype=np.uint8)
     ramp[..., 0], ramp[..., 1], ramp[..., 2] = np.arange(width)[None], np.arange(height)[:, None], 255
     batch, regions = image_batch(bundle, [Image.fromarray(ramp)]), tile_regions(bundle, size)
@@ -169,7 +175,7 @@ def test_regions_show_what_the_processor_cut(name, size):
 
 @each_family
 def test_tile_limits_are_obeyed_or_refused_and_said(name):
-    bundle = BUNDLES[name]
+    bundle = shared(name)
     if bundle.family.views in ("tiles", "anyres"):
         assert image_batch(bundle, IMAGES, 1).views == [1, 1, 1] == [len(tile_regions(bundle, image.size, 1)) for image in IMAGES]
         assert "one tile" in describe_views(bundle, 1) and describe_views(bundle) != describe_views(bundle, 1)
@@ -189,7 +195,7 @@ def test_tile_limits_are_obeyed_or_refused_and_said(name):
 def test_zero_weights_are_stock_attention(name, grad):
     bundle = attached(name, 0.0)
     with torch.set_grad_enabled(grad):
-        assert torch.allclose(features(bundle), features(BUNDLES[name]), atol=1e-4, rtol=1e-4)
+        assert torch.allclose(features(bundle), features(shared(name)), atol=1e-4, rtol=1e-4)
 
 
 @each_family
@@ -201,7 +207,7 @@ def test_low_rank_equals_the_dense_oracle_inside_the_model(name, blocks):
     for function in ("sfa", "sfa_dense", "sfa_eager"):
         use_attention(bundle.model, function)
         results[function] = gradients(bundle, blocks=blocks)
-    assert error_of(results["sfa_dense"][0], features(BUNDLES[name]).double()) > 1e-3, "the bias does something"
+    assert error_of(results["sfa_dense"][0], features(shared(name)).double()) > 1e-3, "the bias does something"
     tolerance = 1e-5 if bundle.family.native else 1e-10
     flat = {function: (output, *found.values()) for function, (output, found) in results.items()}
     for function in ("sfa", "sfa_eager"):
@@ -267,7 +273,7 @@ def test_several_images_of_one_sample_go_through_the_stock_pipeline(name):
     for bias in structures_of(bundle.model, bundle.family):
         for weight in bias.parameters():
             weight.zero_()
-    stock = BUNDLES[name].model(**inputs).logits
+    stock = shared(name).model(**inputs).logits
     assert error_of(logits["sfa"], logits["sfa_dense"]) < 1e-4 < error_of(logits["sfa"], stock) and error_of(bundle.model(**inputs).logits, stock) < 1e-4
 
 
@@ -277,9 +283,9 @@ def test_eject_gives_the_model_back_and_copies_are_independent(name):
     bundle = attached(name)
     with_bias, twin = features(bundle), copy.deepcopy(bundle)
     eject(bundle.model, bundle.family)
-    assert vision_attention(bundle.model) == "sdpa" and torch.equal(features(bundle), features(BUNDLES[name]))
+    assert vision_attention(bundle.model) == "sdpa" and torch.equal(features(bundle), features(shared(name)))
     left = [(type(m).__name__, m._forward_pre_hooks, m._forward_hooks) for m in bundle.family.tower_of(bundle.model).modules()]
-    own = [(type(m).__name__, m._forward_pre_hooks, m._forward_hooks) for m in BUNDLES[name].family.tower_of(BUNDLES[name].model).modules()]
+    own = [(type(m).__name__, m._forward_pre_hooks, m._forward_hooks) for m in shared(name).family.tower_of(shared(name).model).modules()]
     assert [(kind, len(a), len(b)) for kind, a, b in left] == [(kind, len(a), len(b)) for kind, a, b in own]
     assert torch.equal(features(twin), with_bias)
 
@@ -293,7 +299,7 @@ def test_a_folder_with_structure_comes_back_through_load_model(name, tmp_path):
     save_structure(bundle.model, tmp_path / "structure")
     again = load_model(folder, placement="cpu", structure=tmp_path / "structure")
     assert type(again.model) is type(bundle.model) and torch.equal(features(again), features(bundle))
-    assert not torch.equal(features(again), features(BUNDLES[name]))
+    assert not torch.equal(features(again), features(shared(name)))
     other = fresh("llava" if name != "llava" else "internvl")
     with pytest.raises(ValueError, match=f"encoder family is {name}"):
         load_structure(other.model, other.family, tmp_path / "structure")
@@ -352,7 +358,7 @@ def asked():
 
 @each_family
 def test_the_prompt_is_what_the_stock_processor_writes(name):
-    bundle = BUNDLES[name]
+    bundle = shared(name)
     for image, question in zip(IMAGES, QUESTIONS[:2]):
         turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
         stock = bundle.processor.apply_chat_template([{**turn, "content": [{"type": "image", "image": image}, turn["content"][1]]}], add_generation_prompt=True,
@@ -367,7 +373,7 @@ def test_the_prompt_is_what_the_stock_processor_writes(name):
 @each_family
 def test_greedy_answers_in_batches_are_those_one_by_one(name):
     "Token for token, in left-padded batches of images of different sizes; some with structural attention."
-    for bundle, samples in ((BUNDLES[name], asked()), (attached(name), asked()[::2])):
+    for bundle, samples in ((shared(name), asked()), (attached(name), asked()[::2])):
         alone = [answer(bundle, [sample], max_new_tokens=5)[0].tokens for sample in samples]
         assert len(set(alone)) > 2, "the model tells questions and images apart"
         assert [reply.tokens for reply in answer(bundle, samples, batch_size=4, max_new_tokens=5)] == alone
@@ -375,7 +381,7 @@ def test_greedy_answers_in_batches_are_those_one_by_one(name):
 
 @each_family
 def test_answers_are_those_of_the_stock_pipeline(name):
-    bundle = BUNDLES[name]
+    bundle = shared(name)
     for sample in [asked()[n] for n in (0, 4, 7)]:
         content = [{"type": "image", "image": sample.image}, {"type": "text", "text": sample.question}]
         inputs = bundle.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
@@ -388,7 +394,7 @@ def test_answers_are_those_of_the_stock_pipeline(name):
 
 @each_family
 def test_the_packed_loss_is_that_of_single_questions_and_of_the_model(name):
-    bundle = BUNDLES[name]
+    bundle = shared(name)
     with torch.no_grad():
         together, targets = answer_loss(bundle.model, training_batch(bundle, asked()))
         alone = [answer_loss(bundle.model, training_batch(bundle, [sample])) for sample in asked()]
@@ -431,7 +437,7 @@ def saved(tmp_path_factory):
 
     def folder(name):
         if name not in folders:
-            folders[name] = save_model(BUNDLES[name], tmp_path_factory.mktemp("models") / name)
+            folders[name] = save_model(shared(name), tmp_path_factory.mktemp("models") / name)
         return folders[name]
 
     return folder
@@ -453,7 +459,7 @@ def test_the_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):
 def test_memory_is_reported_as_it_is_stored(saved):
     choices = {}, dict(precision="bfloat16"), dict(language_bits=4)
     plain, half, packed = (memory_table(load_model(saved("llava"), placement="cpu", **options)) for options in choices)
-    assert plain.loc["all", "parameters"] == half.loc["all", "parameters"] == packed.loc["all", "parameters"] == BUNDLES["llava"].model.num_parameters()
+    assert plain.loc["all", "parameters"] == half.loc["all", "parameters"] == packed.loc["all", "parameters"] == shared("llava").model.num_parameters()
     assert plain.loc["all", "share"] == pytest.approx(2, abs=0.01) and half.loc["all", "share"] == pytest.approx(1, abs=0.01)
     assert packed.loc["encoder", "MiB"] == plain.loc["encoder", "MiB"] and packed.loc["language model", "MiB"] < plain.loc["language model", "MiB"]
 

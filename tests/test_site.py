@@ -47,7 +47,7 @@ def site(executed, smoke_run, tmp_path_factory):
         shutil.copy(build_site.RENDERED / study.name, pages / "studies")
     fresh = nbformat.read(smoke_run(STUDIES[0].stem) / "notebook.ipynb", 4)
     (pages / "studies" / STUDIES[0].name).write_text(build_site.portable(fresh))
-    return build_site.build(pages, folder), pages
+    return build_site.in_fork(build_site.build, pages, folder), pages
 
 
 def test_site_has_a_page_for_every_notebook_and_asks_for_nothing_from_outside(site):
