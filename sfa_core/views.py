@@ -206,7 +206,7 @@ def trace_values(
 def view_limits(
     view: View,
 ) -> dict[str, Any]:  # update of the layout
-    """Return the page, the colour limits and the title of a view."""
+    """Return the page with its edges, the colour limits and the title of a view."""
     layers = [np.nan_to_num(values) for values in view.maps.values()]
     most = max(float(values.max()) for values in layers) or 1.0
     change = float(np.abs(layers[-1] - layers[0]).max()) or 1.0
@@ -214,8 +214,12 @@ def view_limits(
     head = "mean over heads" if view.choice.head is None else f"head {view.choice.head}"
     what = "Where the encoder looks" if view.choice.tower == "vision" else "What the answer is read from"
     limits = {"coloraxis": (0, most), "coloraxis2": (-change, change), "coloraxis3": (-bias, bias)}
-    page = {"source": view.page.source, "sizex": view.page.image.width, "sizey": view.page.image.height}
-    pages = {f"images[{panel}].{name}": value for panel in range(2 * len(view.maps)) for name, value in page.items()}  # page, arms, difference
+    width, height = view.page.image.size
+    page = {"images[{}].source": view.page.source, "images[{}].sizex": width, "images[{}].sizey": height}
+    edges = {"xaxis{}_range": (-0.02 * width, 1.02 * width), "yaxis{}_range": (1.02 * height, -0.02 * height)}  # room for the outline of a patch
+    pages = {}
+    for panel in range(2 * len(view.maps)):  # page, arms, difference
+        pages |= {name.format(panel): value for name, value in page.items()} | {name.format(panel + 1 if panel else ""): value for name, value in edges.items()}
     return pages | {f"{axis}_{end}": value for axis, pair in limits.items() for end, value in zip(("cmin", "cmax"), pair)} | {
         "title_text": f"{what}: layer {view.choice.layer}, {head}",
         "annotations[0].text": "no structural bias" if view.bias is None else "structural bias, logits",
@@ -249,7 +253,7 @@ def view_figure(
         figure.add_trace(go.Scatter(mode="lines", line={"color": INK, "width": 2.5}, hoverinfo="skip", showlegend=False), **axis)
         figure.update_xaxes(visible=False, constrain="domain", **axis)
         anchor = "x" if column == 1 else f"x{column}"
-        figure.update_yaxes(visible=False, autorange="reversed", scaleanchor=anchor, constrain="domain", **axis)
+        figure.update_yaxes(visible=False, scaleanchor=anchor, constrain="domain", **axis)
     for index, arm in enumerate(arms):
         colour, symbol, name = arm_look(arm, index)
         look_of = {"line": {"color": colour, "width": 2}, "marker": {"symbol": symbol, "size": 7}}
