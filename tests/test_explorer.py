@@ -173,7 +173,8 @@ def shown(page):
     "What the browser's own copy of the figure holds: the map of the arm, the square, the title, the pages."
     return json.loads(page.evaluate(f"""() => {{ const p = {PLOT}, d = p._fullData;
         return JSON.stringify({{z: d[2].z.map(row => Array.from(row)), x: Array.from(d[1].x || []), title: p._fullLayout.title.text,
-                                pages: p._fullLayout.images.map(image => [image.source, image.sizex, image.sizey])}}) }}"""))
+                                pages: p._fullLayout.images.map(image => [image.source, image.sizex, image.sizey]),
+                                right: p._fullLayout.xaxis2.range[1], bottom: p._fullLayout.yaxis2.range[0]}}) }}"""))
 
 
 def wait_for_title(page, text):
@@ -196,6 +197,7 @@ def test_explorer_answers_the_mouse_in_jupyterlab(bundle, asked, run_in_lab, tmp
         found = shown(page)
         assert np.allclose(found["z"], wanted.maps["baseline"], atol=1e-5), choice
         assert found["pages"] == [[wanted.page.source, *wanted.page.image.size]] * 2, "the page lies below the map"
+        assert [found["right"], found["bottom"]] == pytest.approx([1.02 * side for side in wanted.page.image.size]), "all of it is seen"
         return found
 
     expect(asked[0])
