@@ -19,7 +19,7 @@ from .documents import Sample, decode, samples
 from .models import Bundle
 from .paths import exports_root
 from .style import ARM_NAMES, save_figure
-from .views import Choice, Recorder, View, look, trace_values, view_figure, view_limits
+from .views import Choice, Recorder, View, look, page_limits, trace_values, view_figure, view_limits
 
 # %% ../notebooks/library/80_explorer.ipynb #9b5bf9d4
 MEAN = "mean"  # value of the head's list: a widget's None is no choice
@@ -153,11 +153,12 @@ class AttentionExplorer:
     def show(self) -> None:
         """Bring figure and widgets in line with the view."""
         view, self.busy = self.view, True
+        around = view_limits(view) if self.spoken is view.page else page_limits(view) | view_limits(view)
         records = view.page.vision if view.choice.tower == "vision" else view.page.language
         depth, heads = next(iter(records.values())).entropy.shape[1:3]
         try:
             with self.figure.batch_update():
-                for part, update in zip((*self.figure.data, self.figure.layout), (*trace_values(view), view_limits(view)), strict=True):
+                for part, update in zip((*self.figure.data, self.figure.layout), (*trace_values(view), around), strict=True):
                     for name, value in update.items():
                         part[name] = value  # cheaper than `update`, which looks every path up
             sample = view.page.sample

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LIMIT', 'LARGE', 'SINK', 'Page', 'Recorder', 'Choice', 'View', 'tile_of', 'heads_of', 'look', 'page_map',
-           'trace_values', 'view_limits', 'view_figure']
+           'trace_values', 'page_limits', 'view_limits', 'view_figure']
 
 # %% ../notebooks/library/79_views.ipynb #00e66e95
 from collections.abc import Mapping
@@ -203,10 +203,23 @@ def trace_values(
     return [*updates, {"z": np.zeros((1, 1), dtype=np.float32) if view.bias is None else view.bias}]
 
 
+def page_limits(
+    view: View,
+) -> dict[str, Any]:  # update of the layout, one for all views of a page
+    """Return the page of a view and its edges, for every panel."""
+    width, height = view.page.image.size
+    page = {"images[{}].source": view.page.source, "images[{}].sizex": width, "images[{}].sizey": height}
+    edges = {"xaxis{}_range": (-0.02 * width, 1.02 * width), "yaxis{}_range": (1.02 * height, -0.02 * height)}  # room for the outline of a patch
+    pages = {}
+    for panel in range(2 * len(view.maps)):  # page, arms, difference
+        pages |= {name.format(panel): value for name, value in page.items()} | {name.format(panel + 1 if panel else ""): value for name, value in edges.items()}
+    return pages
+
+
 def view_limits(
     view: View,
 ) -> dict[str, Any]:  # update of the layout
-    """Return the page with its edges, the colour limits and the title of a view."""
+    """Return the colour limits and the title of a view."""
     layers = [np.nan_to_num(values) for values in view.maps.values()]
     most = max(float(values.max()) for values in layers) or 1.0
     change = float(np.abs(layers[-1] - layers[0]).max()) or 1.0
@@ -214,13 +227,7 @@ def view_limits(
     head = "mean over heads" if view.choice.head is None else f"head {view.choice.head}"
     what = "Where the encoder looks" if view.choice.tower == "vision" else "What the answer is read from"
     limits = {"coloraxis": (0, most), "coloraxis2": (-change, change), "coloraxis3": (-bias, bias)}
-    width, height = view.page.image.size
-    page = {"images[{}].source": view.page.source, "images[{}].sizex": width, "images[{}].sizey": height}
-    edges = {"xaxis{}_range": (-0.02 * width, 1.02 * width), "yaxis{}_range": (1.02 * height, -0.02 * height)}  # room for the outline of a patch
-    pages = {}
-    for panel in range(2 * len(view.maps)):  # page, arms, difference
-        pages |= {name.format(panel): value for name, value in page.items()} | {name.format(panel + 1 if panel else ""): value for name, value in edges.items()}
-    return pages | {f"{axis}_{end}": value for axis, pair in limits.items() for end, value in zip(("cmin", "cmax"), pair)} | {
+    return {f"{axis}_{end}": value for axis, pair in limits.items() for end, value in zip(("cmin", "cmax"), pair)} | {
         "title_text": f"{what}: layer {view.choice.layer}, {head}",
         "annotations[0].text": "no structural bias" if view.bias is None else "structural bias, logits",
     }
@@ -284,4 +291,5 @@ def view_figure(
     figure.update_annotations(beside, selector={"text": "entropy of this query by layer, nats"})
     figure.layout.annotations = figure.layout.annotations[::-1]  # the first one changes with the view
     legend = {"y": 0.84 * 170 / (edge + 170), "yanchor": "bottom", "x": 0, "font": {"size": 12}}  # above the entropy
-    return figure.update_layout(view_limits(view)).update_layout(width=width, margin={"l": 40, "r": 150, "b": 46}, showlegend=len(arms) == 2, legend=legend)
+    figure.update_layout(page_limits(view) | view_limits(view))
+    return figure.update_layout(width=width, margin={"l": 40, "r": 150, "b": 46}, showlegend=len(arms) == 2, legend=legend)
