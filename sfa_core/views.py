@@ -255,7 +255,7 @@ def view_figure(
     for column, _ in enumerate(titles, start=1):
         axis = {"row": 1, "col": column}
         shared = {2 + len(arms): "coloraxis2"}.get(column, "coloraxis")
-        figure.add_layout_image(x=-0.5, y=-0.5, sizex=1, sizey=1, sizing="stretch", layer="below", **axis)
+        figure.add_layout_image(x=-0.5, y=-0.5, sizing="stretch", layer="below", **axis)
         figure.add_trace(go.Heatmap(coloraxis=shared, opacity=0.02 if column == 1 else 1, hovertemplate="%{z:.4f}<extra></extra>"), **axis)
         figure.add_trace(go.Scatter(mode="lines", line={"color": INK, "width": 2.5}, hoverinfo="skip", showlegend=False), **axis)
         figure.update_xaxes(visible=False, constrain="domain", **axis)
