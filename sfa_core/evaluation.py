@@ -361,11 +361,12 @@ def compare_seeds(
 def seed_table(
     comparison: Mapping[str, Any],  # from `compare_seeds`
 ) -> pd.DataFrame:                  # one row per seed and one for the mean
-    "Show every seed's rates and difference, and the mean with its interval over seeds."
+    "Show every seed's rates, difference and McNemar's exact test, and the mean with its interval over seeds."
     first, second = comparison["names"]
     header = f"{100 * comparison['level']:g} % interval"
     rows = [{"seed": str(i), first: s["rate_a"], second: s["rate_b"], "difference": s["difference"],
-             header: interval_text(s["low"], s["high"], signed=True) + " over documents"} for i, s in enumerate(comparison["seeds"])]
+             header: interval_text(s["low"], s["high"], signed=True) + " over documents", "lost": s["lost"], "won": s["won"], "exact p": f"{s['p']:.2g}"}
+            for i, s in enumerate(comparison["seeds"])]
     rows.append({"seed": "mean", first: comparison["rate_a"], second: comparison["rate_b"], "difference": comparison["difference"],
-                 header: interval_text(comparison["low"], comparison["high"], signed=True) + " over seeds"})
+                 header: interval_text(comparison["low"], comparison["high"], signed=True) + " over seeds", "lost": "—", "won": "—", "exact p": "—"})
     return pd.DataFrame(rows).set_index("seed").round({first: 3, second: 3, "difference": 3})

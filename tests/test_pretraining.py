@@ -51,6 +51,7 @@ def test_an_interrupted_training_ends_with_the_same_weights(trained, tmp_path):
     for (name, there), here in zip(weights(*trained[:2]).items(), weights(bundle, heads).values()):
         assert torch.equal(there, here), name
     assert list(log["stage"].unique()) == ["encoder", "lookup", "joint", "reading", "cells"]
+    assert (log["loss"] > 0.1).all(), "the study draws this column as the loss of each stage"
 
 
 def test_a_finished_training_is_read_back(trained, tmp_path):

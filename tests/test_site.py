@@ -99,6 +99,18 @@ def test_index_shows_the_pipeline_and_the_api_lists_every_function(site):
     assert {"record", "AttentionRecord", "AttentionExplorer", "load_model", "evaluate", "make_document"} <= listed and len(listed) > 150
 
 
+def test_no_formula_is_cut_off_on_a_desktop(site, browser):
+    html, _ = site
+    page, seen, cut = browser.new_page(viewport={"width": 1280, "height": 900}), 0, []
+    for path in sorted(html.rglob("*.html")):
+        if '<div class="math">' in path.read_text():
+            page.goto(path.as_uri(), wait_until="domcontentloaded")
+            widths = page.evaluate("() => [...document.querySelectorAll('div.math')].map(e => [e.scrollWidth, e.clientWidth])")
+            seen, cut = seen + len(widths), cut + [(path.name, needed, there) for needed, there in widths if needed > there]
+    page.close()
+    assert seen > 10 and cut == []
+
+
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [1400, 390], ids=["wide", "phone"])
 def test_pages_fit_the_screen_and_search_finds(site, browser, width, dark):

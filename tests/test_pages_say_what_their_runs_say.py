@@ -1,0 +1,165 @@
+"""The pages that are committed show figures that hold something, name runs that are committed beside them, and give the numbers of those runs."""
+import base64
+import json
+import re
+from functools import cache
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import pytest
+import yaml
+
+from sfa_core.collect import all_runs, arm_rates, figures_of, place_of, published_table, references, uncommitted
+from sfa_core.evaluation import COLUMNS
+from sfa_core.figures import training_loss
+from sfa_core.results import out_folder, write_json, write_metrics, write_records, write_table
+
+ROOT = Path(__file__).resolve().parents[1]
+REFERENCE, RENDERED = ROOT / "exports" / "reference", ROOT / "exports" / "rendered"
+PLOTLY = "application/vnd.plotly.v1+json"
+LATER = {  # made before their changes were committed; each is replaced when its study is written anew, and none is added here
+    "architectures": "five random miniatures have nothing to compare",
+    "dynamics": "stops at step 125, before anything but the colour of a label is learned",
+    "embedded_model_shipped": "the training of the weights that ship, whose score is measured anew in embedded_model",
+    "embedded_model_without_lookup": "an earlier recipe",
+}
+
+
+def facts(folder):
+    return json.loads((folder / "provenance.json").read_text())
+
+
+@cache
+def page(study):
+    return nbformat.read(RENDERED / f"{study}.ipynb", 4)
+
+
+def values(array):
+    "The numbers of a trace, which Plotly writes as a list or as base64."
+    if isinstance(array, dict):
+        return np.frombuffer(base64.b64decode(array["bdata"]), dtype=array["dtype"])
+    return np.array([np.nan if value is None else value for value in array], dtype=float)
+
+
+def constant_curves(figure):
+    "Name the curves of three or more points whose values are all the same: a line drawn over the steps of a training."
+    steps = any("step" in str(axis.get("title", {}).get("text", "")) for name, axis in figure["layout"].items() if name.startswith("xaxis"))
+    found = []
+    for trace in figure["data"] if steps or "loss" in str(figure["layout"].get("title", {})).lower() else []:
+        if trace.get("type", "scatter") == "scatter" and "lines" in trace.get("mode", "lines") and not trace.get("fill") and "y" in trace:
+            heights = values(trace["y"])
+            if len(heights) >= 3 and len(set(heights[np.isfinite(heights)])) < 2:
+                found.append(trace.get("name"))
+    return found
+
+
+def curves_of(study):
+    return [output["data"][PLOTLY] for cell in page(study).cells for output in cell.get("outputs", []) if PLOTLY in output.get("data", {})]
+
+
+@pytest.mark.parametrize("study", sorted(path.stem for path in RENDERED.glob("*.ipynb")))
+def test_no_curve_of_a_page_is_constant(study):
+    assert [constant_curves(figure) for figure in curves_of(study) if constant_curves(figure)] == []
+
+
+def test_a_curve_of_zeros_is_noticed():
+    log = pd.DataFrame(dict(step=[1, 11, 21], loss=[0.0, 0.0, 0.0]))
+    assert set(constant_curves(training_loss({"encoder": log}).to_plotly_json())) == {"encoder"}
+    assert constant_curves(training_loss({"encoder": log.assign(loss=[3.0, 2.0, 1.0])}).to_plotly_json()) == []
+
+
+def test_references_are_of_committed_code():
+    dirty = {folder.parent.name for folder in REFERENCE.glob("*/provenance.json") if facts(folder.parent)["git"]["dirty"] is not False}
+    assert dirty == set(LATER), "a reference is made from a clean tree: commit, then run"
+
+
+def test_every_run_on_the_report_is_a_reference_of_committed_code():
+    text = json.dumps([output for cell in page("90_report").cells for output in cell.get("outputs", [])])
+    named = {word for word in re.findall(r"(?<![0-9a-f])[0-9a-f]{12}(?![0-9a-f])", text) if not word.isdigit()}  # a count of operations has no letters
+    known = {facts(folder)["run"] for folder in references() if folder.is_relative_to(REFERENCE) and folder.name not in LATER}
+    assert len(named) >= 8 and named <= known
+
+
+@pytest.mark.parametrize("name, study", [
+    ("tour", "00_tour"), ("embedded_model", "05_embedded_model"), ("tokens", "20_density_and_tokens"), ("finetune", "30_finetune"),
+    ("grounding", "50_grounding"), ("sinks", "55_sinks"), ("ablation", "60_ablation"), ("cost", "65_cost")])
+def test_a_reference_is_the_run_of_the_page_beside_it(name, study):
+    run = facts(REFERENCE / name)
+    assert run["study"] == study and f"runs/{study}/{run['run']}/" in (RENDERED / f"{study}.ipynb").read_text()
+
+
+def test_readme_and_card_give_the_score_of_the_reference():
+    reads = {row["index"]: row for row in json.loads((REFERENCE / "embedded_model" / "metrics.json").read_text())["reads"]}
+    every = reads["all reading"]
+    readme, card = (" ".join((ROOT / name).read_text().split()) for name in ("README.md", "data/embedded_model/README.md"))
+    assert f"reads {every['rate']:.3f} ({every['low']:.3f} to {every['high']:.3f}) of {every['n']:,.0f} values" in readme
+    parts = (("read_label", "label"), ("read_colour", "colour"), ("read_cell", "row and column"))
+    assert ", ".join(f"{reads[kind]['rate']:.3f} by {words}" for kind, words in parts) in readme
+    for kind, row in reads.items():
+        assert re.search(rf"\| {kind} \| +{row['n']:.0f} \| +{row['rate']:.3g} \| +{row['low']:.3g} \| +{row['high']:.3g} \|", card), kind
+
+
+def test_the_score_is_taken_on_documents_that_chose_nothing():
+    seeds = {folder.name: yaml.safe_load((folder / "parameters.yaml").read_text())["evaluation_seed"] for folder in REFERENCE.glob("embedded_model*")}
+    training = json.loads((REFERENCE / "embedded_model_shipped" / "metrics.json").read_text())["recipe"]["document_seed"]
+    score = seeds.pop("embedded_model")
+    assert len(seeds) >= 4 and score not in {training, *seeds.values()}
+    assert f"documents of generator seed {score}" in (ROOT / "data" / "embedded_model" / "README.md").read_text()
+
+
+# ---- the report
+
+
+@pytest.fixture
+def exports(tmp_path, monkeypatch):
+    monkeypatch.setenv("SFA_EXPORTS", str(tmp_path))
+    return tmp_path
+
+
+def finished(exports, study, run, *, seeds=(None,), place="runs", dirty=False, started="2026-01-01"):
+    "Write a finished run whose control and vision arms answered twenty questions about ten documents."
+    folder = out_folder(str(exports / place / (study if place == "runs" else "") / run), study)
+    rng, parts = np.random.default_rng(0), []
+    for seed in seeds:
+        for arm in ("control", "vision"):
+            columns = dict(id=[str(i) for i in range(20)], document=[str(i // 2) for i in range(20)], correct=rng.random(20) < 0.5, arm=arm, error="")
+            rows = pd.DataFrame(columns).reindex(columns=[*COLUMNS, "arm"])
+            rows = rows.assign(score=rows["correct"].astype(float), kind="read", question="?", prediction="1", category="", truncated=False)
+            parts.append(rows if seed is None else rows.assign(seed=seed))
+    write_records(folder, pd.concat(parts).assign(answers=[["1"]] * 40 * len(seeds)).drop(columns=["strict", "lenient", "seconds"]))
+    write_metrics(folder, {"n": 20})
+    (folder / "parameters.yaml").write_text("seed: 0\n")
+    identity, git = run if place == "runs" else "f" * 12, dict(commit="a", dirty=dirty)
+    write_json(folder / "provenance.json", dict(study=study, run=identity, started=started, wall_seconds=1.0, git=git))
+    return folder
+
+
+@pytest.mark.parametrize("seeds", [(None,), (0, 1)], ids=["one training", "two seeds"])
+def test_an_arm_stands_beside_the_control_of_its_own_run(exports, seeds):
+    table = arm_rates([finished(exports, "30_finetune", "0123456789ab", seeds=seeds)]).set_index("arm")
+    assert re.match(r"[+-]\d+\.\d \(", table.loc["vision", "minus control, points"]) and table.loc["vision", "benchmark"] == "—"
+
+
+def test_references_of_uncommitted_code_are_left_out_and_the_newest_counts(exports):
+    changed = finished(exports, "x", "c", place="reference", dirty=True)
+    late, early = (finished(exports, "x", name, place="reference", started=f"2026-01-0{day}") for name, day in (("a", 3), ("b", 2)))
+    own = [run for run in all_runs() if run.is_relative_to(exports)]
+    assert own == [early, late] and uncommitted(changed) and changed in references()
+    assert place_of(late) == "x/" + "f" * 12
+
+
+def test_a_table_is_that_of_the_study_asked_for(exports):
+    runs = [finished(exports, study, run) for study, run in (("50_grounding", "0123456789ab"), ("60_ablation", "1123456789ab"))]
+    for run in runs:
+        write_table(run, "2", pd.DataFrame({"class": [run.name]}))
+    assert published_table(runs, "2", "50_grounding")[1] == "50_grounding/0123456789ab"
+    assert published_table(runs[1:], "2", "50_grounding")[1] == "60_ablation/1123456789ab"
+
+
+def test_figures_of_a_reference_are_those_of_its_page(exports):
+    drawn = figures_of(REFERENCE / "tour")
+    assert {figure["place"] for figure in drawn} == {f"00_tour/{facts(REFERENCE / 'tour')['run']}"} and isinstance(go.Figure(drawn[0]["figure"]), go.Figure)
+    assert figures_of(finished(exports, "00_tour", "tour", place="reference")) == []
