@@ -29,14 +29,20 @@ rendered: $(INSTALLED)
 site: $(INSTALLED)
 	$(BIN)/python site/build_site.py site
 
-lint: $(INSTALLED)
+lint: $(BIN)/ruff
 	$(BIN)/ruff check notebooks tests site setup.py
 
 hooks: $(INSTALLED)
 	$(BIN)/pre-commit install
 
-# Installed once: again only when the requirements change.
+# Ruff alone, so that `make lint` takes seconds on a machine where nothing is installed yet.
+$(BIN)/ruff:
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt ruff
+
+# Installed once: again only when the requirements change. What pip says is shown when it fails.
 $(INSTALLED): settings.ini setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e ".[dev]"
-	touch $@
+	@echo "Installing what constraints.txt pins: once, some minutes. Progress: tail -f .venv/install.log"
+	@$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e ".[dev]" >.venv/install.log 2>&1 || { cat .venv/install.log >&2; exit 1; }
+	@touch $@
