@@ -22,6 +22,7 @@ from .answers import answer_loss, pack
 from .attention import inject, structures_of, use_attention
 from .families import family_of
 from .memory import MemoryProbe, held_bytes, saved_bytes
+from .quantization import BLOCK, keep_differentiable
 
 # %% ../notebooks/library/49_cost.ipynb #e2ea8e42
 def flash_forward(query, key, value, *args, out_shape=None, **kwargs) -> int:
@@ -159,14 +160,19 @@ def quantise_language(
     model: PreTrainedModel,
     device: str | torch.device,
 ) -> PreTrainedModel:
-    """Replace the linear layers of a language model by NF4 layers of bitsandbytes, in place, one at a time."""
+    """Replace the linear layers of a language model by NF4 layers of bitsandbytes, in place, one at a time.
+
+    Layers narrower than a block of 4-bit weights stay as they are, as in `load_model`.
+    """
     language = family_of(model).language_of(model).requires_grad_(False)
-    linear = [(owner, name, layer) for owner in language.modules() for name, layer in owner.named_children() if type(layer) is torch.nn.Linear]
-    for owner, name, layer in linear:
+    children = [(owner, name, layer) for owner in language.modules() for name, layer in owner.named_children()]
+    wide = [child for child in children if type(child[2]) is torch.nn.Linear and child[2].in_features >= BLOCK]
+    for owner, name, layer in wide:
         small = Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, compute_dtype=layer.weight.dtype, quant_type="nf4", device="meta")
         small.weight = Params4bit(layer.weight.detach().cpu(), requires_grad=False, quant_type="nf4")
         small.bias = layer.bias
         setattr(owner, name, small.to(device))
+    keep_differentiable(language)
     return model
 
 

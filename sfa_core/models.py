@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED', 'PRECISIONS', 'PROCESSOR_FIELDS', 'PATTERNS', 'Bundle', 'new_bundle', 'quiet', 'save_model', 'find_model',
-           'folder_revision', 'check_folder', 'quantization', 'quantized_layers', 'parse_placement', 'place',
-           'read_weights', 'check_bundle', 'load_processor', 'load_model']
+           'folder_revision', 'check_folder', 'parse_placement', 'place', 'read_weights', 'check_bundle',
+           'load_processor', 'load_model']
 
 # %% ../notebooks/library/30_models.ipynb #4588432e
 import hashlib
@@ -23,7 +23,7 @@ import torch
 from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import is_torchvision_available
 from transformers.utils import logging as transformers_logging
@@ -32,6 +32,7 @@ from .attention import load_structure
 from .embedded import EmbeddedConfig, build_processor, image_only, new_model, train_tokenizer
 from .families import FAMILIES, Family, family_of
 from .paths import DATA
+from .quantization import keep_differentiable, quantization, quantized_layers
 from .structure import StructuralBias
 
 # %% ../notebooks/library/30_models.ipynb #01fbf267
@@ -197,27 +198,6 @@ def check_folder(
             raise ValueError(f"{shard} is damaged or cut off ({error}); copy or download it again") from error
 
 # %% ../notebooks/library/30_models.ipynb #f1039248
-def quantization(
-    family: Family,
-    bits: int | None,  # None, 4 or 8
-    dtype: torch.dtype,  # of the computation
-) -> BitsAndBytesConfig | None:
-    "Return the bitsandbytes settings that store the language model alone in few bits."
-    if bits not in (None, 4, 8):
-        raise ValueError(f"language_bits {bits!r}; expected None, 4 or 8")
-    keep = [family.tower, family.projector, "lm_head"]
-    if bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=keep)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=keep) if bits else None
-
-
-def quantized_layers(
-    module: torch.nn.Module,
-) -> list[str]:
-    "Name the bitsandbytes layers in a module."
-    return [name or type(child).__name__ for name, child in module.named_modules() if type(child).__module__.startswith("bitsandbytes")]
-
-
 def parse_placement(
     placement: str,  # "auto", "cpu", "cuda:0", or "cuda:0,cuda:1" for encoder and language model
 ) -> tuple[torch.device, torch.device]:
@@ -313,8 +293,10 @@ def load_model(
     check_folder(folder)
     config, dtype = AutoConfig.from_pretrained(folder), PRECISIONS[precision]
     family = family_of(config)
-    bits = quantization(family, language_bits, dtype)
-    model = read_weights(folder, dtype=dtype, **({"quantization_config": bits, "device_map": {"": str(devices[1])}} if bits else {}))
+    bits = quantization(family, language_bits, dtype, config=config)
+    stored = {"quantization_config": bits, "device_map": {"": str(devices[1])}} if bits else {}
+    model = read_weights(folder, dtype=dtype, **stored)
+    keep_differentiable(model)
     try:
         processor = load_processor(folder, config)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

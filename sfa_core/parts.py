@@ -15,6 +15,7 @@ import torch
 
 from .attention import CHILD, structures_of
 from .models import Bundle
+from .quantization import BLOCK, narrow_layers
 from .structure import StructuralBias
 
 # %% ../notebooks/library/48_parts.ipynb #996d408d
@@ -82,9 +83,12 @@ def memory_table(
     model, family, rows = bundle.model, bundle.family, []
     parts = {"encoder": family.tower_of(model), "projector": family.projector_of(model), "language model": family.language_of(model)}
     parts |= {"head": model.get_output_embeddings(), "all": model}
+    four_bit = getattr(getattr(model.config, "quantization_config", None), "load_in_4bit", False)
     for part, module in parts.items():
         count = sum(p.numel() * (2 if type(p).__name__ == "Params4bit" else 1) for p in module.parameters())
         names = sorted({"nf4" if type(p).__name__ == "Params4bit" else str(p.dtype).removeprefix("torch.") for p in module.parameters()})
+        if part == "language model" and four_bit and (narrow := narrow_layers(module)):
+            names.append(f"{len(narrow)} layers narrower than {BLOCK} not in 4 bit")
         size = stored_bytes(module)
         places = sorted({str(p.device) for p in module.parameters()})
         rows.append((part, ", ".join(places), ", ".join(names), count, size / 2**20, count * 2 / 2**20, size / (2 * count)))

@@ -21,7 +21,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from .answers import Answer, answer
 from .documents import samples
 from .families import Family
-from .models import Bundle, quantized_layers
+from .models import Bundle
+from .quantization import quantized_layers
 from .structure import StructuralBias
 
 # %% ../notebooks/library/39_processes.ipynb #c9550e9c

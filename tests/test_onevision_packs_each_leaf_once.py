@@ -36,7 +36,7 @@ def page(size, seed=0):
 
 @pytest.fixture(scope="module")
 def shared():
-    return miniature("llava_onevision", spread=0.15)
+    return miniature("llava_onevision", width=32, spread=0.15)
 
 
 @pytest.fixture
