@@ -1,5 +1,5 @@
-# make tour | test | bench | lab | export | rendered | site | lint | hooks.  PIP_ARGS goes to pip (README: CPU-only or another CUDA build of torch).
-.PHONY: tour test bench lab export rendered site lint hooks
+# make tour | test | test-gpu | bench | lab | export | rendered | site | lint | hooks.  PIP_ARGS goes to pip (README: CPU-only or another CUDA build of torch).
+.PHONY: tour test test-gpu bench lab export rendered site lint hooks
 .DELETE_ON_ERROR:
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -11,6 +11,9 @@ tour: $(INSTALLED)
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --no-loadscope-reorder tests
+
+test-gpu: $(INSTALLED)
+	$(BIN)/python tests/gpu/gpu_check.py
 
 bench: $(INSTALLED)
 	$(BIN)/python tests/bench.py
