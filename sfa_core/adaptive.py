@@ -26,7 +26,7 @@ from .attention import CHILD, set_geometry, structures_of, use_attention, vision
 from .copies import drop_copies, token_origins
 from .density import DensityEstimator, density_blocks, estimate_density
 from .embedding import embed_patches, regrid
-from .families import Family
+from .core.families import Family
 from .kernels import combine_masks
 from .patches import PATCH, PatchConfig, PatchPlan, check_budget, is_kept, plan_patches
 from .structure import Geometry, grid_geometry, merge_cells, with_blocks

@@ -28,7 +28,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from .families import Family, family_of
+from .core.families import Family, family_of
 from sfa_core.kernels import (
     MASK_BYTES,
     WIDEST,

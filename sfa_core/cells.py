@@ -28,7 +28,7 @@ from .evaluation import compare_seeds, evaluate, fingerprint, interval_text, poi
 from .finetune import FinetuneConfig, finetune, load_arm
 from .metrics import clustered_bootstrap, seed_interval
 from .models import Bundle
-from .paths import exports_root
+from .core.paths import exports_root
 from .questions import DOCUMENT_KINDS
 from .results import content_hash, write_atomic
 from .stream import DocumentSet, Mixture

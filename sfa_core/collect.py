@@ -24,7 +24,7 @@ import yaml
 
 from .evaluation import compare_seeds, interval_text, points_text
 from .metrics import seed_interval, wilson_interval
-from .paths import REPOSITORY, exports_root
+from .core.paths import REPOSITORY, exports_root
 from .results import finished_runs
 
 # %% ../notebooks/library/88_collect.ipynb #d2a69ec2

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .families import Family
+from .core.families import Family
 from .patches import PatchPlan, is_kept
 
 # %% ../notebooks/library/17_copies.ipynb #2f6e81ca

@@ -20,8 +20,8 @@ from transformers import AutoModelForImageTextToText, InternVLConfig, PreTrained
 
 from .answers import answer_loss, pack
 from .attention import inject, structures_of, use_attention
-from .families import family_of
-from .memory import MemoryProbe, held_bytes, saved_bytes
+from .core.families import family_of
+from .core.memory import MemoryProbe, held_bytes, saved_bytes
 from .quantization import BLOCK, keep_differentiable
 
 # %% ../notebooks/library/49_cost.ipynb #e2ea8e42

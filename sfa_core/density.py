@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy, interpolate
 from tqdm import tqdm
 
-from .paths import DATA
+from .core.paths import DATA
 
 # %% ../notebooks/library/10_density.ipynb #9a085914
 SIDE, CELLS = 448, 28  # pixels of the page density is computed on, and cells per side that the estimator gives

@@ -26,7 +26,7 @@ from PIL import UnidentifiedImageError
 import sfa_core
 from .drawing import FONTS, paint, text_box
 from .layout import LAYOUTS, PALETTE, Sheet, Style
-from .paths import exports_root
+from .core.paths import exports_root
 from .questions import DOCUMENT_KINDS, Content, NumberFormat, questions
 
 # %% ../notebooks/library/04_documents.ipynb #d87d230f

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from PIL import ImageFont
 
-from .paths import DATA
+from .core.paths import DATA
 
 FONTS = DATA / "fonts"
 Colour = tuple[int, int, int]

@@ -26,7 +26,7 @@ from .attention import CHILD, eject, inject, load_structure, save_structure
 from .checkpoints import read_folder, write_folder
 from .consistency import SCRConfig, with_consistency
 from .density import load_density
-from .families import Family
+from .core.families import Family
 from .loop import Position, train
 from .models import Bundle
 from .patches import PatchConfig

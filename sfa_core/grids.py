@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from .paths import DATA, exports_root
+from .core.paths import DATA, exports_root
 from .results import component, finished_runs
 from .runs import identify
 from .studies import study_parameters

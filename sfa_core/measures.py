@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention import CHILD, FUNCTIONS, placed_bias
-from .families import TokenGrid
+from .core.families import TokenGrid
 from .records import STORED
 from .windows import Calls
 

@@ -30,7 +30,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from .embedded import CHAT_TEMPLATE, IMAGE_TOKENS, image_only, train_tokenizer
-from .families import FAMILIES, family_of
+from .core.families import FAMILIES, family_of
 from .models import Bundle
 
 # %% ../notebooks/library/32_miniatures.ipynb #b155dbe0

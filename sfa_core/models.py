@@ -30,8 +30,8 @@ from transformers.utils import logging as transformers_logging
 
 from .attention import load_structure
 from .embedded import EmbeddedConfig, build_processor, image_only, new_model, train_tokenizer
-from .families import FAMILIES, Family, family_of
-from .paths import DATA
+from .core.families import FAMILIES, Family, family_of
+from .core.paths import DATA
 from .quantization import keep_differentiable, quantization, quantized_layers
 from .structure import StructuralBias
 

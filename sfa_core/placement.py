@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .answers import answer_loss
-from .memory import MemoryProbe, held_bytes
+from .core.memory import MemoryProbe, held_bytes
 from .models import Bundle, load_model
 
 # %% ../notebooks/library/37_placement.ipynb #655e1dba

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .families import TokenGrid
+from .core.families import TokenGrid
 from .images import Box, tile_regions
 from .models import Bundle
 

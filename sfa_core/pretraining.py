@@ -31,7 +31,7 @@ from .loop import LoopConfig, train
 from .images import image_tokens, pixel_table
 from .embedded import EmbeddedConfig, train_tokenizer
 from .models import Bundle, new_bundle
-from .paths import exports_root
+from .core.paths import exports_root
 from .questions import KINDS, MARK, READ_KINDS, WORDING
 
 # %% ../notebooks/library/46_pretraining.ipynb #978f684f

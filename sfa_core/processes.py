@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .answers import Answer, answer
 from .documents import samples
-from .families import Family
+from .core.families import Family
 from .models import Bundle
 from .quantization import quantized_layers
 from .structure import StructuralBias

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
-from .families import Family
+from .core.families import Family
 
 # %% ../notebooks/library/29_quantization.ipynb #02906b6a
 BLOCK = 64  # weights that share one scale in 4 bit

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .families import TokenGrid
+from .core.families import TokenGrid
 from .places import spread
 
 # %% ../notebooks/library/38_records.ipynb #dad08d9d

@@ -18,7 +18,7 @@ import plotly.graph_objects as go
 
 from .collect import cell_rates, differing, facts_of, flat, parameters_of, run_rates, tidy_records
 from .grids import Grid, axes_of, label, plan, read_grid, survey
-from .paths import exports_root
+from .core.paths import exports_root
 from .results import finished_runs, write_atomic
 from .runs import identify
 from .style import arm_look, in_style

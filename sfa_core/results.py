@@ -22,7 +22,7 @@ from typing import Any
 import huggingface_hub
 import pandas as pd
 
-from .paths import DATA, REPOSITORY, exports_root
+from .core.paths import DATA, REPOSITORY, exports_root
 
 # %% ../notebooks/library/83_results.ipynb #54d15df4
 FINISHED = re.compile(r"[0-9a-f]{12}(-\d+)?")

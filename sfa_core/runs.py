@@ -29,7 +29,7 @@ import papermill
 import yaml
 from traitlets.config import Config
 
-from .paths import REPOSITORY, exports_root
+from .core.paths import REPOSITORY, exports_root
 from .results import alias_name, finished_runs, out_folder, provenance, revisions, set_alias, write_atomic, write_json, write_timings
 from .studies import resolve_parameters, run_id, study_parameters, study_path
 from .style import browser

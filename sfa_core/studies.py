@@ -19,7 +19,7 @@ import nbformat
 import papermill
 
 import sfa_core
-from .paths import REPOSITORY
+from .core.paths import REPOSITORY
 from .results import component, content_hash
 
 # %% ../notebooks/library/84_studies.ipynb #257d02f7

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from .families import Family, TokenGrid
+from .core.families import Family, TokenGrid
 from .structure import Geometry, StructuralBias, grid_geometry, with_blocks
 
 # %% ../notebooks/library/24_windows.ipynb #0b3900e1

@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from .paths import exports_root
+from .core.paths import exports_root
 from .results import command_output
 from .runs import StudyFailed, identify, run_study
 from .studies import studies_root

@@ -22,7 +22,7 @@ from rich.console import Console
 from toy_study import write_study
 
 from sfa_core.grids import Grid, plan, run_grid
-from sfa_core.paths import REPOSITORY
+from sfa_core.core.paths import REPOSITORY
 from sfa_core.report import report_grid
 from sfa_core.results import finished_runs, provenance, write_json, write_metrics, write_records, write_summary, write_timings
 from sfa_core.studies import resolve_parameters

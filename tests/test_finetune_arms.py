@@ -17,7 +17,7 @@ from sfa_core.checkpoints import TIMING, read_folder
 from sfa_core.consistency import SCRConfig
 from sfa_core.documents import documents, samples
 from sfa_core.embedded import train_tokenizer
-from sfa_core.families import family_of
+from sfa_core.core.families import family_of
 from sfa_core.finetune import ARMS, FinetuneConfig, finetune, load_arm, prepared, read_arm, trainable
 from sfa_core.models import new_bundle
 from sfa_core.patches import PatchConfig

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from sfa_core.commands import main
 from sfa_core.grids import plan, read_grid, run_grid, survey
-from sfa_core.paths import DATA, exports_root
+from sfa_core.core.paths import DATA, exports_root
 from sfa_core.report import report_grid
 from sfa_core.results import finished_runs
 from sfa_core.runs import run_table

@@ -8,7 +8,7 @@ from PIL import Image
 
 from sfa_core.answers import answer
 from sfa_core.documents import Sample
-from sfa_core.families import FAMILIES
+from sfa_core.core.families import FAMILIES
 from sfa_core.heads import VHRConfig
 from sfa_core.images import image_batch
 from sfa_core.miniatures import miniature

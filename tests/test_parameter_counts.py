@@ -4,7 +4,7 @@ import torch
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
 from sfa_core.attention import inject
-from sfa_core.families import family_of
+from sfa_core.core.families import family_of
 from sfa_core.structure import StructuralBias
 
 

@@ -14,7 +14,7 @@ from sfa_core.answers import answer_loss, training_batch
 from sfa_core.attention import inject
 from sfa_core.documents import documents
 from sfa_core.finetune import FinetuneConfig, finetune
-from sfa_core.memory import held_bytes
+from sfa_core.core.memory import held_bytes
 from sfa_core.models import load_model, place, save_model
 from sfa_core.placement import LanguageSide, RemoteSide, connect, cut_loss, flatten, half, language_process, restore
 

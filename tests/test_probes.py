@@ -20,7 +20,7 @@ from sfa_core.answers import answer, prompt_tokens
 from sfa_core.attention import inject
 from sfa_core.documents import Evidence, Sample, TextBox, documents, make_document, samples
 from sfa_core.embedded import EmbeddedConfig, build_processor, train_tokenizer
-from sfa_core.families import FAMILIES, uniform_grid
+from sfa_core.core.families import FAMILIES, uniform_grid
 from sfa_core.images import image_batch, image_features, image_inputs, image_tokens, tile_regions
 from sfa_core.miniatures import miniature
 from sfa_core.models import new_bundle

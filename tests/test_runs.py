@@ -10,7 +10,7 @@ import nbformat
 import pandas as pd
 import pytest
 from sfa_core.commands import main
-from sfa_core.paths import exports_root
+from sfa_core.core.paths import exports_root
 from sfa_core.results import find_run, finished_runs, write_json, write_metrics, write_records
 from sfa_core.runs import BarLines, StudyFailed, run_study, run_table
 from sfa_core.studies import resolve_parameters, study_parameters

@@ -24,9 +24,9 @@ from sfa_core.attention import (
     vision_attention,
     visible_attention,
 )
-from sfa_core.families import FAMILIES, family_of
+from sfa_core.core.families import FAMILIES, family_of
 from sfa_core.kernels import MaskCache, chunked_attention, grid_attention, low_rank_attention, may_cache, may_strip
-from sfa_core.memory import MemoryProbe
+from sfa_core.core.memory import MemoryProbe
 from sfa_core.structure import PADDING, TERMS, StructuralBias, grid_geometry, merge_cells, uniform_geometry, with_blocks
 
 INTERNVL = FAMILIES["internvl"]

@@ -15,7 +15,7 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from sfa_core.families import Family
+from sfa_core.core.families import Family
 from sfa_core.models import Bundle
 
 IMAGE, START, WORDS, TOKENS = 5, 6, 64, 4  # image token, token before an image, vocabulary, image tokens per image
