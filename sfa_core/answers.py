@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy, pad
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from .documents import Sample, decode, samples
+from .documents.generate import Sample, decode, samples
 from .images import ImageBatch, image_batch, image_features, image_inputs, image_tokens, pixel_table  # noqa: F401
 from .models import Bundle
 

@@ -20,16 +20,16 @@ import pandas as pd
 from datasets import Dataset
 
 import sfa_core
-from .benchmarks import BENCHMARKS, choose, find_benchmark, load_benchmark
+from .documents.benchmarks import BENCHMARKS, choose, find_benchmark, load_benchmark
 from .checkpoints import read_log
 from .consistency import SCRConfig
-from .documents import Sample, documents
+from .documents.generate import Sample, documents
 from .evaluation import compare_seeds, evaluate, fingerprint, interval_text, points_text, resolved
 from .finetune import FinetuneConfig, finetune, load_arm
 from .metrics import clustered_bootstrap, seed_interval
 from .models import Bundle
 from .core.paths import exports_root
-from .questions import DOCUMENT_KINDS
+from .documents.questions import DOCUMENT_KINDS
 from .results import content_hash, write_atomic
 from .stream import DocumentSet, Mixture
 

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from .adaptive import AREA, CONTROL, TokenControl
 from .attention import CHILD
 from .density import load_density, pseudo_label
-from .documents import Sample
+from .documents.generate import Sample
 from .images import tile_regions
 from .measures import Call, catching, logits_of, normalised, structural_factors
 from .models import Bundle

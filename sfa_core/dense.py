@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from .documents import SHORT_WORDS
-from .layout import PALETTE
+from .documents.generate import SHORT_WORDS
+from .documents.layout import PALETTE
 
 IGNORE = -100  # no target here
 COLOURS = tuple(PALETTE)

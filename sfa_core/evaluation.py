@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .benchmarks import choices_of, find_benchmark
-from .documents import Sample, samples
+from .documents.benchmarks import choices_of, find_benchmark
+from .documents.generate import Sample, samples
 from .metrics import (PROFILES, anls, clustered_bootstrap, exact_match, mcnemar, ocrbench_score, option_letter, paired_bootstrap, relaxed_accuracy,
                               seed_interval, vqa_accuracy, wilson_interval)
 

@@ -17,8 +17,8 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from .documents import Evidence, Sample, TextBox
-from .numbers import Number, plain, read_numbers, rounds_to, same
+from .documents.generate import Evidence, Sample, TextBox
+from .documents.numbers import Number, plain, read_numbers, rounds_to, same
 from .operations import Results, results
 
 # %% ../notebooks/library/69_evidence.ipynb #76703af5

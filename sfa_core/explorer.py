@@ -15,7 +15,7 @@ from typing import Any
 import ipywidgets as widgets
 import plotly.graph_objects as go
 
-from .documents import Sample, decode, samples
+from .documents.generate import Sample, decode, samples
 from .models import Bundle
 from .core.paths import exports_root
 from .style import ARM_NAMES, save_figure

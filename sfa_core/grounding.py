@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from .documents import Sample
+from .documents.generate import Sample
 from .evidence import Facts, Place, bare, facts
 from .metrics import as_answers, clustered_bootstrap, relaxed_accuracy, wilson_interval
-from .numbers import Number, is_numeric, plain, read_numbers, stated_numbers
+from .documents.numbers import Number, is_numeric, plain, read_numbers, stated_numbers
 from .operations import asks_for_count, named_operations
 
 # %% ../notebooks/library/70_grounding.ipynb #67f90fb8

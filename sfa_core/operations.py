@@ -14,7 +14,7 @@ from itertools import combinations
 
 import numpy as np
 
-from .numbers import Number, rounds_to
+from .documents.numbers import Number, rounds_to
 
 # %% ../notebooks/library/68_operations.ipynb #2067b0d6
 MORE = "more|less|fewer|higher|lower|larger|smaller|greater|bigger"

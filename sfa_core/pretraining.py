@@ -26,13 +26,13 @@ from safetensors.torch import load_file, save_file
 
 from .answers import answer_loss, answer_tokens, pack, prompt_tokens, training_batch
 from .dense import DenseHeads, dense_losses, dense_targets, patch_features
-from .documents import SHORT_WORDS, documents, generator_version
+from .documents.generate import SHORT_WORDS, documents, generator_version
 from .loop import LoopConfig, train
 from .images import image_tokens, pixel_table
 from .embedded import EmbeddedConfig, train_tokenizer
 from .models import Bundle, new_bundle
 from .core.paths import exports_root
-from .questions import KINDS, MARK, READ_KINDS, WORDING
+from .documents.questions import KINDS, MARK, READ_KINDS, WORDING
 
 # %% ../notebooks/library/46_pretraining.ipynb #978f684f
 @dataclass(frozen=True)

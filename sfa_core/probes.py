@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from .adaptive import CONTROL
 from .answers import end_token, generate, prompt_tokens
-from .documents import Sample, samples
+from .documents.generate import Sample, samples
 from .core.families import TokenGrid, modules_at
 from .images import ImageBatch, image_batch, image_features, tile_regions
 from .measures import catching, followed, measure_layer, measure_word, place_tokens

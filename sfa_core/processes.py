@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .answers import Answer, answer
-from .documents import samples
+from .documents.generate import samples
 from .core.families import Family
 from .models import Bundle
 from .quantization import quantized_layers

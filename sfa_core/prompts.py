@@ -19,7 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from .answers import generate
-from .documents import Sample
+from .documents.generate import Sample
 from .models import Bundle
 
 # %% ../notebooks/library/52_prompts.ipynb #34995477

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .documents import Sample
+from .documents.generate import Sample
 from .models import Bundle
 from .measures import watching
 from .prompts import Prompt, attending, decoder_layers, following, middle_layers, read_prompts, row_probabilities, widened

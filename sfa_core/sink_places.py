@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .documents import Sample, samples
+from .documents.generate import Sample, samples
 from .images import tile_regions
 from .measures import watching
 from .models import Bundle

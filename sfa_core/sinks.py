@@ -20,7 +20,7 @@ import torch
 from scipy.stats import norm
 from torch import Tensor
 
-from .documents import Sample, samples
+from .documents.generate import Sample, samples
 from .models import Bundle
 from .measures import watching
 from .prompts import Prompt, decoder_layers, following, middle_layers, read_prompts, widened

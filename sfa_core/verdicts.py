@@ -17,7 +17,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from PIL import Image, ImageDraw
 
-from .documents import Evidence, Sample
+from .documents.generate import Evidence, Sample
 from .evidence import Place
 from .figures import document_gallery
 from .grounding import CATEGORIES

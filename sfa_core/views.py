@@ -20,7 +20,7 @@ from PIL import Image
 from plotly.subplots import make_subplots
 
 from .attention import CHILD, structures_of
-from .documents import Sample
+from .documents.generate import Sample
 from .finetune import load_arm
 from .models import Bundle
 from .places import cells_of, spread

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .answers import IGNORE, answer_tokens
 from .copies import token_origins
-from .documents import Sample
+from .documents.generate import Sample
 from .models import Bundle
 from .patches import PatchPlan, is_kept
 from .places import language_boxes

@@ -9,7 +9,7 @@ import json
 
 import plotly.graph_objects as go
 
-from sfa_core.documents import documents, samples
+from sfa_core.documents.generate import documents, samples
 from sfa_core.models import load_model
 from sfa_core.core.paths import REPOSITORY
 from sfa_core.style import ARM_COLOURS, ARM_NAMES, INK, in_style, save_figure

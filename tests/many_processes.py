@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from test_finetune_arms import QUICK, tiny
 
-from sfa_core.documents import documents
+from sfa_core.documents.generate import documents
 from sfa_core.evaluation import evaluate
 from sfa_core.finetune import FinetuneConfig, finetune
 from sfa_core.processes import answer_together
@@ -32,7 +32,7 @@ def main(folder: Path) -> None:
 
 
 def questions():
-    from sfa_core.documents import samples
+    from sfa_core.documents.generate import samples
 
     return samples(documents(3, seed=6))
 

@@ -16,7 +16,7 @@ from sfa_core.adaptive import CONTROL, attach_tokens, detach_tokens, language_to
 from sfa_core.answers import answer, answer_loss, generate, training_batch
 from sfa_core.attention import eject, inject, structures_of, visible_attention
 from sfa_core.density import density_blocks, estimate_density, load_density
-from sfa_core.documents import documents, samples
+from sfa_core.documents.generate import documents, samples
 from sfa_core.embedded import EmbeddedConfig, train_tokenizer
 from sfa_core.embedding import embed_patches, regrid, resize_kernel
 from sfa_core.evaluation import evaluate

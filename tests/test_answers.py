@@ -12,7 +12,7 @@ from PIL import Image
 
 from sfa_core import answers
 from sfa_core.answers import IGNORE, SUFFIX, answer, answer_loss, answer_tokens, end_token, image_inputs, image_tokens, pack, prompt_tokens, training_batch
-from sfa_core.documents import Sample, as_seen, documents, samples
+from sfa_core.documents.generate import Sample, as_seen, documents, samples
 from sfa_core.embedded import EmbeddedConfig, build_processor, train_tokenizer
 from sfa_core.models import load_model, new_bundle
 

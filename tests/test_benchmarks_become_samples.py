@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as PILImage
 
-from sfa_core.benchmarks import BENCHMARKS, benchmark_table, choices_of, load_benchmark, option_answer, with_choices
+from sfa_core.documents.benchmarks import BENCHMARKS, benchmark_table, choices_of, load_benchmark, option_answer, with_choices
 
 
 @pytest.fixture(autouse=True)

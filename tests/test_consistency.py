@@ -13,7 +13,7 @@ from sfa_core.attention import eject, inject
 from sfa_core.checkpoints import TIMING
 from sfa_core.consistency import SCRConfig, consistency_table, dense_queries, entropy_loss, tile_density, with_consistency
 from sfa_core.density import load_density
-from sfa_core.documents import documents, samples
+from sfa_core.documents.generate import documents, samples
 from sfa_core.embedded import train_tokenizer
 from sfa_core.finetune import FinetuneConfig, finetune, load_arm
 from sfa_core.measures import catching

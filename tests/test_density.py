@@ -28,7 +28,7 @@ from sfa_core.density import (
     save_density,
     train_density,
 )
-from sfa_core.documents import make_document
+from sfa_core.documents.generate import make_document
 
 
 @pytest.fixture(scope="module")

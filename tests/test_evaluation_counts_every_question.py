@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import stats
 
-from sfa_core.benchmarks import BENCHMARKS, SHORT, with_choices
-from sfa_core.documents import Sample
+from sfa_core.documents.benchmarks import BENCHMARKS, SHORT, with_choices
+from sfa_core.documents.generate import Sample
 from sfa_core.evaluation import (COLUMNS, SCORERS, compare, compare_seeds, comparison_table, evaluate, fingerprint, kind_table, make_records, seed_table,
                                  summarise, summary_table, transition_table, verdict)
 
@@ -285,7 +285,7 @@ def test_seeds_that_disagree_resolve_nothing_even_when_each_is_clear():
 
 def test_the_embedded_architecture_is_evaluated_end_to_end():
     "A random model answers wrongly, but every question has a row, a time and a reason if it has no reply."
-    from sfa_core.documents import documents
+    from sfa_core.documents.generate import documents
     from sfa_core.embedded import EmbeddedConfig, train_tokenizer
     from sfa_core.models import new_bundle
     config = EmbeddedConfig(vision_width=32, vision_layers=1, vision_heads=1, vision_hidden=32,

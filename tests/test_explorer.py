@@ -14,7 +14,7 @@ from PIL import Image
 
 from sfa_core import views
 from sfa_core.attention import eject, inject, structures_of
-from sfa_core.documents import documents, samples
+from sfa_core.documents.generate import documents, samples
 from sfa_core.embedded import EmbeddedConfig, build_processor
 from sfa_core.explorer import AttentionExplorer
 from sfa_core.finetune import FinetuneConfig, finetune, load_arm
@@ -162,7 +162,7 @@ def test_a_picture_is_written_while_everything_else_goes_on(bundle, asked, tmp_p
 
 CELLS = """import sys
 sys.path.insert(0, {root!r})
-from sfa_core.documents import documents, samples
+from sfa_core.documents.generate import documents, samples
 from sfa_core.explorer import AttentionExplorer
 from sfa_core.models import load_model
 explorer = AttentionExplorer(load_model("embedded"), samples(documents(2, seed=11)), folder={folder!r}, max_new_tokens=4)

@@ -16,13 +16,13 @@ from transformers.vision_utils import get_vision_position_ids, get_vision_window
 
 from sfa_core.answers import answer, answer_loss, answer_tokens, prompt_tokens, training_batch
 from sfa_core.attention import eject, inject, load_structure, save_structure, set_blocks, set_geometry, structures_of, use_attention, vision_attention
-from sfa_core.documents import Sample
+from sfa_core.documents.generate import Sample
 from sfa_core.core.families import FAMILIES, split_windows
 from sfa_core.images import describe_views, image_batch, image_features, tile_regions
 from sfa_core.miniatures import miniature
 from sfa_core.models import load_model, save_model
 from sfa_core.parts import memory_table
-from sfa_core.published import reproduction
+from sfa_core.documents.published import reproduction
 from sfa_core.quantization import narrow_layers, quantized_layers
 from sfa_core.structure import StructuralBias, uniform_geometry
 from sfa_core.windows import block_geometry, sequence_geometry

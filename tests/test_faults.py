@@ -10,9 +10,9 @@ import nbformat
 import pytest
 import sfa_core.runs
 from PIL import Image
-from sfa_core.benchmarks import load_benchmark
+from sfa_core.documents.benchmarks import load_benchmark
 from sfa_core.commands import main
-from sfa_core.documents import Sample, decode
+from sfa_core.documents.generate import Sample, decode
 from sfa_core.evaluation import evaluate
 from sfa_core.grids import run_grid
 from sfa_core.models import load_model

@@ -15,7 +15,7 @@ from sfa_core.answers import answer_loss, training_batch
 from sfa_core.attention import eject, inject, load_structure
 from sfa_core.checkpoints import TIMING, read_folder
 from sfa_core.consistency import SCRConfig
-from sfa_core.documents import documents, samples
+from sfa_core.documents.generate import documents, samples
 from sfa_core.embedded import train_tokenizer
 from sfa_core.core.families import family_of
 from sfa_core.finetune import ARMS, FinetuneConfig, finetune, load_arm, prepared, read_arm, trainable

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tiny_decoders import BUILDERS, PROMPTS, tiny
 
 from sfa_core.answers import answer_loss, training_batch
-from sfa_core.documents import documents, make_document, samples
+from sfa_core.documents.generate import documents, make_document, samples
 from sfa_core.embedded import EmbeddedConfig, train_tokenizer
 from sfa_core.heads import VHRConfig, both_outputs, head_divergence, head_hooks, head_importance, head_table, reinforced_layers, vision_heads
 from sfa_core.models import new_bundle

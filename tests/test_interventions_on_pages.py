@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from sfa_core.answers import answer
-from sfa_core.documents import Sample
+from sfa_core.documents.generate import Sample
 from sfa_core.core.families import FAMILIES
 from sfa_core.heads import VHRConfig
 from sfa_core.images import image_batch

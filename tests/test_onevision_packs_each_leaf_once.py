@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from sfa_core.adaptive import CONTROL, adaptive_tokens, language_tokens
 from sfa_core.answers import answer_loss, generate, training_batch
 from sfa_core.copies import token_origins
-from sfa_core.documents import Sample
+from sfa_core.documents.generate import Sample
 from sfa_core.images import image_batch, image_features
 from sfa_core.miniatures import miniature
 from sfa_core.patches import PatchConfig, PatchPlan, is_kept

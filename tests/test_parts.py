@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sfa_core.attention import inject, set_blocks
-from sfa_core.documents import make_document
+from sfa_core.documents.generate import make_document
 from sfa_core.embedded import EmbeddedConfig, train_tokenizer
 from sfa_core.models import new_bundle
 from sfa_core.parts import model_parts, structural_maps

@@ -12,7 +12,7 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from sfa_core.answers import answer_loss, training_batch
 from sfa_core.attention import inject
-from sfa_core.documents import documents
+from sfa_core.documents.generate import documents
 from sfa_core.finetune import FinetuneConfig, finetune
 from sfa_core.core.memory import held_bytes
 from sfa_core.models import load_model, place, save_model

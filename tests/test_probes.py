@@ -18,7 +18,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from sfa_core.answers import answer, prompt_tokens
 from sfa_core.attention import inject
-from sfa_core.documents import Evidence, Sample, TextBox, documents, make_document, samples
+from sfa_core.documents.generate import Evidence, Sample, TextBox, documents, make_document, samples
 from sfa_core.embedded import EmbeddedConfig, build_processor, train_tokenizer
 from sfa_core.core.families import FAMILIES, uniform_grid
 from sfa_core.images import image_batch, image_features, image_inputs, image_tokens, tile_regions

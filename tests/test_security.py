@@ -14,13 +14,13 @@ from pathlib import Path
 
 import nbformat
 import pytest
-import sfa_core.benchmarks
+import sfa_core.documents.benchmarks
 import sfa_core.models
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
-from sfa_core.benchmarks import load_benchmark
+from sfa_core.documents.benchmarks import load_benchmark
 from sfa_core.checkpoints import digest, read_folder
 from sfa_core.collect import facts_of, parameters_of, run_rates, tidy_records
 from sfa_core.grids import read_grid
@@ -136,7 +136,7 @@ def test_a_data_set_is_downloaded_in_the_revision_that_is_named(monkeypatch):
     def load_dataset(hub, config, **options):
         asked.append((hub, options["revision"]))
         raise OSError("offline")
-    monkeypatch.setattr(sfa_core.benchmarks.datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(sfa_core.documents.benchmarks.datasets, "load_dataset", load_dataset)
     for source in ("HuggingFaceM4/ChartQA@abc123", None):
         with pytest.raises(FileNotFoundError, match="cannot be read"):
             load_benchmark("chartqa", source=source)

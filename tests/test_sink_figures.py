@@ -3,7 +3,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sfa_core.documents import make_document
+from sfa_core.documents.generate import make_document
 from sfa_core.overhead import decode_overhead
 from sfa_core.sink_figures import place_shares, sink_scatter, visual_sinks
 from sfa_core.sink_places import enrichment

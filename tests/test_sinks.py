@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_decoders import BUILDERS, IMAGE, PROMPTS, tiny, token_ids
 
-from sfa_core.documents import documents, make_document, samples
+from sfa_core.documents.generate import documents, make_document, samples
 from sfa_core.embedded import EmbeddedConfig, build_processor, train_tokenizer
 from sfa_core.evaluation import evaluate
 from sfa_core.heads import VHRConfig

@@ -3,7 +3,7 @@ import nbformat
 
 PICKER = """
 import pandas as pd
-from sfa_core.documents import documents, samples
+from sfa_core.documents.generate import documents, samples
 from sfa_core.grounding import categorise
 from sfa_core.verdicts import VerdictPicker
 
