@@ -22,14 +22,14 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
-from .attention import CHILD, set_geometry, structures_of, use_attention, vision_attention
+from .structure.inject import CHILD, set_geometry, structures_of, use_attention, vision_attention
 from .copies import drop_copies, token_origins
 from .density import DensityEstimator, density_blocks, estimate_density
 from .embedding import embed_patches, regrid
 from .core.families import Family
-from .kernels import combine_masks
+from .structure.kernels import combine_masks
 from .patches import PATCH, PatchConfig, PatchPlan, check_budget, is_kept, plan_patches
-from .structure import Geometry, grid_geometry, merge_cells, with_blocks
+from .structure.bias import Geometry, grid_geometry, merge_cells, with_blocks
 
 # %% ../notebooks/library/27_adaptive.ipynb #be22480a
 def plan_geometry(

@@ -20,7 +20,7 @@ from torch.nn.functional import normalize
 from torch.utils.checkpoint import checkpoint
 
 from .adaptive import AREA, CONTROL, TokenControl
-from .attention import CHILD
+from .structure.inject import CHILD
 from .density import load_density, pseudo_label
 from .documents.generate import Sample
 from .images import tile_regions
@@ -28,7 +28,7 @@ from .measures import Call, catching, logits_of, normalised, structural_factors
 from .models import Bundle
 from .patches import PatchPlan
 from .second_view import second_view
-from .structure import PADDING
+from .structure.bias import PADDING
 from .visible import number_pages, number_targets, shown_boxes
 
 # %% ../notebooks/library/40_consistency.ipynb #bc2ef04f

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode, bmm_flop, sdpa_backward_fl
 from transformers import AutoModelForImageTextToText, InternVLConfig, PreTrainedModel
 
 from .answers import answer_loss, pack
-from .attention import inject, structures_of, use_attention
+from .structure.inject import inject, structures_of, use_attention
 from .core.families import family_of
 from .core.memory import MemoryProbe, held_bytes, saved_bytes
 from .quantization import BLOCK, keep_differentiable

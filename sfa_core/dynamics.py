@@ -14,13 +14,13 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .attention import inject, structures_of, write_whole
+from .structure.inject import inject, structures_of, write_whole
 from .dense import DenseHeads, dense_binding, dense_losses, patch_features
 from .embedded import EmbeddedConfig
 from .loop import LoopConfig, train
 from .models import Bundle, new_bundle
 from .pretraining import TrainingSet, pixel_values, targets_at
-from .structure import check_terms
+from .structure.bias import check_terms
 
 # %% ../notebooks/library/47_dynamics.ipynb #cac16e0e
 @dataclass(frozen=True)

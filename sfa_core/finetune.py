@@ -22,7 +22,7 @@ from torch.nn import Parameter
 
 from .adaptive import CONTROL, attach_tokens, detach_tokens
 from .answers import answer_loss, training_batch
-from .attention import CHILD, eject, inject, load_structure, save_structure
+from .structure.inject import CHILD, eject, inject, load_structure, save_structure
 from .checkpoints import read_folder, write_folder
 from .consistency import SCRConfig, with_consistency
 from .density import load_density
@@ -33,7 +33,7 @@ from .patches import PatchConfig
 from .processes import is_sharded, shard, whole
 from .schedule import FREE_ON_RESUME, LoopConfig
 from .stream import DocumentSet, Mixture, batches
-from .structure import TERMS, StructuralBias, check_terms
+from .structure.bias import TERMS, StructuralBias, check_terms
 
 # %% ../notebooks/library/45_finetune.ipynb #5ebd7689
 @dataclass(frozen=True)

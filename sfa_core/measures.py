@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention import CHILD, FUNCTIONS, placed_bias
+from .structure.inject import CHILD, FUNCTIONS, placed_bias
 from .core.families import TokenGrid
 from .records import STORED
-from .windows import Calls
+from .structure.windows import Calls
 
 # %% ../notebooks/library/39_measures.ipynb #38652120
 @dataclass(frozen=True, eq=False)

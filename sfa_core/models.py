@@ -28,12 +28,12 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import is_torchvision_available
 from transformers.utils import logging as transformers_logging
 
-from .attention import load_structure
+from .structure.inject import load_structure
 from .embedded import EmbeddedConfig, build_processor, image_only, new_model, train_tokenizer
 from .core.families import FAMILIES, Family, family_of
 from .core.paths import DATA
 from .quantization import keep_differentiable, quantization, quantized_layers
-from .structure import StructuralBias
+from .structure.bias import StructuralBias
 
 # %% ../notebooks/library/30_models.ipynb #01fbf267
 EMBEDDED = DATA / "embedded_model"

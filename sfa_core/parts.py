@@ -13,10 +13,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .attention import CHILD, structures_of
+from .structure.inject import CHILD, structures_of
 from .models import Bundle
 from .quantization import BLOCK, narrow_layers
-from .structure import StructuralBias
+from .structure.bias import StructuralBias
 
 # %% ../notebooks/library/48_parts.ipynb #996d408d
 def describe(

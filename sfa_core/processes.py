@@ -23,7 +23,7 @@ from .documents.generate import samples
 from .core.families import Family
 from .models import Bundle
 from .quantization import quantized_layers
-from .structure import StructuralBias
+from .structure.bias import StructuralBias
 
 # %% ../notebooks/library/39_processes.ipynb #c9550e9c
 def layers_of(model: nn.Module, family: Family) -> list[nn.Module]:

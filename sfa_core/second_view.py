@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from .adaptive import AREA, CONTROL, TokenControl
-from .attention import CHILD, set_geometry
+from .structure.inject import CHILD, set_geometry
 from .density import density_blocks
 from .models import Bundle
 from .patches import PATCH, PatchConfig, PatchPlan
-from .structure import uniform_geometry, with_blocks
+from .structure.bias import uniform_geometry, with_blocks
 
 # %% ../notebooks/library/39_second_view.ipynb #d771fb8e
 def uniform_plan(grid: tuple[int, int]) -> PatchPlan:

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from plotly.subplots import make_subplots
 
-from .attention import CHILD, structures_of
+from .structure.inject import CHILD, structures_of
 from .documents.generate import Sample
 from .finetune import load_arm
 from .models import Bundle

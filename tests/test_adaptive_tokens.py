@@ -14,7 +14,7 @@ import sfa_core.adaptive as adaptive_module
 import sfa_core.finetune as finetune_module
 from sfa_core.adaptive import CONTROL, attach_tokens, detach_tokens, language_tokens, plan_geometry
 from sfa_core.answers import answer, answer_loss, generate, training_batch
-from sfa_core.attention import eject, inject, structures_of, visible_attention
+from sfa_core.structure.inject import eject, inject, structures_of, visible_attention
 from sfa_core.density import density_blocks, estimate_density, load_density
 from sfa_core.documents.generate import documents, samples
 from sfa_core.embedded import EmbeddedConfig, train_tokenizer
@@ -27,7 +27,7 @@ from sfa_core.models import new_bundle
 from sfa_core.patches import PATCH, PatchConfig, PatchPlan, plan_patches
 from sfa_core.probes import record
 from sfa_core.resolution import at_resolution
-from sfa_core.structure import PADDING, uniform_geometry, with_blocks
+from sfa_core.structure.bias import PADDING, uniform_geometry, with_blocks
 
 MEAN, STD = (0.9,) * 3, (0.25,) * 3
 GUARDED = PatchConfig(coarse=None, bucket=8)

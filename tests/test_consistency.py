@@ -9,7 +9,7 @@ import torch
 
 from sfa_core.adaptive import attach_tokens, detach_tokens
 from sfa_core.answers import answer_loss, training_batch
-from sfa_core.attention import eject, inject
+from sfa_core.structure.inject import eject, inject
 from sfa_core.checkpoints import TIMING
 from sfa_core.consistency import SCRConfig, consistency_table, dense_queries, entropy_loss, tile_density, with_consistency
 from sfa_core.density import load_density

@@ -13,7 +13,7 @@ from conftest import ROOT
 from PIL import Image
 
 from sfa_core import views
-from sfa_core.attention import eject, inject, structures_of
+from sfa_core.structure.inject import eject, inject, structures_of
 from sfa_core.documents.generate import documents, samples
 from sfa_core.embedded import EmbeddedConfig, build_processor
 from sfa_core.explorer import AttentionExplorer

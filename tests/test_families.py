@@ -15,7 +15,7 @@ from transformers import Qwen2_5_VLConfig
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 from sfa_core.answers import answer, answer_loss, answer_tokens, prompt_tokens, training_batch
-from sfa_core.attention import eject, inject, load_structure, save_structure, set_blocks, set_geometry, structures_of, use_attention, vision_attention
+from sfa_core.structure.inject import eject, inject, load_structure, save_structure, set_blocks, set_geometry, structures_of, use_attention, vision_attention
 from sfa_core.documents.generate import Sample
 from sfa_core.core.families import FAMILIES, split_windows
 from sfa_core.images import describe_views, image_batch, image_features, tile_regions
@@ -24,8 +24,8 @@ from sfa_core.models import load_model, save_model
 from sfa_core.parts import memory_table
 from sfa_core.documents.published import reproduction
 from sfa_core.quantization import narrow_layers, quantized_layers
-from sfa_core.structure import StructuralBias, uniform_geometry
-from sfa_core.windows import block_geometry, sequence_geometry
+from sfa_core.structure.bias import StructuralBias, uniform_geometry
+from sfa_core.structure.windows import block_geometry, sequence_geometry
 
 NATIVE = [name for name, family in FAMILIES.items() if family.native]
 each_family = pytest.mark.parametrize("name", FAMILIES)
@@ -339,7 +339,7 @@ def test_what_does_not_fit_a_native_tower_is_refused(name):
 @each_native
 def test_a_left_over_sequence_is_an_error(name, monkeypatch):
     bundle = attached(name, 1.0)
-    import sfa_core.windows as windows
+    import sfa_core.structure.windows as windows
     real = windows.call_lists
     monkeypatch.setattr(windows, "call_lists", lambda *given: tuple([*made, made[-1]] for made in real(*given)))
     with pytest.raises(ValueError, match="the attention was called .* times, the image sizes make"):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import InternVLForConditionalGeneration
 
 import sfa_core.models
-from sfa_core.attention import inject, save_structure, structures_of
+from sfa_core.structure.inject import inject, save_structure, structures_of
 from sfa_core.embedded import IMAGE_TOKENS, EmbeddedConfig, build_processor, new_model, train_tokenizer
 from sfa_core.models import find_model, load_model, new_bundle, place, save_model
 from sfa_core.quantization import quantized_layers

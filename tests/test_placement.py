@@ -11,7 +11,7 @@ from test_finetune_arms import QUICK, tiny
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from sfa_core.answers import answer_loss, training_batch
-from sfa_core.attention import inject
+from sfa_core.structure.inject import inject
 from sfa_core.documents.generate import documents
 from sfa_core.finetune import FinetuneConfig, finetune
 from sfa_core.core.memory import held_bytes

@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from sfa_core.answers import answer, prompt_tokens
-from sfa_core.attention import inject
+from sfa_core.structure.inject import inject
 from sfa_core.documents.generate import Evidence, Sample, TextBox, documents, make_document, samples
 from sfa_core.embedded import EmbeddedConfig, build_processor, train_tokenizer
 from sfa_core.core.families import FAMILIES, uniform_grid
@@ -28,7 +28,7 @@ from sfa_core.measures import Call, attention_chunks, measure_layer, place_token
 from sfa_core.places import box_means, coverage, language_boxes, spread, token_boxes
 from sfa_core.probes import record
 from sfa_core.records import STORED, UNITS
-from sfa_core.structure import StructuralBias, uniform_geometry
+from sfa_core.structure.bias import StructuralBias, uniform_geometry
 
 SMALL = EmbeddedConfig(image_size=112, vision_layers=3, vision_width=64, vision_hidden=64, language_layers=1, initializer_range=0.3)
 
