@@ -24,9 +24,9 @@ from .documents.benchmarks import BENCHMARKS, choose, find_benchmark, load_bench
 from .checkpoints import read_log
 from .consistency import SCRConfig
 from .documents.generate import Sample, documents
-from .evaluation import compare_seeds, evaluate, fingerprint, interval_text, points_text, resolved
+from .scores.compare import compare_seeds, evaluate, fingerprint, interval_text, points_text, resolved
 from .finetune import FinetuneConfig, finetune, load_arm
-from .metrics import clustered_bootstrap, seed_interval
+from .scores.metrics import clustered_bootstrap, seed_interval
 from .models import Bundle
 from .core.paths import exports_root
 from .documents.questions import DOCUMENT_KINDS

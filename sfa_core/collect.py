@@ -22,8 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from .evaluation import compare_seeds, interval_text, points_text
-from .metrics import seed_interval, wilson_interval
+from .scores.compare import compare_seeds, interval_text, points_text
+from .scores.metrics import seed_interval, wilson_interval
 from .core.paths import REPOSITORY, exports_root
 from .results import finished_runs
 

@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from .figures import columns_of
-from .metrics import seed_interval
+from .scores.metrics import seed_interval
 from .style import arm_look, in_style
 
 # %% ../notebooks/library/78_learning_figures.ipynb #36f60791

@@ -18,9 +18,9 @@ import plotly.graph_objects as go
 from PIL import Image, ImageDraw
 
 from .documents.generate import Evidence, Sample
-from .evidence import Place
+from .scores.facts import Place
 from .figures import document_gallery
-from .grounding import CATEGORIES
+from .scores.grounding import CATEGORIES
 from .style import arm_look, in_style
 
 # %% ../notebooks/library/77_verdicts.ipynb #39792210

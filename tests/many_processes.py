@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from test_finetune_arms import QUICK, tiny
 
 from sfa_core.documents.generate import documents
-from sfa_core.evaluation import evaluate
+from sfa_core.scores.compare import evaluate
 from sfa_core.finetune import FinetuneConfig, finetune
 from sfa_core.processes import answer_together
 

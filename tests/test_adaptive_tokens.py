@@ -19,7 +19,7 @@ from sfa_core.density import density_blocks, estimate_density, load_density
 from sfa_core.documents.generate import documents, samples
 from sfa_core.embedded import EmbeddedConfig, train_tokenizer
 from sfa_core.embedding import embed_patches, regrid, resize_kernel
-from sfa_core.evaluation import evaluate
+from sfa_core.scores.compare import evaluate
 from sfa_core.core.families import FAMILIES, family_of
 from sfa_core.finetune import FinetuneConfig, finetune, load_arm
 from sfa_core.images import image_blocks, image_inputs

@@ -14,7 +14,7 @@ from scipy import stats
 
 from sfa_core.documents.benchmarks import BENCHMARKS, SHORT, with_choices
 from sfa_core.documents.generate import Sample
-from sfa_core.evaluation import (COLUMNS, SCORERS, compare, compare_seeds, comparison_table, evaluate, fingerprint, kind_table, make_records, seed_table,
+from sfa_core.scores.compare import (COLUMNS, SCORERS, compare, compare_seeds, comparison_table, evaluate, fingerprint, kind_table, make_records, seed_table,
                                  summarise, summary_table, transition_table, verdict)
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from sfa_core.documents.benchmarks import load_benchmark
 from sfa_core.commands import main
 from sfa_core.documents.generate import Sample, decode
-from sfa_core.evaluation import evaluate
+from sfa_core.scores.compare import evaluate
 from sfa_core.grids import run_grid
 from sfa_core.models import load_model
 from sfa_core.results import finished_runs

@@ -18,7 +18,7 @@ from test_finetune_arms import tiny
 from sfa_core.answers import answer
 from sfa_core.checkpoints import read_log
 from sfa_core.documents.generate import documents
-from sfa_core.evaluation import evaluate
+from sfa_core.scores.compare import evaluate
 from sfa_core.finetune import finetune, load_arm
 from sfa_core.processes import merge, shard, share
 

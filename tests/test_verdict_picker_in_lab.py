@@ -4,7 +4,7 @@ import nbformat
 PICKER = """
 import pandas as pd
 from sfa_core.documents.generate import documents, samples
-from sfa_core.grounding import categorise
+from sfa_core.scores.grounding import categorise
 from sfa_core.verdicts import VerdictPicker
 
 asked = samples(documents(6, seed=3), kinds=("read_label", "read_cell"))

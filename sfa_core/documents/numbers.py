@@ -13,7 +13,7 @@ import unicodedata
 from functools import lru_cache
 from typing import NamedTuple
 
-from ..metrics import NUMBER_WORDS
+from ..scores.metrics import NUMBER_WORDS
 
 # %% ../../notebooks/library/02_documents/40_numbers.ipynb #12068059
 def same(value: float) -> float:
