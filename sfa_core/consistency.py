@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.utils.checkpoint import checkpoint
 
-from .adaptive import AREA, CONTROL, TokenControl
+from .tokens.adaptive import AREA, CONTROL, TokenControl
 from .structure.inject import CHILD
-from .density import load_density, pseudo_label
+from .tokens.density import load_density, pseudo_label
 from .documents.generate import Sample
 from .images import tile_regions
 from .measures import Call, catching, logits_of, normalised, structural_factors
 from .models import Bundle
-from .patches import PatchPlan
+from .tokens.patches import PatchPlan
 from .second_view import second_view
 from .structure.bias import PADDING
 from .visible import number_pages, number_targets, shown_boxes

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
-from .adaptive import CONTROL, language_tokens
+from .tokens.adaptive import CONTROL, language_tokens
 from .models import Bundle
 
 # %% ../notebooks/library/33_images.ipynb #9f0a5e50

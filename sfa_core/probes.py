@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .adaptive import CONTROL
+from .tokens.adaptive import CONTROL
 from .answers import end_token, generate, prompt_tokens
 from .documents.generate import Sample, samples
 from .core.families import TokenGrid, modules_at

@@ -15,7 +15,7 @@ from transformers.image_utils import SizeDict
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
 from .models import Bundle
-from .patches import PATCH
+from .tokens.patches import PATCH
 
 # %% ../notebooks/library/31_resolution.ipynb #5b0c9e11
 class FinerTiles(LlavaOnevisionImageProcessorPil):

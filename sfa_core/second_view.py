@@ -13,11 +13,11 @@ import numpy as np
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
-from .adaptive import AREA, CONTROL, TokenControl
+from .tokens.adaptive import AREA, CONTROL, TokenControl
 from .structure.inject import CHILD, set_geometry
-from .density import density_blocks
+from .tokens.density import density_blocks
 from .models import Bundle
-from .patches import PATCH, PatchConfig, PatchPlan
+from .tokens.patches import PATCH, PatchConfig, PatchPlan
 from .structure.bias import uniform_geometry, with_blocks
 
 # %% ../notebooks/library/39_second_view.ipynb #d771fb8e

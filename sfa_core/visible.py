@@ -19,10 +19,10 @@ from PIL import Image
 from torch import Tensor
 
 from .answers import IGNORE, answer_tokens
-from .copies import token_origins
+from .tokens.copies import token_origins
 from .documents.generate import Sample
 from .models import Bundle
-from .patches import PatchPlan, is_kept
+from .tokens.patches import PatchPlan, is_kept
 from .places import language_boxes
 
 # %% ../notebooks/library/39_visible.ipynb #654a3728

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from sfa_core.density import (
+from sfa_core.tokens.density import (
     SHIPPED,
     DensityConfig,
     DensityEstimator,

@@ -20,7 +20,7 @@ from sfa_core.embedded import train_tokenizer
 from sfa_core.core.families import family_of
 from sfa_core.finetune import ARMS, FinetuneConfig, finetune, load_arm, prepared, read_arm, trainable
 from sfa_core.models import new_bundle
-from sfa_core.patches import PatchConfig
+from sfa_core.tokens.patches import PatchConfig
 from sfa_core.stream import DocumentSet, batches, steps_in
 from sfa_core.structure.bias import StructuralBias
 from tiny_internvl import SMALLEST
