@@ -27,7 +27,7 @@ from .documents.generate import Sample, documents
 from .scores.compare import compare_seeds, evaluate, fingerprint, interval_text, points_text, resolved
 from .finetune import FinetuneConfig, finetune, load_arm
 from .scores.metrics import clustered_bootstrap, seed_interval
-from .models import Bundle
+from .models.load import Bundle
 from .core.paths import exports_root
 from .documents.questions import DOCUMENT_KINDS
 from .results import content_hash, write_atomic

@@ -23,9 +23,9 @@ from .tokens.adaptive import AREA, CONTROL, TokenControl
 from .structure.inject import CHILD
 from .tokens.density import load_density, pseudo_label
 from .documents.generate import Sample
-from .images import tile_regions
+from .models.images import tile_regions
 from .measures import Call, catching, logits_of, normalised, structural_factors
-from .models import Bundle
+from .models.load import Bundle
 from .tokens.patches import PatchPlan
 from .second_view import second_view
 from .structure.bias import PADDING

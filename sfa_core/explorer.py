@@ -16,7 +16,7 @@ import ipywidgets as widgets
 import plotly.graph_objects as go
 
 from .documents.generate import Sample, decode, samples
-from .models import Bundle
+from .models.load import Bundle
 from .core.paths import exports_root
 from .style import ARM_NAMES, save_figure
 from .views import Choice, Recorder, View, look, page_limits, trace_values, view_figure, view_limits

@@ -21,14 +21,14 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .tokens.adaptive import CONTROL, attach_tokens, detach_tokens
-from .answers import answer_loss, training_batch
+from .models.answers import answer_loss, training_batch
 from .structure.inject import CHILD, eject, inject, load_structure, save_structure
 from .checkpoints import read_folder, write_folder
 from .consistency import SCRConfig, with_consistency
 from .tokens.density import load_density
 from .core.families import Family
 from .loop import Position, train
-from .models import Bundle
+from .models.load import Bundle
 from .tokens.patches import PatchConfig
 from .processes import is_sharded, shard, whole
 from .schedule import FREE_ON_RESUME, LoopConfig

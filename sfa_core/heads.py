@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .answers import IGNORE, answer_loss, training_batch
+from .models.answers import IGNORE, answer_loss, training_batch
 from .documents.generate import Sample, samples
-from .models import Bundle
+from .models.load import Bundle
 from .prompts import Prompt, aside_inputs, attending, decoder_layers, following, read_prompts, row_probabilities, text_inputs, widened
 from .sinks import check_layers
 

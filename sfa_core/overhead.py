@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .answers import image_inputs, image_tokens, prompt_tokens
-from .embedded import EmbeddedConfig
-from .models import Bundle, new_bundle
+from .models.answers import image_inputs, image_tokens, prompt_tokens
+from .models.embedded import EmbeddedConfig
+from .models.load import Bundle, new_bundle
 
 # %% ../notebooks/library/58_overhead.ipynb #05c28ec7
 QUESTION = "What is the value of the largest bar in this chart?"

@@ -24,9 +24,9 @@ import torch.multiprocessing
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .answers import answer_loss
+from .models.answers import answer_loss
 from .core.memory import MemoryProbe, held_bytes
-from .models import Bundle, load_model
+from .models.load import Bundle, load_model
 
 # %% ../notebooks/library/37_placement.ipynb #655e1dba
 LANGUAGE = ("input_ids", "labels", "position_ids", "attention_mask")  # what the language side takes from a batch; the rest is the encoder's

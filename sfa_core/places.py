@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from .core.families import TokenGrid
-from .images import Box, tile_regions
-from .models import Bundle
+from .models.images import Box, tile_regions
+from .models.load import Bundle
 
 # %% ../notebooks/library/38_places.ipynb #6c104eb3
 def token_boxes(

@@ -24,13 +24,13 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from .answers import answer_loss, answer_tokens, pack, prompt_tokens, training_batch
+from .models.answers import answer_loss, answer_tokens, pack, prompt_tokens, training_batch
 from .dense import DenseHeads, dense_losses, dense_targets, patch_features
 from .documents.generate import SHORT_WORDS, documents, generator_version
 from .loop import LoopConfig, train
-from .images import image_tokens, pixel_table
-from .embedded import EmbeddedConfig, train_tokenizer
-from .models import Bundle, new_bundle
+from .models.images import image_tokens, pixel_table
+from .models.embedded import EmbeddedConfig, train_tokenizer
+from .models.load import Bundle, new_bundle
 from .core.paths import exports_root
 from .documents.questions import KINDS, MARK, READ_KINDS, WORDING
 

@@ -14,12 +14,12 @@ import torch
 from tqdm import tqdm
 
 from .tokens.adaptive import CONTROL
-from .answers import end_token, generate, prompt_tokens
+from .models.answers import end_token, generate, prompt_tokens
 from .documents.generate import Sample, samples
 from .core.families import TokenGrid, modules_at
-from .images import ImageBatch, image_batch, image_features, tile_regions
+from .models.images import ImageBatch, image_batch, image_features, tile_regions
 from .measures import catching, followed, measure_layer, measure_word, place_tokens
-from .models import Bundle
+from .models.load import Bundle
 from .places import box_mask, box_means, cells_of, language_boxes
 from .records import STORED, AttentionRecord, join, known_mean, padded
 

@@ -18,11 +18,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .answers import Answer, answer
+from .models.answers import Answer, answer
 from .documents.generate import samples
 from .core.families import Family
-from .models import Bundle
-from .quantization import quantized_layers
+from .models.load import Bundle
+from .models.quantization import quantized_layers
 from .structure.bias import StructuralBias
 
 # %% ../notebooks/library/39_processes.ipynb #c9550e9c

@@ -18,9 +18,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .answers import generate
+from .models.answers import generate
 from .documents.generate import Sample
-from .models import Bundle
+from .models.load import Bundle
 
 # %% ../notebooks/library/52_prompts.ipynb #34995477
 def decoder_layers(

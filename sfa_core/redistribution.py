@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .documents.generate import Sample
-from .models import Bundle
+from .models.load import Bundle
 from .measures import watching
 from .prompts import Prompt, attending, decoder_layers, following, middle_layers, read_prompts, row_probabilities, widened
 from .sinks import SHARE, check_layers, sink_threshold, sink_values

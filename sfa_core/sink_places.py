@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .documents.generate import Sample, samples
-from .images import tile_regions
+from .models.images import tile_regions
 from .measures import watching
-from .models import Bundle
+from .models.load import Bundle
 from .places import coverage
 from .prompts import Prompt, aside_inputs, attending, decoder_layers, following, middle_layers, read_prompts, row_probabilities, widened
 from .sinks import SHARE, check_layers, sink_threshold, sink_values

@@ -21,7 +21,7 @@ from scipy.stats import norm
 from torch import Tensor
 
 from .documents.generate import Sample, samples
-from .models import Bundle
+from .models.load import Bundle
 from .measures import watching
 from .prompts import Prompt, decoder_layers, following, middle_layers, read_prompts, widened
 

@@ -22,7 +22,7 @@ from plotly.subplots import make_subplots
 from .structure.inject import CHILD, structures_of
 from .documents.generate import Sample
 from .finetune import load_arm
-from .models import Bundle
+from .models.load import Bundle
 from .places import cells_of, spread
 from .probes import record
 from .records import AttentionRecord

@@ -18,10 +18,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .answers import IGNORE, answer_tokens
+from .models.answers import IGNORE, answer_tokens
 from .tokens.copies import token_origins
 from .documents.generate import Sample
-from .models import Bundle
+from .models.load import Bundle
 from .tokens.patches import PatchPlan, is_kept
 from .places import language_boxes
 

@@ -10,7 +10,7 @@ import json
 import plotly.graph_objects as go
 
 from sfa_core.documents.generate import documents, samples
-from sfa_core.models import load_model
+from sfa_core.models.load import load_model
 from sfa_core.core.paths import REPOSITORY
 from sfa_core.style import ARM_COLOURS, ARM_NAMES, INK, in_style, save_figure
 from sfa_core.views import Choice, Recorder, look, view_figure

@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from sfa_core.tokens.adaptive import attach_tokens, detach_tokens
-from sfa_core.answers import answer_loss, training_batch
+from sfa_core.models.answers import answer_loss, training_batch
 from sfa_core.structure.inject import eject, inject
 from sfa_core.checkpoints import TIMING
 from sfa_core.consistency import SCRConfig, consistency_table, dense_queries, entropy_loss, tile_density, with_consistency
 from sfa_core.tokens.density import load_density
 from sfa_core.documents.generate import documents, samples
-from sfa_core.embedded import train_tokenizer
+from sfa_core.models.embedded import train_tokenizer
 from sfa_core.finetune import FinetuneConfig, finetune, load_arm
 from sfa_core.measures import catching
-from sfa_core.models import new_bundle
+from sfa_core.models.load import new_bundle
 from sfa_core.tokens.patches import PatchConfig
 from sfa_core.stream import DocumentSet, Mixture, batches
 from sfa_core.visible import number_pages, number_targets, shown_boxes

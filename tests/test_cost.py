@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from sfa_core.structure.inject import inject
-from sfa_core.cost import WAYS, costs, in_turns, operations, random_model
+from sfa_core.models.cost import WAYS, costs, in_turns, operations, random_model
 from sfa_core.core.families import family_of
 from sfa_core.core.memory import MemoryProbe, held_bytes, saved_bytes
 

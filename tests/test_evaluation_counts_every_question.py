@@ -116,7 +116,7 @@ def test_profiles_change_only_the_default_column():
 @pytest.fixture
 def model(monkeypatch):
     "A bundle whose replies are looked up, with everything it was asked; real answers are tested with the embedded model."
-    import sfa_core.answers
+    import sfa_core.models.answers
     calls = []
 
     def answer(bundle, asked, **options):
@@ -129,7 +129,7 @@ def model(monkeypatch):
             except ValueError as error:
                 replies.append(reply("", error=str(error)))
         return replies
-    monkeypatch.setattr(sfa_core.answers, "answer", answer)
+    monkeypatch.setattr(sfa_core.models.answers, "answer", answer)
 
     def bundle(max_patches=1, replies=(), **config):
         processor = SimpleNamespace(image_processor=SimpleNamespace(max_patches=max_patches, crop_to_patches=False))
@@ -286,8 +286,8 @@ def test_seeds_that_disagree_resolve_nothing_even_when_each_is_clear():
 def test_the_embedded_architecture_is_evaluated_end_to_end():
     "A random model answers wrongly, but every question has a row, a time and a reason if it has no reply."
     from sfa_core.documents.generate import documents
-    from sfa_core.embedded import EmbeddedConfig, train_tokenizer
-    from sfa_core.models import new_bundle
+    from sfa_core.models.embedded import EmbeddedConfig, train_tokenizer
+    from sfa_core.models.load import new_bundle
     config = EmbeddedConfig(vision_width=32, vision_layers=1, vision_heads=1, vision_hidden=32,
                             language_width=32, language_layers=1, language_heads=1, language_kv_heads=1, language_hidden=32)
     data = documents(2, seed=41)

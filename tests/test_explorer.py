@@ -15,11 +15,11 @@ from PIL import Image
 from sfa_core import views
 from sfa_core.structure.inject import eject, inject, structures_of
 from sfa_core.documents.generate import documents, samples
-from sfa_core.embedded import EmbeddedConfig, build_processor
+from sfa_core.models.embedded import EmbeddedConfig, build_processor
 from sfa_core.explorer import AttentionExplorer
 from sfa_core.finetune import FinetuneConfig, finetune, load_arm
-from sfa_core.models import load_model
-from sfa_core.parts import structural_maps
+from sfa_core.models.load import load_model
+from sfa_core.models.parts import structural_maps
 from sfa_core.probes import record
 from sfa_core.views import Choice, Recorder, look, view_figure
 
@@ -164,7 +164,7 @@ CELLS = """import sys
 sys.path.insert(0, {root!r})
 from sfa_core.documents.generate import documents, samples
 from sfa_core.explorer import AttentionExplorer
-from sfa_core.models import load_model
+from sfa_core.models.load import load_model
 explorer = AttentionExplorer(load_model("embedded"), samples(documents(2, seed=11)), folder={folder!r}, max_new_tokens=4)
 explorer"""
 

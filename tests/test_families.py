@@ -14,16 +14,16 @@ from PIL import Image
 from transformers import Qwen2_5_VLConfig
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
-from sfa_core.answers import answer, answer_loss, answer_tokens, prompt_tokens, training_batch
+from sfa_core.models.answers import answer, answer_loss, answer_tokens, prompt_tokens, training_batch
 from sfa_core.structure.inject import eject, inject, load_structure, save_structure, set_blocks, set_geometry, structures_of, use_attention, vision_attention
 from sfa_core.documents.generate import Sample
 from sfa_core.core.families import FAMILIES, split_windows
-from sfa_core.images import describe_views, image_batch, image_features, tile_regions
-from sfa_core.miniatures import miniature
-from sfa_core.models import load_model, save_model
-from sfa_core.parts import memory_table
+from sfa_core.models.images import describe_views, image_batch, image_features, tile_regions
+from sfa_core.models.miniatures import miniature
+from sfa_core.models.load import load_model, save_model
+from sfa_core.models.parts import memory_table
 from sfa_core.documents.published import reproduction
-from sfa_core.quantization import narrow_layers, quantized_layers
+from sfa_core.models.quantization import narrow_layers, quantized_layers
 from sfa_core.structure.bias import StructuralBias, uniform_geometry
 from sfa_core.structure.windows import block_geometry, sequence_geometry
 

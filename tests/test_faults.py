@@ -15,7 +15,7 @@ from sfa_core.commands import main
 from sfa_core.documents.generate import Sample, decode
 from sfa_core.scores.compare import evaluate
 from sfa_core.grids import run_grid
-from sfa_core.models import load_model
+from sfa_core.models.load import load_model
 from sfa_core.results import finished_runs
 from sfa_core.runs import run_study, run_table
 from toy_study import CODE, SFA, write_study

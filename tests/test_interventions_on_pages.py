@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sfa_core.answers import answer
+from sfa_core.models.answers import answer
 from sfa_core.documents.generate import Sample
 from sfa_core.core.families import FAMILIES
 from sfa_core.heads import VHRConfig
-from sfa_core.images import image_batch
-from sfa_core.miniatures import miniature
+from sfa_core.models.images import image_batch
+from sfa_core.models.miniatures import miniature
 from sfa_core.redistribution import VARConfig, visual_redistribution
 from sfa_core.sinks import planted_sinks
 

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import torch
 
-from sfa_core.answers import training_batch
+from sfa_core.models.answers import training_batch
 from sfa_core.dense import dense_binding
 from sfa_core.documents.generate import documents, make_document
-from sfa_core.embedded import EmbeddedConfig
-from sfa_core.models import load_model, save_model
+from sfa_core.models.embedded import EmbeddedConfig
+from sfa_core.models.load import load_model, save_model
 from sfa_core.pretraining import (
     NAMES,
     Recipe,

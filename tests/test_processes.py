@@ -15,7 +15,7 @@ from many_processes import CONFIG, COUNTS, questions
 from safetensors.torch import load_file
 from test_finetune_arms import tiny
 
-from sfa_core.answers import answer
+from sfa_core.models.answers import answer
 from sfa_core.checkpoints import read_log
 from sfa_core.documents.generate import documents
 from sfa_core.scores.compare import evaluate

@@ -6,7 +6,7 @@ import pytest
 from scipy.stats import ttest_rel
 
 from sfa_core.documents.generate import documents, samples
-from sfa_core.models import load_model
+from sfa_core.models.load import load_model
 from sfa_core.probes import record
 from sfa_core.regions import by_region, paired_contrast, text_map, token_regions
 

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from tiny_decoders import BUILDERS, IMAGE, PROMPTS, tiny, token_ids
 
 from sfa_core.documents.generate import documents, make_document, samples
-from sfa_core.embedded import EmbeddedConfig, build_processor, train_tokenizer
+from sfa_core.models.embedded import EmbeddedConfig, build_processor, train_tokenizer
 from sfa_core.scores.compare import evaluate
 from sfa_core.heads import VHRConfig
-from sfa_core.models import new_bundle
+from sfa_core.models.load import new_bundle
 from sfa_core.measures import watching
 from sfa_core.prompts import decoder_layers, following
 from sfa_core.redistribution import VARConfig

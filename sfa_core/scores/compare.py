@@ -182,7 +182,7 @@ def evaluate(
     tiles = tiles_of(bundle, row.tiles) if tiles is None else tiles
 
     if accelerator is None:
-        from sfa_core.answers import answer as reply
+        from sfa_core.models.answers import answer as reply
     else:
         from sfa_core.processes import answer_together
 
