@@ -24,7 +24,7 @@ from .structure.inject import CHILD
 from .tokens.density import load_density, pseudo_label
 from .documents.generate import Sample
 from .models.images import tile_regions
-from .measures import Call, catching, logits_of, normalised, structural_factors
+from .attention.capture import Call, catching, logits_of, normalised, structural_factors
 from .models.load import Bundle
 from .tokens.patches import PatchPlan
 from .second_view import second_view

@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 
 from .documents.generate import Sample
 from .models.load import Bundle
-from .measures import watching
+from .attention.capture import watching
 from .prompts import Prompt, attending, decoder_layers, following, middle_layers, read_prompts, row_probabilities, widened
 from .sinks import SHARE, check_layers, sink_threshold, sink_values
 

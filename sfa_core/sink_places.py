@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from .documents.generate import Sample, samples
 from .models.images import tile_regions
-from .measures import watching
+from .attention.capture import watching
 from .models.load import Bundle
-from .places import coverage
+from .attention.places import coverage
 from .prompts import Prompt, aside_inputs, attending, decoder_layers, following, middle_layers, read_prompts, row_probabilities, widened
 from .sinks import SHARE, check_layers, sink_threshold, sink_values
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .documents.generate import Sample, samples
 from .models.load import Bundle
-from .measures import watching
+from .attention.capture import watching
 from .prompts import Prompt, decoder_layers, following, middle_layers, read_prompts, widened
 
 # %% ../notebooks/library/55_sinks.ipynb #edd5962d

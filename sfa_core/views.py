@@ -23,9 +23,9 @@ from .structure.inject import CHILD, structures_of
 from .documents.generate import Sample
 from .finetune import load_arm
 from .models.load import Bundle
-from .places import cells_of, spread
-from .probes import record
-from .records import AttentionRecord
+from .attention.places import cells_of, spread
+from .attention.probes import record
+from .attention.records import AttentionRecord
 from .style import ARM_NAMES, INK, SCALES, arm_look, colour_bar, in_style, png_source, see_through
 
 # %% ../notebooks/library/79_views.ipynb #d4ed741f

@@ -23,7 +23,7 @@ from .tokens.copies import token_origins
 from .documents.generate import Sample
 from .models.load import Bundle
 from .tokens.patches import PatchPlan, is_kept
-from .places import language_boxes
+from .attention.places import language_boxes
 
 # %% ../notebooks/library/39_visible.ipynb #654a3728
 NUMBER = re.compile(r"[-−+]?(\d[\d,]*\.?\d*|\.\d+)\s*%?")

@@ -25,7 +25,7 @@ from sfa_core.finetune import FinetuneConfig, finetune, load_arm
 from sfa_core.models.images import image_blocks, image_inputs
 from sfa_core.models.load import new_bundle
 from sfa_core.tokens.patches import PATCH, PatchConfig, PatchPlan, plan_patches
-from sfa_core.probes import record
+from sfa_core.attention.probes import record
 from sfa_core.models.resolution import at_resolution
 from sfa_core.structure.bias import PADDING, uniform_geometry, with_blocks
 

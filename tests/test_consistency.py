@@ -16,7 +16,7 @@ from sfa_core.tokens.density import load_density
 from sfa_core.documents.generate import documents, samples
 from sfa_core.models.embedded import train_tokenizer
 from sfa_core.finetune import FinetuneConfig, finetune, load_arm
-from sfa_core.measures import catching
+from sfa_core.attention.capture import catching
 from sfa_core.models.load import new_bundle
 from sfa_core.tokens.patches import PatchConfig
 from sfa_core.stream import DocumentSet, Mixture, batches

@@ -20,7 +20,7 @@ from sfa_core.explorer import AttentionExplorer
 from sfa_core.finetune import FinetuneConfig, finetune, load_arm
 from sfa_core.models.load import load_model
 from sfa_core.models.parts import structural_maps
-from sfa_core.probes import record
+from sfa_core.attention.probes import record
 from sfa_core.views import Choice, Recorder, look, view_figure
 
 PLOT = "document.querySelector('.sfa-explorer .js-plotly-plot')"

@@ -14,8 +14,8 @@ from sfa_core.documents.generate import Sample
 from sfa_core.models.images import image_batch, image_features
 from sfa_core.models.miniatures import miniature
 from sfa_core.tokens.patches import PatchConfig, PatchPlan, is_kept
-from sfa_core.places import language_boxes
-from sfa_core.probes import record
+from sfa_core.attention.places import language_boxes
+from sfa_core.attention.probes import record
 from sfa_core.models.resolution import at_resolution
 from sfa_core.visible import shown_boxes
 

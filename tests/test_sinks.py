@@ -15,7 +15,7 @@ from sfa_core.models.embedded import EmbeddedConfig, build_processor, train_toke
 from sfa_core.scores.compare import evaluate
 from sfa_core.heads import VHRConfig
 from sfa_core.models.load import new_bundle
-from sfa_core.measures import watching
+from sfa_core.attention.capture import watching
 from sfa_core.prompts import decoder_layers, following
 from sfa_core.redistribution import VARConfig
 from sfa_core.sink_places import KnockoutConfig, enrichment, measuring, output_gram, random_tokens, sink_table, visual_places
