@@ -21,17 +21,17 @@ from datasets import Dataset
 
 import sfa_core
 from .documents.benchmarks import BENCHMARKS, choose, find_benchmark, load_benchmark
-from .checkpoints import read_log
-from .consistency import SCRConfig
+from .training.checkpoints import read_log
+from .training.consistency import SCRConfig
 from .documents.generate import Sample, documents
 from .scores.compare import compare_seeds, evaluate, fingerprint, interval_text, points_text, resolved
-from .finetune import FinetuneConfig, finetune, load_arm
+from .training.finetune import FinetuneConfig, finetune, load_arm
 from .scores.metrics import clustered_bootstrap, seed_interval
 from .models.load import Bundle
 from .core.paths import exports_root
 from .documents.questions import DOCUMENT_KINDS
 from .results import content_hash, write_atomic
-from .stream import DocumentSet, Mixture
+from .training.stream import DocumentSet, Mixture
 
 # %% ../notebooks/library/86_cells.ipynb #1c035284
 @dataclass(frozen=True)

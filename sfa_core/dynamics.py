@@ -17,7 +17,7 @@ import torch
 from .structure.inject import inject, structures_of, write_whole
 from .dense import DenseHeads, dense_binding, dense_losses, patch_features
 from .models.embedded import EmbeddedConfig
-from .loop import LoopConfig, train
+from .training.loop import LoopConfig, train
 from .models.load import Bundle, new_bundle
 from .pretraining import TrainingSet, pixel_values, targets_at
 from .structure.bias import check_terms

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from .models.answers import answer_loss, answer_tokens, pack, prompt_tokens, training_batch
 from .dense import DenseHeads, dense_losses, dense_targets, patch_features
 from .documents.generate import SHORT_WORDS, documents, generator_version
-from .loop import LoopConfig, train
+from .training.loop import LoopConfig, train
 from .models.images import image_tokens, pixel_table
 from .models.embedded import EmbeddedConfig, train_tokenizer
 from .models.load import Bundle, new_bundle

@@ -11,7 +11,7 @@ from tiny_internvl import pixels, tiny_internvl
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
 import sfa_core.tokens.adaptive as adaptive_module
-import sfa_core.finetune as finetune_module
+import sfa_core.training.finetune as finetune_module
 from sfa_core.tokens.adaptive import CONTROL, attach_tokens, detach_tokens, language_tokens, plan_geometry
 from sfa_core.models.answers import answer, answer_loss, generate, training_batch
 from sfa_core.structure.inject import eject, inject, structures_of, visible_attention
@@ -21,7 +21,7 @@ from sfa_core.models.embedded import EmbeddedConfig, train_tokenizer
 from sfa_core.tokens.embedding import embed_patches, regrid, resize_kernel
 from sfa_core.scores.compare import evaluate
 from sfa_core.core.families import FAMILIES, family_of
-from sfa_core.finetune import FinetuneConfig, finetune, load_arm
+from sfa_core.training.finetune import FinetuneConfig, finetune, load_arm
 from sfa_core.models.images import image_blocks, image_inputs
 from sfa_core.models.load import new_bundle
 from sfa_core.tokens.patches import PATCH, PatchConfig, PatchPlan, plan_patches

@@ -17,7 +17,7 @@ from sfa_core.structure.inject import eject, inject, structures_of
 from sfa_core.documents.generate import documents, samples
 from sfa_core.models.embedded import EmbeddedConfig, build_processor
 from sfa_core.explorer import AttentionExplorer
-from sfa_core.finetune import FinetuneConfig, finetune, load_arm
+from sfa_core.training.finetune import FinetuneConfig, finetune, load_arm
 from sfa_core.models.load import load_model
 from sfa_core.models.parts import structural_maps
 from sfa_core.attention.probes import record

@@ -17,7 +17,7 @@ from sfa_core.tokens.patches import PatchConfig, PatchPlan, is_kept
 from sfa_core.attention.places import language_boxes
 from sfa_core.attention.probes import record
 from sfa_core.models.resolution import at_resolution
-from sfa_core.visible import shown_boxes
+from sfa_core.training.visible import shown_boxes
 
 GUARDED, CELLS = PatchConfig(coarse=None, bucket=8), 16  # cells of a tile
 SIZES = [(168, 112), (300, 90), (60, 200), (130, 130), (120, 500), (62, 50)]  # width and height, pixels; of a tile: 62 x 62

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 from sfa_core.documents.benchmarks import load_benchmark
-from sfa_core.checkpoints import digest, read_folder
+from sfa_core.training.checkpoints import digest, read_folder
 from sfa_core.collect import facts_of, parameters_of, run_rates, tidy_records
 from sfa_core.grids import read_grid
 from sfa_core.models.load import load_model

@@ -184,7 +184,7 @@ def evaluate(
     if accelerator is None:
         from sfa_core.models.answers import answer as reply
     else:
-        from sfa_core.processes import answer_together
+        from sfa_core.training.sharding import answer_together
 
         reply = partial(answer_together, accelerator=accelerator)
     with nullcontext() if intervention is None else intervention.attach(bundle):
