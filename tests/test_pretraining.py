@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from sfa_core.models.answers import training_batch
-from sfa_core.dense import dense_binding
+from sfa_core.pretraining.dense import dense_binding
 from sfa_core.documents.generate import documents, make_document
 from sfa_core.models.embedded import EmbeddedConfig
 from sfa_core.models.load import load_model, save_model
-from sfa_core.pretraining import (
+from sfa_core.pretraining.recipe import (
     NAMES,
     Recipe,
     decode_documents,
