@@ -16,7 +16,7 @@ from .grids import label, plan, read_grid, run_grid, survey
 from .results import find_run
 from .runs import StudyFailed, run_study, run_table
 from .studies import known_studies, study_parameters, study_path
-from .style import browser
+from .figures.style import browser
 
 # %% ../notebooks/library/90_commands.ipynb #3adc2cd6
 def parser() -> argparse.ArgumentParser:

@@ -21,7 +21,7 @@ from .grids import Grid, axes_of, label, plan, read_grid, survey
 from .core.paths import exports_root
 from .results import finished_runs, write_atomic
 from .runs import identify
-from .style import arm_look, in_style
+from .figures.style import arm_look, in_style
 from .workers import Task
 
 # %% ../notebooks/library/89_report.ipynb #8d08c665

@@ -32,7 +32,7 @@ from traitlets.config import Config
 from .core.paths import REPOSITORY, exports_root
 from .results import alias_name, finished_runs, out_folder, provenance, revisions, set_alias, write_atomic, write_json, write_timings
 from .studies import resolve_parameters, run_id, study_parameters, study_path
-from .style import browser
+from .figures.style import browser
 
 # %% ../notebooks/library/85_runs.ipynb #704d9cd6
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from sfa_core.core.paths import exports_root
 from sfa_core.results import find_run, finished_runs, write_json, write_metrics, write_records
 from sfa_core.runs import BarLines, StudyFailed, run_study, run_table
 from sfa_core.studies import resolve_parameters, study_parameters
-from sfa_core.style import browser
+from sfa_core.figures.style import browser
 from tqdm import tqdm
 from toy_study import CODE, PARAMETERS, SFA, everything, wait_for, write_study
 

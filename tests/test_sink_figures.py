@@ -5,7 +5,7 @@ import pytest
 
 from sfa_core.documents.generate import make_document
 from sfa_core.interventions.overhead import decode_overhead
-from sfa_core.sink_figures import place_shares, sink_scatter, visual_sinks
+from sfa_core.figures.sinks import place_shares, sink_scatter, visual_sinks
 from sfa_core.interventions.sink_places import enrichment
 
 PLACES = pd.DataFrame({"sink": [True, False, False, False] * 10, "blank": [True, True, False, False] * 10, "border": False, "background": np.nan,

@@ -140,7 +140,7 @@ def test_pages_fit_the_screen_and_search_finds(site, browser, width, dark):
 def test_a_slider_on_the_site_changes_its_figure(site, browser):
     html, _ = site
     page = browser.new_page(viewport={"width": 1400, "height": 1000})
-    page.goto((html / "library" / "76_attention_figures.html").as_uri())
+    page.goto((html / "library" / "11_figures" / "30_attention.html").as_uri())
     figure = page.locator(".sfa-plotly:has(.slider-container)").first
     figure.locator(".slider-grip-rect").wait_for(timeout=30_000)
     figure.scroll_into_view_if_needed()
