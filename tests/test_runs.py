@@ -9,11 +9,11 @@ import build_site
 import nbformat
 import pandas as pd
 import pytest
-from sfa_core.commands import main
+from sfa_core.runs.commands import main
 from sfa_core.core.paths import exports_root
-from sfa_core.results import find_run, finished_runs, write_json, write_metrics, write_records
-from sfa_core.runs import BarLines, StudyFailed, run_study, run_table
-from sfa_core.studies import resolve_parameters, study_parameters
+from sfa_core.runs.results import find_run, finished_runs, write_json, write_metrics, write_records
+from sfa_core.runs.runs import BarLines, StudyFailed, run_study, run_table
+from sfa_core.runs.studies import resolve_parameters, study_parameters
 from sfa_core.figures.style import browser
 from tqdm import tqdm
 from toy_study import CODE, PARAMETERS, SFA, everything, wait_for, write_study
@@ -156,7 +156,7 @@ def test_one_name_in_two_studies_is_refused_until_the_study_is_said(home, forked
 
 def test_a_bar_in_a_log_shows_a_state_every_ten_seconds_and_its_last_and_other_lines_stay(monkeypatch):
     now, kept = [0.0], io.StringIO()
-    monkeypatch.setattr("sfa_core.runs.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("sfa_core.runs.runs.time.monotonic", lambda: now[0])
     log = BarLines(kept)
     log.write("before\r\n")
     bar = tqdm(total=400, file=log, mininterval=0, miniters=1, bar_format="{n_fmt} of {total_fmt}")
@@ -182,7 +182,7 @@ for _ in tqdm(range(300), mininterval=0): pass
 def test_a_study_announces_its_parts_with_the_share_that_was_measured_and_keeps_bars_short_in_a_log(home, forked_kernels, monkeypatch, capfd):
     write_study(home / "studies", "bars", f"{CODE}{BARS}")
     measured = home / "stage_seconds.json"
-    monkeypatch.setattr("sfa_core.runs.STAGE_SECONDS", measured)
+    monkeypatch.setattr("sfa_core.runs.runs.STAGE_SECONDS", measured)
     said = {}
     for seed, size in ((0, 4), (1, 4), (2, 5)):
         said[seed, size] = capfd.readouterr() and run_study("bars", {"seed": seed, "size": size}, progress=True) and capfd.readouterr()

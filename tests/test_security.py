@@ -22,11 +22,11 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from sfa_core.documents.benchmarks import load_benchmark
 from sfa_core.training.checkpoints import digest, read_folder
-from sfa_core.collect import facts_of, parameters_of, run_rates, tidy_records
-from sfa_core.grids import read_grid
+from sfa_core.runs.collect import facts_of, parameters_of, run_rates, tidy_records
+from sfa_core.runs.grids import read_grid
 from sfa_core.models.load import load_model
-from sfa_core.results import alias_name, component, find_run, revision
-from sfa_core.studies import study_path
+from sfa_core.runs.results import alias_name, component, find_run, revision
+from sfa_core.runs.studies import study_path
 from toy_study import wait_for
 
 ROOT = Path(__file__).resolve().parents[1]
