@@ -9,9 +9,8 @@ from accelerate import Accelerator
 from test_finetune_arms import QUICK, tiny
 
 from sfa_core.documents.generate import documents
-from sfa_core.scores.compare import evaluate
+from sfa_core.models.evaluate import answer_together, evaluate
 from sfa_core.training.finetune import FinetuneConfig, finetune
-from sfa_core.training.sharding import answer_together
 
 CONFIG = FinetuneConfig("vision", **QUICK | dict(accumulation=2, terms=("row", "column", "distance", "block")))
 COUNTS = (1, 2, 5, 9)  # questions, with batches of 2: fewer than processes, as many, an odd rest

@@ -19,7 +19,7 @@ from sfa_core.tokens.density import density_blocks, estimate_density, load_densi
 from sfa_core.documents.generate import documents, samples
 from sfa_core.models.embedded import EmbeddedConfig, train_tokenizer
 from sfa_core.tokens.embedding import embed_patches, regrid, resize_kernel
-from sfa_core.scores.compare import evaluate
+from sfa_core.models.evaluate import evaluate
 from sfa_core.core.families import FAMILIES, family_of
 from sfa_core.training.finetune import FinetuneConfig, finetune, load_arm
 from sfa_core.models.images import image_blocks, image_inputs

@@ -14,8 +14,9 @@ from scipy import stats
 
 from sfa_core.documents.benchmarks import BENCHMARKS, SHORT, with_choices
 from sfa_core.documents.generate import Sample
-from sfa_core.scores.compare import (COLUMNS, SCORERS, compare, compare_seeds, comparison_table, evaluate, fingerprint, kind_table, make_records, seed_table,
-                                 summarise, summary_table, transition_table, verdict)
+from sfa_core.scores.compare import COLUMNS, SCORERS, compare, compare_seeds, comparison_table, fingerprint
+from sfa_core.scores.compare import kind_table, make_records, seed_table, summarise, summary_table, transition_table, verdict
+from sfa_core.models.evaluate import evaluate
 
 
 @lru_cache
@@ -116,7 +117,7 @@ def test_profiles_change_only_the_default_column():
 @pytest.fixture
 def model(monkeypatch):
     "A bundle whose replies are looked up, with everything it was asked; real answers are tested with the embedded model."
-    import sfa_core.models.answers
+    import sfa_core.models.evaluate
     calls = []
 
     def answer(bundle, asked, **options):
@@ -129,7 +130,7 @@ def model(monkeypatch):
             except ValueError as error:
                 replies.append(reply("", error=str(error)))
         return replies
-    monkeypatch.setattr(sfa_core.models.answers, "answer", answer)
+    monkeypatch.setattr(sfa_core.models.evaluate, "answer", answer)
 
     def bundle(max_patches=1, replies=(), **config):
         processor = SimpleNamespace(image_processor=SimpleNamespace(max_patches=max_patches, crop_to_patches=False))

@@ -18,9 +18,9 @@ from test_finetune_arms import tiny
 from sfa_core.models.answers import answer
 from sfa_core.training.checkpoints import read_log
 from sfa_core.documents.generate import documents
-from sfa_core.scores.compare import evaluate
+from sfa_core.models.evaluate import evaluate, merge, share
 from sfa_core.training.finetune import finetune, load_arm
-from sfa_core.training.sharding import merge, shard, share
+from sfa_core.training.sharding import shard
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ OPENING = {"torch": {"load"}, "np": {"load"}, "numpy": {"load"}, "pd": {"read_pi
 
 def sources():
     "All code of the repository: package, notebooks, site, tests besides this one."
-    for path in [*ROOT.glob("sfa_core/*.py"), *ROOT.glob("site/*.py"), *ROOT.glob("tests/*.py"), ROOT / "setup.py"]:
+    for path in [*ROOT.glob("sfa_core/**/*.py"), *ROOT.glob("site/*.py"), *ROOT.glob("tests/*.py"), ROOT / "setup.py"]:
         if path != Path(__file__):
             yield path.name, path.read_text("utf-8")
     for path in ROOT.glob("notebooks/**/*.ipynb"):
@@ -123,7 +123,8 @@ def test_a_model_is_downloaded_in_the_revision_that_is_named_or_was_there_first(
     asked = []
     monkeypatch.setattr(sfa_core.models.load, "snapshot_download", lambda name, **options: asked.append((name, options["revision"])) or str(tmp_path))
     first = "0" * 40
-    monkeypatch.setattr(sfa_core.models.load, "try_to_load_from_cache", lambda name, file: f"/cache/snapshots/{first}/{file}" if name == "known/model" else None)
+    cached = lambda name, file: f"/cache/snapshots/{first}/{file}" if name == "known/model" else None
+    monkeypatch.setattr(sfa_core.models.load, "try_to_load_from_cache", cached)
     for name in ("new/model@abc123", "new/model", "known/model", "known/model@abc123"):
         sfa_core.models.load.find_model(name)
     assert asked == [("new/model", "abc123"), ("new/model", "main"), ("known/model", first), ("known/model", "abc123")]

@@ -12,7 +12,7 @@ from tiny_decoders import BUILDERS, IMAGE, PROMPTS, tiny, token_ids
 
 from sfa_core.documents.generate import documents, make_document, samples
 from sfa_core.models.embedded import EmbeddedConfig, build_processor, train_tokenizer
-from sfa_core.scores.compare import evaluate
+from sfa_core.models.evaluate import evaluate
 from sfa_core.interventions.heads import VHRConfig
 from sfa_core.models.load import new_bundle
 from sfa_core.attention.capture import watching

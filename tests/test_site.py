@@ -11,7 +11,7 @@ import pytest
 from bs4 import BeautifulSoup
 
 ROOT = Path(__file__).resolve().parents[1]
-LIBRARY = sorted(ROOT.glob("notebooks/library/*.ipynb"))
+LIBRARY = sorted(ROOT.glob("notebooks/library/*/*.ipynb"))
 STUDIES = sorted(ROOT.glob("notebooks/studies/*.ipynb"))
 
 
@@ -40,7 +40,7 @@ def site(executed, smoke_run, tmp_path_factory):
     pages, folder = tmp_path_factory.mktemp("pages"), tmp_path_factory.mktemp("site")
     for source in [build_site.NOTEBOOKS / "index.ipynb", *LIBRARY]:
         target = pages / source.relative_to(build_site.NOTEBOOKS)
-        target.parent.mkdir(exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(executed(source), target)
     (pages / "studies").mkdir()
     for study in STUDIES:
@@ -133,7 +133,7 @@ def test_pages_fit_the_screen_and_search_finds(site, browser, width, dark):
     assert (sum(background) < 200) == dark
     page.goto((html / "search.html").as_uri() + "?q=wilson")
     page.locator("#search-results li a").first.wait_for(timeout=30_000)
-    assert any("metrics" in link.get_attribute("href") for link in page.locator("#search-results li a").all()) and errors == []
+    assert any("10_metrics" in link.get_attribute("href") for link in page.locator("#search-results li a").all()) and errors == []
     page.close()
 
 

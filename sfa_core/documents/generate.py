@@ -216,7 +216,7 @@ FEATURES = Features(
 @lru_cache
 def generator_version() -> str:
     "Twelve hex digits that change whenever the code or a font that draws documents does."
-    files = [Path(sfa_core.__file__).with_name(f"{m}.py") for m in ("drawing", "questions", "layout", "documents")] + sorted(FONTS.glob("*.ttf"))
+    files = [Path(sfa_core.__file__).parent / f"documents/{m}.py" for m in ("drawing", "questions", "layout", "generate")] + sorted(FONTS.glob("*.ttf"))
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:12]
 
 

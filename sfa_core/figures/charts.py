@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from .style import (ARM_COLOURS, ARM_NAMES, DENSITY, INK, SCALES, STRUCTURE, arm_look, colour_bar, draw_page, grid_panels, in_style, outline, over,
-                            png_source, save_figure, see_through)
+from .style import ARM_COLOURS, ARM_NAMES, DENSITY, INK, SCALES, STRUCTURE, arm_look, colour_bar
+from .style import draw_page, grid_panels, in_style, outline, over, png_source, save_figure, see_through
 
 # %% ../../notebooks/library/11_figures/20_charts.ipynb #fd07c57d
 def document_gallery(

@@ -24,7 +24,8 @@ from ..documents.benchmarks import BENCHMARKS, choose, find_benchmark, load_benc
 from ..training.checkpoints import read_log
 from ..training.consistency import SCRConfig
 from ..documents.generate import Sample, documents
-from ..scores.compare import compare_seeds, evaluate, fingerprint, interval_text, points_text, resolved
+from ..scores.compare import compare_seeds, fingerprint, interval_text, points_text, resolved
+from ..models.evaluate import evaluate
 from ..training.finetune import FinetuneConfig, finetune, load_arm
 from ..scores.metrics import clustered_bootstrap, seed_interval
 from ..models.load import Bundle

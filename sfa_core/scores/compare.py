@@ -4,26 +4,23 @@
 
 # %% auto #0
 __all__ = ['SCORERS', 'GRADED', 'COLUMNS', 'MIN_DOCUMENTS', 'letter_score', 'known', 'make_records', 'rate_of', 'mean_of',
-           'summarise', 'fingerprint', 'tiles_of', 'settings_of', 'evaluate', 'interval_text', 'points_text',
-           'summary_table', 'kind_table', 'paired', 'repr_of', 'difference_of', 'compare', 'resolved', 'verdict',
-           'comparison_table', 'transition_table', 'compare_seeds', 'seed_table']
+           'summarise', 'fingerprint', 'interval_text', 'points_text', 'summary_table', 'kind_table', 'paired',
+           'repr_of', 'difference_of', 'compare', 'resolved', 'verdict', 'comparison_table', 'transition_table',
+           'compare_seeds', 'seed_table']
 
 # %% ../../notebooks/library/04_scores/30_compare.ipynb #e0342f04
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
-from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from ..documents.benchmarks import choices_of, find_benchmark
-from ..documents.generate import Sample, samples
-from .metrics import (PROFILES, anls, clustered_bootstrap, exact_match, mcnemar, ocrbench_score, option_letter, paired_bootstrap, relaxed_accuracy,
-                              seed_interval, vqa_accuracy, wilson_interval)
+from ..documents.benchmarks import choices_of
+from ..documents.generate import Sample
+from .metrics import PROFILES, anls, clustered_bootstrap, exact_match, mcnemar, ocrbench_score
+from .metrics import option_letter, paired_bootstrap, relaxed_accuracy, seed_interval, vqa_accuracy, wilson_interval
 
 # %% ../../notebooks/library/04_scores/30_compare.ipynb #2beaf4f5
 def letter_score(reply: str, sample: Sample) -> float:
@@ -130,70 +127,6 @@ def fingerprint(asked: Iterable[Sample]) -> str:
             is_path = isinstance(source, str | Path)
             digest.update(source if isinstance(source, bytes) else Path(source).read_bytes() if is_path else source.tobytes())
     return digest.hexdigest()[:12]
-
-
-def tiles_of(
-    bundle: Any,
-    tiles: int,         # what the benchmark asks for
-) -> int | None:        # None: the model has no tiles
-    "Give the most tiles an image is cut into: the benchmark's for a model that tiles, 1 for a model of one tile."
-    processor = bundle.processor.image_processor
-    most = getattr(processor, "max_patches", None)
-    if most is None:
-        return None
-    return tiles if most > 1 or getattr(processor, "crop_to_patches", False) else 1
-
-
-def settings_of(bundle: Any, asked: Sequence[Sample], **given: Any) -> dict[str, Any]:
-    "Collect everything that decides a score besides the code."
-    quantised = getattr(bundle.model.config, "quantization_config", None)
-    return given | {
-        "model": bundle.name, "revision": bundle.revision, "precision": str(bundle.model.dtype).removeprefix("torch."),
-        "quantisation": None if quantised is None else str(getattr(quantised, "quant_method", quantised)),
-        "data": fingerprint(asked), "packages": {name: version(name) for name in ("torch", "transformers")}}
-
-# %% ../../notebooks/library/04_scores/30_compare.ipynb #d1d3c871
-def evaluate(
-    bundle: Any,                    # from models.load_model
-    data: Any,                      # dataset of documents or samples
-    benchmark: str = "synthetic",   # a key of benchmarks.BENCHMARKS
-    batch_size: int = 32,
-    max_new_tokens: int = 100,      # replies cut off by it are counted as truncated
-    suffix: str | None = None,      # None: the model's own, or else the benchmark's
-    tiles: int | None = None,       # None: the benchmark's, or 1 for a model of one tile
-    scorer: str | None = None,      # None: the benchmark's
-    profile: str = "pix2struct",    # of relaxed accuracy
-    draws: int = 10_000,            # bootstrap replicates
-    level: float = 0.95,
-    seed: int = 0,                  # of the bootstrap; answers are greedy
-    progress: bool = False,
-    intervention: Any = None,       # a VARConfig, VHRConfig or KnockoutConfig, at work while the model answers
-    accelerator: Any = None,        # accelerate.Accelerator whose processes share the questions; all get the same records
-) -> tuple[pd.DataFrame, dict[str, Any]]:  # records and summary
-    "Answer and score questions; names are checked before the model starts, ValueError for an unknown one or an empty set."
-    row, asked = find_benchmark(benchmark), samples(data)
-    if silent := [sample.id for sample in asked if not sample.answers]:
-        raise ValueError(f"question {silent[0]} has no answers, expected at least one")
-    scorer = known("scorer", row.scorer if scorer is None else scorer, SCORERS)
-    known("profile", profile, PROFILES)
-    if tiles is not None and tiles < 1:
-        raise ValueError(f"tiles: got {tiles}, expected at least 1")
-    suffix = getattr(bundle.model.config, "prompt_suffix", row.suffix) if suffix is None else suffix
-    tiles = tiles_of(bundle, row.tiles) if tiles is None else tiles
-
-    if accelerator is None:
-        from sfa_core.models.answers import answer as reply
-    else:
-        from sfa_core.training.sharding import answer_together
-
-        reply = partial(answer_together, accelerator=accelerator)
-    with nullcontext() if intervention is None else intervention.attach(bundle):
-        replies = reply(bundle, asked, batch_size=batch_size, max_new_tokens=max_new_tokens, suffix=suffix, tiles=tiles, progress=progress)
-    records = make_records(asked, replies, scorer, profile)
-    settings = settings_of(bundle, asked, benchmark=benchmark, scorer=scorer, profile=profile, suffix=suffix, tiles=tiles,
-                           max_new_tokens=max_new_tokens, batch_size=batch_size, bootstrap_seed=seed, bootstrap_draws=draws,
-                           intervention=None if intervention is None else repr(intervention))
-    return records, summarise(records, settings, draws, level, seed)
 
 # %% ../../notebooks/library/04_scores/30_compare.ipynb #bc7ea27c
 def interval_text(low: float | None, high: float | None, signed: bool = False) -> str:
