@@ -52,24 +52,25 @@ def site(executed, smoke_run, tmp_path_factory):
 
 def test_a_notebook_that_fails_ends_neither_the_run_nor_the_site(tmp_path, monkeypatch, capsys):
     "One stops at a cell, one loses its process: both pages are drawn, those after them too; the command fails at the end and names both."
-    notebooks, broken = tmp_path / "notebooks", {"26_memory": "0 / 0", "41_schedule": "import os\nos._exit(3)", "67_numbers": "6 * 7"}
+    notebooks, broken = tmp_path / "notebooks", {"01_core/70_memory": "0 / 0", "02_documents/40_numbers": "6 * 7", "09_training/15_schedule": "import os\nos._exit(3)"}
     (notebooks / "library").mkdir(parents=True)
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# index")]), notebooks / "index.ipynb")
     for name, source in broken.items():
         notebook = nbformat.read(ROOT / "notebooks" / "library" / f"{name}.ipynb", 4)
         exported = [cell for cell in notebook.cells if cell.source.startswith("#|")]
         notebook.cells = [notebook.cells[0], nbformat.v4.new_code_cell(source), *exported]
+        (notebooks / "library" / name).parent.mkdir(exist_ok=True)
         nbformat.write(notebook, notebooks / "library" / f"{name}.ipynb")
     monkeypatch.setattr(build_site, "NOTEBOOKS", notebooks)
     monkeypatch.setenv("SFA_EXPORTS", str(tmp_path / "exports"))
     with pytest.raises(SystemExit) as ended:
         build_site.main(["site"])
     out, err = capsys.readouterr()
-    assert ended.value.code == 1 and err.splitlines()[-1].endswith(": 26_memory, 41_schedule")
+    assert ended.value.code == 1 and err.splitlines()[-1].endswith(": 01_core/70_memory, 09_training/15_schedule")
     library = Path(out.strip()).parent / "library"
     shown = {name: BeautifulSoup((library / f"{name}.html").read_text(), "html.parser").select_one("article").text for name in broken}
-    assert "ZeroDivisionError" in shown["26_memory"] and "42" in shown["67_numbers"]
-    assert [name for name, text in shown.items() if "stopped before its end" in text] == ["26_memory", "41_schedule"]
+    assert "ZeroDivisionError" in shown["01_core/70_memory"] and "42" in shown["02_documents/40_numbers"]
+    assert [name for name, text in shown.items() if "stopped before its end" in text] == ["01_core/70_memory", "09_training/15_schedule"]
 
 
 def test_site_has_a_page_for_every_notebook_and_asks_for_nothing_from_outside(site):
