@@ -52,7 +52,8 @@ def site(executed, smoke_run, tmp_path_factory):
 
 def test_a_notebook_that_fails_ends_neither_the_run_nor_the_site(tmp_path, monkeypatch, capsys):
     "One stops at a cell, one loses its process: both pages are drawn, those after them too; the command fails at the end and names both."
-    notebooks, broken = tmp_path / "notebooks", {"01_core/70_memory": "0 / 0", "02_documents/40_numbers": "6 * 7", "09_training/15_schedule": "import os\nos._exit(3)"}
+    notebooks = tmp_path / "notebooks"
+    broken = {"01_core/70_memory": "0 / 0", "02_documents/40_numbers": "6 * 7", "09_training/15_schedule": "import os\nos._exit(3)"}
     (notebooks / "library").mkdir(parents=True)
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# index")]), notebooks / "index.ipynb")
     for name, source in broken.items():
