@@ -19,19 +19,19 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, InternVLForConditionalGeneration
 
-from sfa_core.answers import answer_loss, training_batch
-from sfa_core.attention import dense_attention, inject, structural_attention
-from sfa_core.documents import documents, samples
-from sfa_core.embedded import EmbeddedConfig, build_processor, model_config, train_tokenizer
-from sfa_core.evaluation import evaluate
-from sfa_core.families import family_of
-from sfa_core.finetune import FinetuneConfig, finetune
-from sfa_core.memory import MemoryProbe, held_bytes
-from sfa_core.models import Bundle, load_model, quantized_layers
-from sfa_core.paths import REPOSITORY
-from sfa_core.placement import LanguageSide, cut_loss
-from sfa_core.results import provenance, write_json, write_summary, write_timings
-from sfa_core.structure import StructuralBias, uniform_geometry
+from sfa_core.models.answers import answer_loss, training_batch
+from sfa_core.structure.inject import dense_attention, inject, structural_attention
+from sfa_core.documents.generate import documents, samples
+from sfa_core.models.embedded import EmbeddedConfig, build_processor, model_config, train_tokenizer
+from sfa_core.models.evaluate import evaluate
+from sfa_core.core.families import family_of
+from sfa_core.training.finetune import FinetuneConfig, finetune
+from sfa_core.core.memory import MemoryProbe, held_bytes
+from sfa_core.models.load import Bundle, load_model, quantized_layers
+from sfa_core.core.paths import REPOSITORY
+from sfa_core.training.placement import LanguageSide, cut_loss
+from sfa_core.runs.results import provenance, write_json, write_summary, write_timings
+from sfa_core.structure.bias import StructuralBias, uniform_geometry
 
 BUDGET = 300       # seconds for everything
 GIB = 2**30
