@@ -22,7 +22,7 @@ setup(
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split()},
     entry_points={
-        "console_scripts": ["sfa=sfa_core.commands:main"],
+        "console_scripts": ["sfa=sfa_core.runs.commands:main"],
         "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],
     },
     zip_safe=False,

@@ -9,11 +9,11 @@ import json
 
 import plotly.graph_objects as go
 
-from sfa_core.documents import documents, samples
-from sfa_core.models import load_model
-from sfa_core.paths import REPOSITORY
-from sfa_core.style import ARM_COLOURS, ARM_NAMES, INK, in_style, save_figure
-from sfa_core.views import Choice, Recorder, look, view_figure
+from sfa_core.documents.generate import documents, samples
+from sfa_core.models.load import load_model
+from sfa_core.core.paths import REPOSITORY
+from sfa_core.figures.style import ARM_COLOURS, ARM_NAMES, INK, in_style, save_figure
+from sfa_core.figures.views import Choice, Recorder, look, view_figure
 
 REFERENCE = REPOSITORY / "exports" / "reference"
 PICTURES = REFERENCE / "pictures"

@@ -21,17 +21,17 @@ import yaml
 from rich.console import Console
 from toy_study import write_study
 
-from sfa_core.grids import Grid, plan, run_grid
-from sfa_core.paths import REPOSITORY
-from sfa_core.report import report_grid
-from sfa_core.results import finished_runs, provenance, write_json, write_metrics, write_records, write_summary, write_timings
-from sfa_core.studies import resolve_parameters
+from sfa_core.runs.grids import Grid, plan, run_grid
+from sfa_core.core.paths import REPOSITORY
+from sfa_core.runs.report import report_grid
+from sfa_core.runs.results import finished_runs, provenance, write_json, write_metrics, write_records, write_summary, write_timings
+from sfa_core.runs.studies import resolve_parameters
 
 CODE = """
 import time
 began = time.perf_counter()
 import numpy as np
-from sfa_core.results import out_folder, write_metrics, write_timings
+from sfa_core.runs.results import out_folder, write_metrics, write_timings
 folder = out_folder(out_dir, "draw")
 values = np.random.default_rng(seed).random((400, 400))
 write_metrics(folder, {"norm": float(np.linalg.norm(values @ values))})

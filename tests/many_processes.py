@@ -8,10 +8,9 @@ import torch
 from accelerate import Accelerator
 from test_finetune_arms import QUICK, tiny
 
-from sfa_core.documents import documents
-from sfa_core.evaluation import evaluate
-from sfa_core.finetune import FinetuneConfig, finetune
-from sfa_core.processes import answer_together
+from sfa_core.documents.generate import documents
+from sfa_core.models.evaluate import answer_together, evaluate
+from sfa_core.training.finetune import FinetuneConfig, finetune
 
 CONFIG = FinetuneConfig("vision", **QUICK | dict(accumulation=2, terms=("row", "column", "distance", "block")))
 COUNTS = (1, 2, 5, 9)  # questions, with batches of 2: fewer than processes, as many, an odd rest
@@ -32,7 +31,7 @@ def main(folder: Path) -> None:
 
 
 def questions():
-    from sfa_core.documents import samples
+    from sfa_core.documents.generate import samples
 
     return samples(documents(3, seed=6))
 

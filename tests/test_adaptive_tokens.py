@@ -10,24 +10,24 @@ from hypothesis import strategies as st
 from tiny_internvl import pixels, tiny_internvl
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
-import sfa_core.adaptive as adaptive_module
-import sfa_core.finetune as finetune_module
-from sfa_core.adaptive import CONTROL, attach_tokens, detach_tokens, language_tokens, plan_geometry
-from sfa_core.answers import answer, answer_loss, generate, training_batch
-from sfa_core.attention import eject, inject, structures_of, visible_attention
-from sfa_core.density import density_blocks, estimate_density, load_density
-from sfa_core.documents import documents, samples
-from sfa_core.embedded import EmbeddedConfig, train_tokenizer
-from sfa_core.embedding import embed_patches, regrid, resize_kernel
-from sfa_core.evaluation import evaluate
-from sfa_core.families import FAMILIES, family_of
-from sfa_core.finetune import FinetuneConfig, finetune, load_arm
-from sfa_core.images import image_blocks, image_inputs
-from sfa_core.models import new_bundle
-from sfa_core.patches import PATCH, PatchConfig, PatchPlan, plan_patches
-from sfa_core.probes import record
-from sfa_core.resolution import at_resolution
-from sfa_core.structure import PADDING, uniform_geometry, with_blocks
+import sfa_core.tokens.adaptive as adaptive_module
+import sfa_core.training.finetune as finetune_module
+from sfa_core.tokens.adaptive import CONTROL, attach_tokens, detach_tokens, language_tokens, plan_geometry
+from sfa_core.models.answers import answer, answer_loss, generate, training_batch
+from sfa_core.structure.inject import eject, inject, structures_of, visible_attention
+from sfa_core.tokens.density import density_blocks, estimate_density, load_density
+from sfa_core.documents.generate import documents, samples
+from sfa_core.models.embedded import EmbeddedConfig, train_tokenizer
+from sfa_core.tokens.embedding import embed_patches, regrid, resize_kernel
+from sfa_core.models.evaluate import evaluate
+from sfa_core.core.families import FAMILIES, family_of
+from sfa_core.training.finetune import FinetuneConfig, finetune, load_arm
+from sfa_core.models.images import image_blocks, image_inputs
+from sfa_core.models.load import new_bundle
+from sfa_core.tokens.patches import PATCH, PatchConfig, PatchPlan, plan_patches
+from sfa_core.attention.probes import record
+from sfa_core.models.resolution import at_resolution
+from sfa_core.structure.bias import PADDING, uniform_geometry, with_blocks
 
 MEAN, STD = (0.9,) * 3, (0.25,) * 3
 GUARDED = PatchConfig(coarse=None, bucket=8)

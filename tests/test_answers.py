@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sfa_core import answers
-from sfa_core.answers import IGNORE, SUFFIX, answer, answer_loss, answer_tokens, end_token, image_inputs, image_tokens, pack, prompt_tokens, training_batch
-from sfa_core.documents import Sample, as_seen, documents, samples
-from sfa_core.embedded import EmbeddedConfig, build_processor, train_tokenizer
-from sfa_core.models import load_model, new_bundle
+from sfa_core.models import answers
+from sfa_core.models.answers import IGNORE, SUFFIX, answer, answer_loss, answer_tokens
+from sfa_core.models.answers import end_token, image_inputs, image_tokens, pack, prompt_tokens, training_batch
+from sfa_core.documents.generate import Sample, as_seen, documents, samples
+from sfa_core.models.embedded import EmbeddedConfig, build_processor, train_tokenizer
+from sfa_core.models.load import load_model, new_bundle
 
 QUESTIONS = ["a", "How much is the red bar?", "What is the highest value of all the 12 months in 2015, and which month has it?", "한국어 질문 12?",
              "Is <|im_end|> or <IMG_CONTEXT> in <img>?", "max?\n\n  min? "]

@@ -17,9 +17,19 @@ def checkout(tmp_path):
     return tmp_path
 
 
+def alone():
+    "The environment without what `make` sets, as these tests run inside `make test`."
+    return {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+
+
+def program(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
 def planned(folder, *arguments):
-    alone = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # not as a part of the `make test` that runs this
-    return subprocess.run(["make", "-n", *arguments], cwd=folder, env=alone, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(["make", "-n", *arguments], cwd=folder, env=alone(), capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.parametrize("command, job", [("tour", ".venv/bin/sfa run 00_tour"), ("test", ".venv/bin/python -m pytest")])
@@ -45,3 +55,29 @@ def test_every_requirement_is_pinned():
     for key in ("requirements", "dev_requirements"):
         for requirement in re.search(rf"^{key} = (.*)$", settings, flags=re.M)[1].split():
             assert re.sub(r"[-_.]+", "-", re.split(r"[\[<>=]", requirement)[0]).lower() in pinned, f"{requirement} is not pinned in constraints.txt"
+
+
+@pytest.mark.parametrize("ends", [0, 1])
+def test_what_pip_says_is_shown_only_when_it_fails(checkout, ends):
+    program(checkout / ".venv/bin/python", f'echo "Downloading torch"; echo "no space left" >&2; exit {ends}')
+    done = subprocess.run(["make", ".venv/.installed"], cwd=checkout, env=alone(), capture_output=True, text=True)
+    assert (done.returncode == 0) == (ends == 0) == (checkout / ".venv/.installed").exists()
+    shown = done.stdout + done.stderr
+    assert ("Downloading torch" in shown) == ("no space left" in shown) == (ends == 1) and "Installing" in shown
+
+
+@pytest.mark.parametrize("fails", ["", "lint"])
+def test_the_check_lints_first_and_stops_there_when_that_fails(tmp_path, fails):
+    shutil.copytree(ROOT / ".ci", tmp_path / ".ci")
+    tools = tmp_path / "tools"
+    for name in ("git", "python3", "chromium"):
+        program(tools / name, "exit 0")
+    program(tools / "fc-list", "echo liberation nanum")
+    program(tools / "ldconfig", "echo libGL.so.1 libglib-2.0.so.0")
+    program(tools / "make", f'echo "$@" >> {tmp_path}/made; test "$1" != "{fails}"')
+    done = subprocess.run([tmp_path / ".ci/run"], env=alone() | {"PATH": f"{tools}:{os.environ['PATH']}"}, capture_output=True, text=True)
+    assert ((tmp_path / "made").read_text().split(), done.returncode == 0) == ((["lint"], False) if fails else (["lint", "test"], True))
+
+
+def test_linting_installs_ruff_alone(checkout):
+    assert re.search(r"pip install -q +-c constraints\.txt ruff$", planned(checkout, "lint"), flags=re.M) and "-e" not in planned(checkout, "lint").split()

@@ -7,20 +7,20 @@ import numpy as np
 import pytest
 import torch
 
-from sfa_core.adaptive import attach_tokens, detach_tokens
-from sfa_core.answers import answer_loss, training_batch
-from sfa_core.attention import eject, inject
-from sfa_core.checkpoints import TIMING
-from sfa_core.consistency import SCRConfig, consistency_table, dense_queries, entropy_loss, tile_density, with_consistency
-from sfa_core.density import load_density
-from sfa_core.documents import documents, samples
-from sfa_core.embedded import train_tokenizer
-from sfa_core.finetune import FinetuneConfig, finetune, load_arm
-from sfa_core.measures import catching
-from sfa_core.models import new_bundle
-from sfa_core.patches import PatchConfig
-from sfa_core.stream import DocumentSet, Mixture, batches
-from sfa_core.visible import number_pages, number_targets, shown_boxes
+from sfa_core.tokens.adaptive import attach_tokens, detach_tokens
+from sfa_core.models.answers import answer_loss, training_batch
+from sfa_core.structure.inject import eject, inject
+from sfa_core.training.checkpoints import TIMING
+from sfa_core.training.consistency import SCRConfig, consistency_table, dense_queries, entropy_loss, tile_density, with_consistency
+from sfa_core.tokens.density import load_density
+from sfa_core.documents.generate import documents, samples
+from sfa_core.models.embedded import train_tokenizer
+from sfa_core.training.finetune import FinetuneConfig, finetune, load_arm
+from sfa_core.attention.capture import catching
+from sfa_core.models.load import new_bundle
+from sfa_core.tokens.patches import PatchConfig
+from sfa_core.training.stream import DocumentSet, Mixture, batches
+from sfa_core.training.visible import number_pages, number_targets, shown_boxes
 from tiny_internvl import SMALLEST
 
 TINY = replace(SMALLEST, initializer_range=0.3)
@@ -204,7 +204,7 @@ def test_padding_and_special_tokens_are_never_dense(bundle, charts):
     attached(bundle, ("structure", "patches"))
     seen = []
     control = bundle.family.tower_of(bundle.model).token_control
-    from sfa_core.consistency import Placed
+    from sfa_core.training.consistency import Placed
 
     rows = list(charts)[:4]
     batch = training_batch(bundle, rows)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from sfa_core.attention import inject
-from sfa_core.cost import WAYS, costs, in_turns, operations, random_model
-from sfa_core.families import family_of
-from sfa_core.memory import MemoryProbe, held_bytes, saved_bytes
+from sfa_core.structure.inject import inject
+from sfa_core.models.cost import WAYS, costs, in_turns, operations, random_model
+from sfa_core.core.families import family_of
+from sfa_core.core.memory import MemoryProbe, held_bytes, saved_bytes
 
 SMALL = dict(hidden_size=64, intermediate_size=256, num_attention_heads=1, num_hidden_layers=2)
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from sfa_core.density import (
+from sfa_core.tokens.density import (
     SHIPPED,
     DensityConfig,
     DensityEstimator,
@@ -28,7 +28,7 @@ from sfa_core.density import (
     save_density,
     train_density,
 )
-from sfa_core.documents import make_document
+from sfa_core.documents.generate import make_document
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,8 @@ import json
 import os
 
 import pytest
-from sfa_core.collect import differing
-from sfa_core.runs import run_study
+from sfa_core.runs.collect import differing
+from sfa_core.runs.runs import run_study
 
 STUDY, TOLERANCE = "10_baseline_eval", 0.05  # of a rate over the 40 questions of the smoke run: sums in another order may turn two close calls
 

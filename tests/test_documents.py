@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sfa_core.documents import PRESETS, Sample, decode, documents, make_document, samples
-from sfa_core.drawing import Text, paint, text_box
-from sfa_core.questions import DOCUMENT_KINDS, KINDS, READ_KINDS, YES_NO
+from sfa_core.documents.generate import PRESETS, Sample, decode, documents, make_document, samples
+from sfa_core.documents.drawing import Text, paint, text_box
+from sfa_core.documents.questions import DOCUMENT_KINDS, KINDS, READ_KINDS, YES_NO
 
 anywhere = dict(kind=st.sampled_from(DOCUMENT_KINDS), seed=st.integers(0, 10**6), preset=st.sampled_from(sorted(PRESETS)),
                 language=st.sampled_from(["en", "ko"]))

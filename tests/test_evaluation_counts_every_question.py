@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import stats
 
-from sfa_core.benchmarks import BENCHMARKS, SHORT, with_choices
-from sfa_core.documents import Sample
-from sfa_core.evaluation import (COLUMNS, SCORERS, compare, compare_seeds, comparison_table, evaluate, fingerprint, kind_table, make_records, seed_table,
-                                 summarise, summary_table, transition_table, verdict)
+from sfa_core.documents.benchmarks import BENCHMARKS, SHORT, with_choices
+from sfa_core.documents.generate import Sample
+from sfa_core.scores.compare import COLUMNS, SCORERS, compare, compare_seeds, comparison_table, fingerprint
+from sfa_core.scores.compare import kind_table, make_records, seed_table, summarise, summary_table, transition_table, verdict
+from sfa_core.models.evaluate import evaluate
 
 
 @lru_cache
@@ -116,7 +117,7 @@ def test_profiles_change_only_the_default_column():
 @pytest.fixture
 def model(monkeypatch):
     "A bundle whose replies are looked up, with everything it was asked; real answers are tested with the embedded model."
-    import sfa_core.answers
+    import sfa_core.models.evaluate
     calls = []
 
     def answer(bundle, asked, **options):
@@ -129,7 +130,7 @@ def model(monkeypatch):
             except ValueError as error:
                 replies.append(reply("", error=str(error)))
         return replies
-    monkeypatch.setattr(sfa_core.answers, "answer", answer)
+    monkeypatch.setattr(sfa_core.models.evaluate, "answer", answer)
 
     def bundle(max_patches=1, replies=(), **config):
         processor = SimpleNamespace(image_processor=SimpleNamespace(max_patches=max_patches, crop_to_patches=False))
@@ -285,9 +286,9 @@ def test_seeds_that_disagree_resolve_nothing_even_when_each_is_clear():
 
 def test_the_embedded_architecture_is_evaluated_end_to_end():
     "A random model answers wrongly, but every question has a row, a time and a reason if it has no reply."
-    from sfa_core.documents import documents
-    from sfa_core.embedded import EmbeddedConfig, train_tokenizer
-    from sfa_core.models import new_bundle
+    from sfa_core.documents.generate import documents
+    from sfa_core.models.embedded import EmbeddedConfig, train_tokenizer
+    from sfa_core.models.load import new_bundle
     config = EmbeddedConfig(vision_width=32, vision_layers=1, vision_heads=1, vision_hidden=32,
                             language_width=32, language_layers=1, language_heads=1, language_kv_heads=1, language_hidden=32)
     data = documents(2, seed=41)

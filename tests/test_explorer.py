@@ -12,16 +12,16 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from sfa_core import views
-from sfa_core.attention import eject, inject, structures_of
-from sfa_core.documents import documents, samples
-from sfa_core.embedded import EmbeddedConfig, build_processor
-from sfa_core.explorer import AttentionExplorer
-from sfa_core.finetune import FinetuneConfig, finetune, load_arm
-from sfa_core.models import load_model
-from sfa_core.parts import structural_maps
-from sfa_core.probes import record
-from sfa_core.views import Choice, Recorder, look, view_figure
+from sfa_core.figures import views
+from sfa_core.structure.inject import eject, inject, structures_of
+from sfa_core.documents.generate import documents, samples
+from sfa_core.models.embedded import EmbeddedConfig, build_processor
+from sfa_core.figures.explorer import AttentionExplorer
+from sfa_core.training.finetune import FinetuneConfig, finetune, load_arm
+from sfa_core.models.load import load_model
+from sfa_core.models.parts import structural_maps
+from sfa_core.attention.probes import record
+from sfa_core.figures.views import Choice, Recorder, look, view_figure
 
 PLOT = "document.querySelector('.sfa-explorer .js-plotly-plot')"
 QUESTION = "text => document.querySelectorAll('.sfa-explorer select')[1].selectedOptions[0].text.replaceAll('\\u00a0', ' ') === text"
@@ -147,7 +147,7 @@ def test_a_picture_is_written_while_everything_else_goes_on(bundle, asked, tmp_p
     wait, views = Event(), []
     explorer = AttentionExplorer(bundle, asked, folder=tmp_path, max_new_tokens=4)
     clicked = explorer.choose(layer=1, head=2)
-    monkeypatch.setattr("sfa_core.explorer.save_figure", lambda figure, path, formats, **size: wait.wait(30) and views.append(figure) or [path])
+    monkeypatch.setattr("sfa_core.figures.explorer.save_figure", lambda figure, path, formats, **size: wait.wait(30) and views.append(figure) or [path])
     writing = explorer.save_beside()
     assert explorer.save_button.disabled and writing.is_alive() and "saved" not in explorer.notes.value
     assert explorer.choose(layer=3).choice.layer == 3 and writing.is_alive()
@@ -155,16 +155,16 @@ def test_a_picture_is_written_while_everything_else_goes_on(bundle, asked, tmp_p
     writing.join(30)
     assert f"saved {clicked.page.sample.id.replace('/', '_')}-vision-layer1-head2" in explorer.notes.value and not explorer.save_button.disabled
     assert "layer 1, head 2" in views[0].layout.title.text and np.allclose(views[0].data[2].z, clicked.maps["baseline"])
-    monkeypatch.setattr("sfa_core.explorer.save_figure", lambda *arguments, **size: (_ for _ in ()).throw(FileNotFoundError("png needs Chromium")))
+    monkeypatch.setattr("sfa_core.figures.explorer.save_figure", lambda *arguments, **size: (_ for _ in ()).throw(FileNotFoundError("png needs Chromium")))
     explorer.save_beside().join(30)
     assert "<b>not saved</b>: png needs Chromium" in explorer.notes.value and not explorer.save_button.disabled
 
 
 CELLS = """import sys
 sys.path.insert(0, {root!r})
-from sfa_core.documents import documents, samples
-from sfa_core.explorer import AttentionExplorer
-from sfa_core.models import load_model
+from sfa_core.documents.generate import documents, samples
+from sfa_core.figures.explorer import AttentionExplorer
+from sfa_core.models.load import load_model
 explorer = AttentionExplorer(load_model("embedded"), samples(documents(2, seed=11)), folder={folder!r}, max_new_tokens=4)
 explorer"""
 

@@ -14,17 +14,18 @@ from PIL import Image
 from transformers import Qwen2_5_VLConfig
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
-from sfa_core.answers import answer, answer_loss, answer_tokens, prompt_tokens, training_batch
-from sfa_core.attention import eject, inject, load_structure, save_structure, set_blocks, set_geometry, structures_of, use_attention, vision_attention
-from sfa_core.documents import Sample
-from sfa_core.families import FAMILIES, split_windows
-from sfa_core.images import describe_views, image_batch, image_features, tile_regions
-from sfa_core.miniatures import miniature
-from sfa_core.models import load_model, quantized_layers, save_model
-from sfa_core.parts import memory_table
-from sfa_core.published import reproduction
-from sfa_core.structure import StructuralBias, uniform_geometry
-from sfa_core.windows import block_geometry, sequence_geometry
+from sfa_core.models.answers import answer, answer_loss, answer_tokens, prompt_tokens, training_batch
+from sfa_core.structure.inject import eject, inject, load_structure, save_structure, set_blocks, set_geometry, structures_of, use_attention, vision_attention
+from sfa_core.documents.generate import Sample
+from sfa_core.core.families import FAMILIES, split_windows
+from sfa_core.models.images import describe_views, image_batch, image_features, tile_regions
+from sfa_core.models.miniatures import miniature
+from sfa_core.models.load import load_model, save_model
+from sfa_core.models.parts import memory_table
+from sfa_core.documents.published import reproduction
+from sfa_core.models.quantization import narrow_layers, quantized_layers
+from sfa_core.structure.bias import StructuralBias, uniform_geometry
+from sfa_core.structure.windows import block_geometry, sequence_geometry
 
 NATIVE = [name for name, family in FAMILIES.items() if family.native]
 each_family = pytest.mark.parametrize("name", FAMILIES)
@@ -338,7 +339,7 @@ def test_what_does_not_fit_a_native_tower_is_refused(name):
 @each_native
 def test_a_left_over_sequence_is_an_error(name, monkeypatch):
     bundle = attached(name, 1.0)
-    import sfa_core.windows as windows
+    import sfa_core.structure.windows as windows
     real = windows.call_lists
     monkeypatch.setattr(windows, "call_lists", lambda *given: tuple([*made, made[-1]] for made in real(*given)))
     with pytest.raises(ValueError, match="the attention was called .* times, the image sizes make"):
@@ -428,6 +429,56 @@ def test_only_the_language_model_is_quantised(name, options, dtype, saved):
     assert layers == (14 if "language_bits" in options else 0)
     biases = inject(model, family)
     assert {weight.dtype for bias in biases for weight in bias.parameters()} == {torch.float32}
+    assert all(reply.error is None for reply in answer(bundle, asked()[:2], max_new_tokens=2))
+
+
+avx512 = pytest.mark.parametrize("avx512", [True, False], ids=["avx512_bf16", "other_processors"])
+
+
+@pytest.fixture
+def processor_says(monkeypatch):
+    "Let bitsandbytes believe that this CPU has AVX512-BF16, or that it has not."
+    return lambda has: monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: has)
+
+
+@each_family
+@avx512
+def test_four_bits_are_the_same_on_every_processor(name, avx512, saved, processor_says):
+    "After answers, which bitsandbytes would repack weights for: the same loss, the same gradients, the same weights."
+    processor_says(avx512)
+    bundle, batch = load_model(saved(name), language_bits=4, placement="cpu"), asked()[:2]
+    model, family = bundle.model, bundle.family
+
+    def learn():
+        model.zero_grad()
+        loss, _ = answer_loss(model, training_batch(bundle, batch))
+        loss.backward()
+        return loss.detach(), {weight: own.grad.clone() for weight, own in model.named_parameters() if own.grad is not None}
+
+    loss, before = learn()
+    answer(bundle, batch, max_new_tokens=2)
+    memory_table(bundle)
+    again, after = learn()
+    assert torch.equal(loss, again) and before.keys() == after.keys()
+    assert all(torch.equal(before[weight], after[weight]) for weight in before)
+    learned = [weight for weight in before if before[weight].abs().sum() > 0]
+    assert any(weight.startswith(f"{family.tower}.") for weight in learned)
+    packed = [child for child in model.modules() if type(child).__module__.startswith("bitsandbytes")]
+    assert len(packed) == 14 and all(layer.in_features % 64 == layer.out_features % 32 == 0 for layer in packed)
+
+
+@avx512
+def test_layers_narrower_than_a_block_stay_out_of_four_bits(avx512, processor_says, tmp_path):
+    "Width 32: what reads the hidden state has rows of 32, what reads the middle of a feed-forward has rows of 96."
+    processor_says(avx512)
+    small = miniature("internvl", width=32)
+    bundle = load_model(save_model(small, tmp_path / "model"), language_bits=4, placement="cpu")
+    language = bundle.family.language_of(bundle.model)
+    assert quantized_layers(language) == ["layers.0.mlp.down_proj", "layers.1.mlp.down_proj"]
+    assert len(narrow_layers(language)) == 12
+    stored = memory_table(bundle)["stored"]
+    assert stored["language model"] == "float32, nf4, 12 layers narrower than 64 not in 4 bit"
+    assert memory_table(small)["stored"]["language model"] == "float32" == stored["encoder"]
     assert all(reply.error is None for reply in answer(bundle, asked()[:2], max_new_tokens=2))
 
 

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import nbformat
 import pytest
-import sfa_core.runs
+import sfa_core.runs.runs
 from PIL import Image
-from sfa_core.benchmarks import load_benchmark
-from sfa_core.commands import main
-from sfa_core.documents import Sample, decode
-from sfa_core.evaluation import evaluate
-from sfa_core.grids import run_grid
-from sfa_core.models import load_model
-from sfa_core.results import finished_runs
-from sfa_core.runs import run_study, run_table
+from sfa_core.documents.benchmarks import load_benchmark
+from sfa_core.runs.commands import main
+from sfa_core.documents.generate import Sample, decode
+from sfa_core.models.evaluate import evaluate
+from sfa_core.runs.grids import run_grid
+from sfa_core.models.load import load_model
+from sfa_core.runs.results import finished_runs
+from sfa_core.runs.runs import run_study, run_table
 from toy_study import CODE, SFA, write_study
 
 FULL = OSError(28, "No space left on device")
@@ -32,13 +32,13 @@ def executed_at_once(monkeypatch):
     def execute(study, parameters, folder, timeout, progress):
         (folder / "notebook.ipynb").write_text(nbformat.writes(nbformat.v4.new_notebook()))
         (folder / "metrics.json").write_text("{}")
-    monkeypatch.setattr(sfa_core.runs, "execute", execute)
+    monkeypatch.setattr(sfa_core.runs.runs, "execute", execute)
 
 
 @pytest.mark.parametrize("function, call", [("write_atomic", 1), ("out_folder", 1), ("write_atomic", 2), ("write_timings", 1), ("write_json", 1)],
                          ids=["parameters", "figures folder", "notebook", "timings", "provenance"])
 def test_a_disk_that_fills_up_at_any_file_of_a_run_leaves_no_finished_run(home, monkeypatch, executed_at_once, capsys, function, call):
-    kept, calls, real = run_study("draw", {"seed": 7}), [], getattr(sfa_core.runs, function)
+    kept, calls, real = run_study("draw", {"seed": 7}), [], getattr(sfa_core.runs.runs, function)
 
     def fail(*arguments):
         calls.append(arguments)
@@ -46,7 +46,7 @@ def test_a_disk_that_fills_up_at_any_file_of_a_run_leaves_no_finished_run(home, 
             raise FULL
         return real(*arguments)
     with monkeypatch.context() as patch:
-        patch.setattr(sfa_core.runs, function, fail)
+        patch.setattr(sfa_core.runs.runs, function, fail)
         assert main(["run", "draw"]) == 1
     assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
     assert finished_runs() == [kept] and [row[1] for row in run_table()] == ["finished", "failed"]

@@ -12,13 +12,13 @@ import plotly.graph_objects as go
 import pytest
 from PIL import Image
 
-from sfa_core.attention_figures import attention_frames, entropy_violins
-from sfa_core.density_figures import cross_architecture, density_gallery, motivation
-from sfa_core.figures import (
+from sfa_core.figures.attention import attention_frames, entropy_violins
+from sfa_core.figures.density import cross_architecture, density_gallery, motivation
+from sfa_core.figures.charts import (
     ARM_COLOURS, architecture, attention_maps, difference_forest, document_gallery, entropy_by_layer, head_grid, save_figure, score_by_kind, structural_bias,
     training_loss,
 )
-from sfa_core.style import browser
+from sfa_core.figures.style import browser
 
 FACTS = {
     "baseline": "#70757A", "control": "#9AA0A6", "vision": "#1A73E8", "adat": "#E8453C", "vision_adat": "#7B1FA2", "full": "#0D47A1", "sfa": "#00897B",
@@ -40,7 +40,7 @@ def scores(rates, n=400):
 
 
 def test_figures_do_not_import_torch():
-    code = "import sys; import sfa_core.figures; bad = [m for m in ('torch', 'transformers', 'datasets') if m in sys.modules]; assert not bad, bad"
+    code = "import sys; import sfa_core.figures.charts; bad = [m for m in ('torch', 'transformers', 'datasets') if m in sys.modules]; assert not bad, bad"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -10,19 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
-import sfa_core.finetune as finetune_module
-from sfa_core.answers import answer_loss, training_batch
-from sfa_core.attention import eject, inject, load_structure
-from sfa_core.checkpoints import TIMING, read_folder
-from sfa_core.consistency import SCRConfig
-from sfa_core.documents import documents, samples
-from sfa_core.embedded import train_tokenizer
-from sfa_core.families import family_of
-from sfa_core.finetune import ARMS, FinetuneConfig, finetune, load_arm, prepared, read_arm, trainable
-from sfa_core.models import new_bundle
-from sfa_core.patches import PatchConfig
-from sfa_core.stream import DocumentSet, batches, steps_in
-from sfa_core.structure import StructuralBias
+import sfa_core.training.finetune as finetune_module
+from sfa_core.models.answers import answer_loss, training_batch
+from sfa_core.structure.inject import eject, inject, load_structure
+from sfa_core.training.checkpoints import TIMING, read_folder
+from sfa_core.training.consistency import SCRConfig
+from sfa_core.documents.generate import documents, samples
+from sfa_core.models.embedded import train_tokenizer
+from sfa_core.core.families import family_of
+from sfa_core.training.finetune import ARMS, FinetuneConfig, finetune, load_arm, prepared, read_arm, trainable
+from sfa_core.models.load import new_bundle
+from sfa_core.tokens.patches import PatchConfig
+from sfa_core.training.stream import DocumentSet, batches, steps_in
+from sfa_core.structure.bias import StructuralBias
 from tiny_internvl import SMALLEST
 
 QUICK = dict(steps=4, batch_size=4, questions=3, learning_rate=5e-3, structure_rate=5e-3, checkpoint_every=2)

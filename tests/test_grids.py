@@ -10,13 +10,13 @@ from contextlib import ExitStack
 import pandas as pd
 import pytest
 import yaml
-from sfa_core.commands import main
-from sfa_core.grids import plan, read_grid, run_grid, survey
-from sfa_core.paths import DATA, exports_root
-from sfa_core.report import report_grid
-from sfa_core.results import finished_runs
-from sfa_core.runs import run_table
-from sfa_core.workers import in_processes, slots
+from sfa_core.runs.commands import main
+from sfa_core.runs.grids import plan, read_grid, run_grid, survey
+from sfa_core.core.paths import DATA, exports_root
+from sfa_core.runs.report import report_grid
+from sfa_core.runs.results import finished_runs
+from sfa_core.runs.runs import run_table
+from sfa_core.runs.workers import in_processes, slots
 from toy_study import CODE, SFA, everything, wait_for, write_study
 
 CARD = CODE + "\nwith open(os.environ['DRAW_LOG'] + '.card', 'a') as stream: print(os.environ['CUDA_VISIBLE_DEVICES'], file=stream)"

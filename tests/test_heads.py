@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_decoders import BUILDERS, PROMPTS, tiny
 
-from sfa_core.answers import answer_loss, training_batch
-from sfa_core.documents import documents, make_document, samples
-from sfa_core.embedded import EmbeddedConfig, train_tokenizer
-from sfa_core.heads import VHRConfig, both_outputs, head_divergence, head_hooks, head_importance, head_table, reinforced_layers, vision_heads
-from sfa_core.models import new_bundle
-from sfa_core.prompts import decoder_layers, following
-from sfa_core.redistribution import VARConfig
+from sfa_core.models.answers import answer_loss, training_batch
+from sfa_core.documents.generate import documents, make_document, samples
+from sfa_core.models.embedded import EmbeddedConfig, train_tokenizer
+from sfa_core.interventions.heads import VHRConfig, both_outputs, head_divergence, head_hooks, head_importance, head_table, reinforced_layers, vision_heads
+from sfa_core.models.load import new_bundle
+from sfa_core.interventions.prompts import decoder_layers, following
+from sfa_core.interventions.redistribution import VARConfig
 
 CONFIG = VHRConfig(3.0)
 
@@ -134,7 +134,7 @@ def test_a_head_that_looks_at_one_place_has_its_distance(bundle):
         table = head_table(bundle, asked, batch_size=1).query("layer == 1")
     finally:
         layer.load_state_dict(weights)
-    from sfa_core.answers import prompt_tokens
+    from sfa_core.models.answers import prompt_tokens
     for sample, part in table.groupby("sample"):
         before, after = prompt_tokens(bundle, next(one.question for one in asked if one.id == sample))
         rows = np.arange(len(before) + 65, len(before) + 66 + len(after))  # the image is framed by two tokens

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sfa_core.answers import answer
-from sfa_core.documents import Sample
-from sfa_core.families import FAMILIES
-from sfa_core.heads import VHRConfig
-from sfa_core.images import image_batch
-from sfa_core.miniatures import miniature
-from sfa_core.redistribution import VARConfig, visual_redistribution
-from sfa_core.sinks import planted_sinks
+from sfa_core.models.answers import answer
+from sfa_core.documents.generate import Sample
+from sfa_core.core.families import FAMILIES
+from sfa_core.interventions.heads import VHRConfig
+from sfa_core.models.images import image_batch
+from sfa_core.models.miniatures import miniature
+from sfa_core.interventions.redistribution import VARConfig, visual_redistribution
+from sfa_core.interventions.sinks import planted_sinks
 
 SINKS = VARConfig((5,), moved=1.0, ratio=0.0, mass=0.0, share=0.5, layers=(0,))  # half of the energy: the planted ones alone
 QUESTIONS = ("What is the value of red in 2015?", "List all values.", "elm 9, cat 31")

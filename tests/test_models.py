@@ -12,15 +12,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import InternVLForConditionalGeneration
 
-import sfa_core.models
-from sfa_core.attention import inject, save_structure, structures_of
-from sfa_core.embedded import IMAGE_TOKENS, EmbeddedConfig, build_processor, new_model, train_tokenizer
-from sfa_core.models import find_model, load_model, new_bundle, place, quantized_layers, save_model
+import sfa_core.models.load
+from sfa_core.structure.inject import inject, save_structure, structures_of
+from sfa_core.models.embedded import IMAGE_TOKENS, EmbeddedConfig, build_processor, new_model, train_tokenizer
+from sfa_core.models.load import find_model, load_model, new_bundle, place, save_model
+from sfa_core.models.quantization import quantized_layers
 
 TEXTS = ["What is the value of red in 2015?", "How much are cat and sun together?", "List all values.", "elm 9, cat 31"]
 TOKENIZER = train_tokenizer(TEXTS, 320)
-SMALL = EmbeddedConfig(image_size=56, vision_width=32, vision_layers=2, vision_heads=2, vision_hidden=64, language_width=32, language_layers=2,
-                       language_heads=2, language_kv_heads=1, head_dim=16, language_hidden=64, downsample_ratio=0.5)
+SMALL = EmbeddedConfig(image_size=56, vision_width=32, vision_layers=2, vision_heads=2, vision_hidden=64, language_width=64, language_layers=2,
+                       language_heads=2, language_kv_heads=1, head_dim=32, language_hidden=64, downsample_ratio=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +129,7 @@ def test_a_hub_id_without_a_network_says_how_to_get_it(monkeypatch, tmp_path):
 
 
 def test_a_missing_embedded_model_names_its_study(monkeypatch, tmp_path):
-    monkeypatch.setattr(sfa_core.models, "EMBEDDED", tmp_path / "embedded_model")
+    monkeypatch.setattr(sfa_core.models.load, "EMBEDDED", tmp_path / "embedded_model")
     with pytest.raises(FileNotFoundError, match="05_embedded_model"):
         find_model("embedded")
 

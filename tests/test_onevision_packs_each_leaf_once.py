@@ -7,17 +7,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from sfa_core.adaptive import CONTROL, adaptive_tokens, language_tokens
-from sfa_core.answers import answer_loss, generate, training_batch
-from sfa_core.copies import token_origins
-from sfa_core.documents import Sample
-from sfa_core.images import image_batch, image_features
-from sfa_core.miniatures import miniature
-from sfa_core.patches import PatchConfig, PatchPlan, is_kept
-from sfa_core.places import language_boxes
-from sfa_core.probes import record
-from sfa_core.resolution import at_resolution
-from sfa_core.visible import shown_boxes
+from sfa_core.tokens.adaptive import CONTROL, adaptive_tokens, language_tokens
+from sfa_core.models.answers import answer_loss, generate, training_batch
+from sfa_core.tokens.copies import token_origins
+from sfa_core.documents.generate import Sample
+from sfa_core.models.images import image_batch, image_features
+from sfa_core.models.miniatures import miniature
+from sfa_core.tokens.patches import PatchConfig, PatchPlan, is_kept
+from sfa_core.attention.places import language_boxes
+from sfa_core.attention.probes import record
+from sfa_core.models.resolution import at_resolution
+from sfa_core.training.visible import shown_boxes
 
 GUARDED, CELLS = PatchConfig(coarse=None, bucket=8), 16  # cells of a tile
 SIZES = [(168, 112), (300, 90), (60, 200), (130, 130), (120, 500), (62, 50)]  # width and height, pixels; of a tile: 62 x 62
@@ -36,7 +36,7 @@ def page(size, seed=0):
 
 @pytest.fixture(scope="module")
 def shared():
-    return miniature("llava_onevision", spread=0.15)
+    return miniature("llava_onevision", width=32, spread=0.15)
 
 
 @pytest.fixture

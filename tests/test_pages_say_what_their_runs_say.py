@@ -12,10 +12,10 @@ import plotly.graph_objects as go
 import pytest
 import yaml
 
-from sfa_core.collect import all_runs, arm_rates, figures_of, place_of, published_table, references, uncommitted
-from sfa_core.evaluation import COLUMNS
-from sfa_core.figures import training_loss
-from sfa_core.results import out_folder, write_json, write_metrics, write_records, write_table
+from sfa_core.runs.collect import all_runs, arm_rates, figures_of, place_of, published_table, references, uncommitted
+from sfa_core.scores.compare import COLUMNS
+from sfa_core.figures.charts import training_loss
+from sfa_core.runs.results import out_folder, write_json, write_metrics, write_records, write_table
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE, RENDERED = ROOT / "exports" / "reference", ROOT / "exports" / "rendered"
@@ -85,7 +85,8 @@ def test_every_run_on_the_report_is_a_reference_of_committed_code():
 
 @pytest.mark.parametrize("name, study", [
     ("tour", "00_tour"), ("embedded_model", "05_embedded_model"), ("tokens", "20_density_and_tokens"), ("finetune", "30_finetune"),
-    ("grounding", "50_grounding"), ("sinks", "55_sinks"), ("ablation", "60_ablation"), ("cost", "65_cost")])
+    ("grounding", "50_grounding"), ("sinks", "55_sinks"), ("ablation", "60_ablation"), ("cost", "65_cost"),
+    ("baseline", "10_baseline_eval"), ("entropy", "45_entropy"), ("explorer", "40_attention_explorer")])
 def test_a_reference_is_the_run_of_the_page_beside_it(name, study):
     run = facts(REFERENCE / name)
     assert run["study"] == study and f"runs/{study}/{run['run']}/" in (RENDERED / f"{study}.ipynb").read_text()

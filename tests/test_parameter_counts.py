@@ -3,9 +3,9 @@ import pytest
 import torch
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
-from sfa_core.attention import inject
-from sfa_core.families import family_of
-from sfa_core.structure import StructuralBias
+from sfa_core.structure.inject import inject
+from sfa_core.core.families import family_of
+from sfa_core.structure.bias import StructuralBias
 
 
 def count(module, trainable=False):

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from sfa_core.attention import inject, set_blocks
-from sfa_core.documents import make_document
-from sfa_core.embedded import EmbeddedConfig, train_tokenizer
-from sfa_core.models import new_bundle
-from sfa_core.parts import model_parts, structural_maps
+from sfa_core.structure.inject import inject, set_blocks
+from sfa_core.documents.generate import make_document
+from sfa_core.models.embedded import EmbeddedConfig, train_tokenizer
+from sfa_core.models.load import new_bundle
+from sfa_core.models.parts import model_parts, structural_maps
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sfa_core.density import as_pixels, estimate_density, load_density
-from sfa_core.documents import make_document
-from sfa_core.patches import GUARD, PALE_GUARD, PATCH, PRESETS, PatchConfig, PatchPlan, merge_error, plan_patches, tokens_on
+from sfa_core.tokens.density import as_pixels, estimate_density, load_density
+from sfa_core.documents.generate import make_document
+from sfa_core.tokens.patches import GUARD, PALE_GUARD, PATCH, PRESETS, PatchConfig, PatchPlan, merge_error, plan_patches, tokens_on
 
 SIZE_SETS = [(14,), (14, 28), (14, 28, 56), (7, 14), (7, 14, 28), (7, 14, 28, 56)]
 

@@ -10,13 +10,13 @@ import torch
 from test_finetune_arms import QUICK, tiny
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from sfa_core.answers import answer_loss, training_batch
-from sfa_core.attention import inject
-from sfa_core.documents import documents
-from sfa_core.finetune import FinetuneConfig, finetune
-from sfa_core.memory import held_bytes
-from sfa_core.models import load_model, place, save_model
-from sfa_core.placement import LanguageSide, RemoteSide, connect, cut_loss, flatten, half, language_process, restore
+from sfa_core.models.answers import answer_loss, training_batch
+from sfa_core.structure.inject import inject
+from sfa_core.documents.generate import documents
+from sfa_core.training.finetune import FinetuneConfig, finetune
+from sfa_core.core.memory import held_bytes
+from sfa_core.models.load import load_model, place, save_model
+from sfa_core.training.placement import LanguageSide, RemoteSide, connect, cut_loss, flatten, half, language_process, restore
 
 
 def test_a_language_model_that_cannot_be_loaded_is_said_here_and_a_killed_process_is_noticed():
@@ -139,8 +139,8 @@ def test_memory_that_runs_out_there_halves_the_documents_here(saved, charts, tmp
 
     def hungry(side, note, tensors=()):
         if note["do"] == "loss" and len(tensors[0]) > 2:
-            monkeypatch.setattr("sfa_core.placement.receive", lambda peer: ({"error": "OutOfMemoryError: CUDA out of memory.", "memory": True}, []))
-            monkeypatch.setattr("sfa_core.placement.send", lambda *_: None)
+            monkeypatch.setattr("sfa_core.training.placement.receive", lambda peer: ({"error": "OutOfMemoryError: CUDA out of memory.", "memory": True}, []))
+            monkeypatch.setattr("sfa_core.training.placement.send", lambda *_: None)
         try:
             return ask(side, note, tensors)
         finally:

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 import torch
 
-from sfa_core.answers import training_batch
-from sfa_core.dense import dense_binding
-from sfa_core.documents import documents, make_document
-from sfa_core.embedded import EmbeddedConfig
-from sfa_core.models import load_model, save_model
-from sfa_core.pretraining import (
+from sfa_core.models.answers import training_batch
+from sfa_core.pretraining.dense import dense_binding
+from sfa_core.documents.generate import documents, make_document
+from sfa_core.models.embedded import EmbeddedConfig
+from sfa_core.models.load import load_model, save_model
+from sfa_core.pretraining.recipe import (
     NAMES,
     Recipe,
     decode_documents,
@@ -25,7 +25,7 @@ from sfa_core.pretraining import (
     train_embedded,
     visit,
 )
-from sfa_core.questions import KINDS
+from sfa_core.documents.questions import KINDS
 
 SMALL = Recipe(documents=24, document_seed=5, encoder_steps=2, lookup_steps=4, joint_steps=3, reading_steps=2, cell_steps=2, batch=2, question_batch=4,
                questions=3,

@@ -16,19 +16,19 @@ from transformers import Qwen2_5_VLConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from sfa_core.answers import answer, prompt_tokens
-from sfa_core.attention import inject
-from sfa_core.documents import Evidence, Sample, TextBox, documents, make_document, samples
-from sfa_core.embedded import EmbeddedConfig, build_processor, train_tokenizer
-from sfa_core.families import FAMILIES, uniform_grid
-from sfa_core.images import image_batch, image_features, image_inputs, image_tokens, tile_regions
-from sfa_core.miniatures import miniature
-from sfa_core.models import new_bundle
-from sfa_core.measures import Call, attention_chunks, measure_layer, place_tokens
-from sfa_core.places import box_means, coverage, language_boxes, spread, token_boxes
-from sfa_core.probes import record
-from sfa_core.records import STORED, UNITS
-from sfa_core.structure import StructuralBias, uniform_geometry
+from sfa_core.models.answers import answer, prompt_tokens
+from sfa_core.structure.inject import inject
+from sfa_core.documents.generate import Evidence, Sample, TextBox, documents, make_document, samples
+from sfa_core.models.embedded import EmbeddedConfig, build_processor, train_tokenizer
+from sfa_core.core.families import FAMILIES, uniform_grid
+from sfa_core.models.images import image_batch, image_features, image_inputs, image_tokens, tile_regions
+from sfa_core.models.miniatures import miniature
+from sfa_core.models.load import new_bundle
+from sfa_core.attention.capture import Call, attention_chunks, measure_layer, place_tokens
+from sfa_core.attention.places import box_means, coverage, language_boxes, spread, token_boxes
+from sfa_core.attention.probes import record
+from sfa_core.attention.records import STORED, UNITS
+from sfa_core.structure.bias import StructuralBias, uniform_geometry
 
 SMALL = EmbeddedConfig(image_size=112, vision_layers=3, vision_width=64, vision_hidden=64, language_layers=1, initializer_range=0.3)
 

@@ -15,12 +15,12 @@ from many_processes import CONFIG, COUNTS, questions
 from safetensors.torch import load_file
 from test_finetune_arms import tiny
 
-from sfa_core.answers import answer
-from sfa_core.checkpoints import read_log
-from sfa_core.documents import documents
-from sfa_core.evaluation import evaluate
-from sfa_core.finetune import finetune, load_arm
-from sfa_core.processes import merge, shard, share
+from sfa_core.models.answers import answer
+from sfa_core.training.checkpoints import read_log
+from sfa_core.documents.generate import documents
+from sfa_core.models.evaluate import evaluate, merge, share
+from sfa_core.training.finetune import finetune, load_arm
+from sfa_core.training.sharding import shard
 
 
 @pytest.fixture(scope="module")

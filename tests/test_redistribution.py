@@ -9,9 +9,9 @@ from tiny_decoders import BUILDERS, IMAGE, PROMPTS, tiny, token_ids
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.masking_utils import eager_mask
 
-from sfa_core.prompts import EDIT, attending, decoder_layers, following
-from sfa_core.redistribution import LEAST, TARGETS, VARConfig, redistribute, redistributed_attention, visual_redistribution
-from sfa_core.sinks import sink_threshold, sink_values
+from sfa_core.interventions.prompts import EDIT, attending, decoder_layers, following
+from sfa_core.interventions.redistribution import LEAST, TARGETS, VARConfig, redistribute, redistributed_attention, visual_redistribution
+from sfa_core.interventions.sinks import sink_threshold, sink_values
 
 CONFIG = VARConfig((3, 17), share=0.05, ratio=0.3, mass=0.1)  # of 48 channels: about a fifth of all tokens is a sink
 
@@ -216,7 +216,7 @@ def test_without_sinks_the_model_is_not_touched(one):
 
 def test_long_questions_are_done_in_pieces(one, monkeypatch):
     whole = run(one, PROMPTS, CONFIG)
-    monkeypatch.setattr("sfa_core.redistribution.BUDGET", 1)
+    monkeypatch.setattr("sfa_core.interventions.redistribution.BUDGET", 1)
     assert torch.allclose(run(one, PROMPTS, CONFIG), whole, atol=1e-6)
 
 

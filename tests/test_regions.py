@@ -5,10 +5,10 @@ import pandas as pd
 import pytest
 from scipy.stats import ttest_rel
 
-from sfa_core.documents import documents, samples
-from sfa_core.models import load_model
-from sfa_core.probes import record
-from sfa_core.regions import by_region, paired_contrast, text_map, token_regions
+from sfa_core.documents.generate import documents, samples
+from sfa_core.models.load import load_model
+from sfa_core.attention.probes import record
+from sfa_core.attention.regions import by_region, paired_contrast, text_map, token_regions
 
 
 def table(shift=0.0, n=20, seed=0, heads=1):

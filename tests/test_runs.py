@@ -1,18 +1,21 @@
 """A run is finished, failed or unfinished, and never looks like another of these."""
+import io
 import json
 import os
 import signal
 import subprocess
 
+import build_site
 import nbformat
 import pandas as pd
 import pytest
-from sfa_core.commands import main
-from sfa_core.paths import exports_root
-from sfa_core.results import find_run, finished_runs, write_json, write_metrics, write_records
-from sfa_core.runs import StudyFailed, run_study, run_table
-from sfa_core.studies import resolve_parameters, study_parameters
-from sfa_core.style import browser
+from sfa_core.runs.commands import main
+from sfa_core.core.paths import exports_root
+from sfa_core.runs.results import find_run, finished_runs, write_json, write_metrics, write_records
+from sfa_core.runs.runs import BarLines, StudyFailed, run_study, run_table
+from sfa_core.runs.studies import resolve_parameters, study_parameters
+from sfa_core.figures.style import browser
+from tqdm import tqdm
 from toy_study import CODE, PARAMETERS, SFA, everything, wait_for, write_study
 
 PLOTLY = "application/vnd.plotly.v1+json"
@@ -149,6 +152,50 @@ def test_one_name_in_two_studies_is_refused_until_the_study_is_said(home, forked
     with pytest.raises(ValueError, match="several runs are named 'same': draw/.*, second/"):
         find_run("same")
     assert [find_run(f"{study}/same") for study in ("draw", "second")] == runs
+
+
+def test_a_bar_in_a_log_shows_a_state_every_ten_seconds_and_its_last_and_other_lines_stay(monkeypatch):
+    now, kept = [0.0], io.StringIO()
+    monkeypatch.setattr("sfa_core.runs.runs.time.monotonic", lambda: now[0])
+    log = BarLines(kept)
+    log.write("before\r\n")
+    bar = tqdm(total=400, file=log, mininterval=0, miniters=1, bar_format="{n_fmt} of {total_fmt}")
+    for _ in range(400):
+        now[0] += 0.1
+        bar.update()
+    bar.close()
+    log.write("aft")
+    log.write("er\nno end")
+    lines = kept.getvalue().splitlines()
+    states = [int(line.split()[0]) for line in lines[1:-1]]
+    assert (lines[0], lines[-1], states[-1]) == ("before", "after", 400) and len(states) == 4
+    assert all(99 <= later - earlier <= 101 for earlier, later in zip([0, *states[:-2]], states[:-1]))
+
+
+BARS = """
+from tqdm import tqdm
+print("unfinished", end="")
+for _ in tqdm(range(300), mininterval=0): pass
+"""
+
+
+def test_a_study_announces_its_parts_with_the_share_that_was_measured_and_keeps_bars_short_in_a_log(home, forked_kernels, monkeypatch, capfd):
+    write_study(home / "studies", "bars", f"{CODE}{BARS}")
+    measured = home / "stage_seconds.json"
+    monkeypatch.setattr("sfa_core.runs.runs.STAGE_SECONDS", measured)
+    said = {}
+    for seed, size in ((0, 4), (1, 4), (2, 5)):
+        said[seed, size] = capfd.readouterr() and run_study("bars", {"seed": seed, "size": size}, progress=True) and capfd.readouterr()
+        if seed == 0:
+            monkeypatch.setattr("build_site.STAGE_SECONDS", measured)
+            build_site.keep_stage_seconds(finished_runs("bars")[0])
+    seconds = json.loads(measured.read_text())["bars"]["seconds"]
+    assert list(seconds) == ["Draw", "Drawing"] and all(value >= 0 for value in seconds.values())
+    share = seconds["Drawing"] / sum(seconds.values())
+    assert "\n== Drawing\n" in said[0, 4].err and "\n== Drawing\n" in said[2, 5].err, "not measured: not said"
+    assert f"\n== Drawing (about {share:.0%} of the time)\n" in said[1, 4].err, "the seed is free"
+    for output in said.values():
+        assert "unfinished\n" in output.out and output.err.count("300/300") == 1 and "\r" not in output.err and output.err.count("it/s") <= 1
 
 
 def start(*arguments):

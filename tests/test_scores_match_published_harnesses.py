@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sfa_core.metrics import (PROFILES, anls, exact_match, normalise_answer, ocrbench_score, option_letter, relaxed_accuracy, vqa_accuracy)
+from sfa_core.scores.metrics import (PROFILES, anls, exact_match, normalise_answer, ocrbench_score, option_letter, relaxed_accuracy, vqa_accuracy)
 
 DATA = Path(__file__).parent / "data"
 

@@ -14,19 +14,19 @@ from pathlib import Path
 
 import nbformat
 import pytest
-import sfa_core.benchmarks
-import sfa_core.models
+import sfa_core.documents.benchmarks
+import sfa_core.models.load
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
-from sfa_core.benchmarks import load_benchmark
-from sfa_core.checkpoints import digest, read_folder
-from sfa_core.collect import facts_of, parameters_of, run_rates, tidy_records
-from sfa_core.grids import read_grid
-from sfa_core.models import load_model
-from sfa_core.results import alias_name, component, find_run, revision
-from sfa_core.studies import study_path
+from sfa_core.documents.benchmarks import load_benchmark
+from sfa_core.training.checkpoints import digest, read_folder
+from sfa_core.runs.collect import facts_of, parameters_of, run_rates, tidy_records
+from sfa_core.runs.grids import read_grid
+from sfa_core.models.load import load_model
+from sfa_core.runs.results import alias_name, component, find_run, revision
+from sfa_core.runs.studies import study_path
 from toy_study import wait_for
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,7 +37,7 @@ OPENING = {"torch": {"load"}, "np": {"load"}, "numpy": {"load"}, "pd": {"read_pi
 
 def sources():
     "All code of the repository: package, notebooks, site, tests besides this one."
-    for path in [*ROOT.glob("sfa_core/*.py"), *ROOT.glob("site/*.py"), *ROOT.glob("tests/*.py"), ROOT / "setup.py"]:
+    for path in [*ROOT.glob("sfa_core/**/*.py"), *ROOT.glob("site/*.py"), *ROOT.glob("tests/*.py"), ROOT / "setup.py"]:
         if path != Path(__file__):
             yield path.name, path.read_text("utf-8")
     for path in ROOT.glob("notebooks/**/*.ipynb"):
@@ -121,11 +121,12 @@ def test_a_pickle_planted_under_any_name_is_never_opened(tmp_path, planted, monk
 
 def test_a_model_is_downloaded_in_the_revision_that_is_named_or_was_there_first(monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr(sfa_core.models, "snapshot_download", lambda name, **options: asked.append((name, options["revision"])) or str(tmp_path))
+    monkeypatch.setattr(sfa_core.models.load, "snapshot_download", lambda name, **options: asked.append((name, options["revision"])) or str(tmp_path))
     first = "0" * 40
-    monkeypatch.setattr(sfa_core.models, "try_to_load_from_cache", lambda name, file: f"/cache/snapshots/{first}/{file}" if name == "known/model" else None)
+    cached = lambda name, file: f"/cache/snapshots/{first}/{file}" if name == "known/model" else None
+    monkeypatch.setattr(sfa_core.models.load, "try_to_load_from_cache", cached)
     for name in ("new/model@abc123", "new/model", "known/model", "known/model@abc123"):
-        sfa_core.models.find_model(name)
+        sfa_core.models.load.find_model(name)
     assert asked == [("new/model", "abc123"), ("new/model", "main"), ("known/model", first), ("known/model", "abc123")]
     assert revision("new/model@abc123") == "abc123", "and the run says so"
 
@@ -136,7 +137,7 @@ def test_a_data_set_is_downloaded_in_the_revision_that_is_named(monkeypatch):
     def load_dataset(hub, config, **options):
         asked.append((hub, options["revision"]))
         raise OSError("offline")
-    monkeypatch.setattr(sfa_core.benchmarks.datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(sfa_core.documents.benchmarks.datasets, "load_dataset", load_dataset)
     for source in ("HuggingFaceM4/ChartQA@abc123", None):
         with pytest.raises(FileNotFoundError, match="cannot be read"):
             load_benchmark("chartqa", source=source)

@@ -3,10 +3,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sfa_core.documents import make_document
-from sfa_core.overhead import decode_overhead
-from sfa_core.sink_figures import place_shares, sink_scatter, visual_sinks
-from sfa_core.sink_places import enrichment
+from sfa_core.documents.generate import make_document
+from sfa_core.interventions.overhead import decode_overhead
+from sfa_core.figures.sinks import place_shares, sink_scatter, visual_sinks
+from sfa_core.interventions.sink_places import enrichment
 
 PLACES = pd.DataFrame({"sink": [True, False, False, False] * 10, "blank": [True, True, False, False] * 10, "border": False, "background": np.nan,
                        "document": np.repeat(np.arange(10), 4)})

@@ -10,16 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_decoders import BUILDERS, IMAGE, PROMPTS, tiny, token_ids
 
-from sfa_core.documents import documents, make_document, samples
-from sfa_core.embedded import EmbeddedConfig, build_processor, train_tokenizer
-from sfa_core.evaluation import evaluate
-from sfa_core.heads import VHRConfig
-from sfa_core.models import new_bundle
-from sfa_core.measures import watching
-from sfa_core.prompts import decoder_layers, following
-from sfa_core.redistribution import VARConfig
-from sfa_core.sink_places import KnockoutConfig, enrichment, measuring, output_gram, random_tokens, sink_table, visual_places
-from sfa_core.sinks import chance_share, energy_of_seeds, find_sink_dimensions, planted_sinks, sink_threshold, sink_values
+from sfa_core.documents.generate import documents, make_document, samples
+from sfa_core.models.embedded import EmbeddedConfig, build_processor, train_tokenizer
+from sfa_core.models.evaluate import evaluate
+from sfa_core.interventions.heads import VHRConfig
+from sfa_core.models.load import new_bundle
+from sfa_core.attention.capture import watching
+from sfa_core.interventions.prompts import decoder_layers, following
+from sfa_core.interventions.redistribution import VARConfig
+from sfa_core.interventions.sink_places import KnockoutConfig, enrichment, measuring, output_gram, random_tokens, sink_table, visual_places
+from sfa_core.interventions.sinks import chance_share, energy_of_seeds, find_sink_dimensions, planted_sinks, sink_threshold, sink_values
 
 SMALL = EmbeddedConfig(vision_layers=1, language_layers=4, initializer_range=0.1)
 

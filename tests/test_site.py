@@ -11,7 +11,7 @@ import pytest
 from bs4 import BeautifulSoup
 
 ROOT = Path(__file__).resolve().parents[1]
-LIBRARY = sorted(ROOT.glob("notebooks/library/*.ipynb"))
+LIBRARY = sorted(ROOT.glob("notebooks/library/*/*.ipynb"))
 STUDIES = sorted(ROOT.glob("notebooks/studies/*.ipynb"))
 
 
@@ -40,7 +40,7 @@ def site(executed, smoke_run, tmp_path_factory):
     pages, folder = tmp_path_factory.mktemp("pages"), tmp_path_factory.mktemp("site")
     for source in [build_site.NOTEBOOKS / "index.ipynb", *LIBRARY]:
         target = pages / source.relative_to(build_site.NOTEBOOKS)
-        target.parent.mkdir(exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(executed(source), target)
     (pages / "studies").mkdir()
     for study in STUDIES:
@@ -48,6 +48,30 @@ def site(executed, smoke_run, tmp_path_factory):
     fresh = nbformat.read(smoke_run(STUDIES[0].stem) / "notebook.ipynb", 4)
     (pages / "studies" / STUDIES[0].name).write_text(build_site.portable(fresh))
     return build_site.in_fork(build_site.build, pages, folder), pages
+
+
+def test_a_notebook_that_fails_ends_neither_the_run_nor_the_site(tmp_path, monkeypatch, capsys):
+    "One stops at a cell, one loses its process: both pages are drawn, those after them too; the command fails at the end and names both."
+    notebooks = tmp_path / "notebooks"
+    broken = {"01_core/70_memory": "0 / 0", "02_documents/40_numbers": "6 * 7", "09_training/15_schedule": "import os\nos._exit(3)"}
+    (notebooks / "library").mkdir(parents=True)
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# index")]), notebooks / "index.ipynb")
+    for name, source in broken.items():
+        notebook = nbformat.read(ROOT / "notebooks" / "library" / f"{name}.ipynb", 4)
+        exported = [cell for cell in notebook.cells if cell.source.startswith("#|")]
+        notebook.cells = [notebook.cells[0], nbformat.v4.new_code_cell(source), *exported]
+        (notebooks / "library" / name).parent.mkdir(exist_ok=True)
+        nbformat.write(notebook, notebooks / "library" / f"{name}.ipynb")
+    monkeypatch.setattr(build_site, "NOTEBOOKS", notebooks)
+    monkeypatch.setenv("SFA_EXPORTS", str(tmp_path / "exports"))
+    with pytest.raises(SystemExit) as ended:
+        build_site.main(["site"])
+    out, err = capsys.readouterr()
+    assert ended.value.code == 1 and err.splitlines()[-1].endswith(": 01_core/70_memory, 09_training/15_schedule")
+    library = Path(out.strip()).parent / "library"
+    shown = {name: BeautifulSoup((library / f"{name}.html").read_text(), "html.parser").select_one("article").text for name in broken}
+    assert "ZeroDivisionError" in shown["01_core/70_memory"] and "42" in shown["02_documents/40_numbers"]
+    assert [name for name, text in shown.items() if "stopped before its end" in text] == ["01_core/70_memory", "09_training/15_schedule"]
 
 
 def test_site_has_a_page_for_every_notebook_and_asks_for_nothing_from_outside(site):
@@ -123,14 +147,14 @@ def test_pages_fit_the_screen_and_search_finds(site, browser, width, dark):
     assert (sum(background) < 200) == dark
     page.goto((html / "search.html").as_uri() + "?q=wilson")
     page.locator("#search-results li a").first.wait_for(timeout=30_000)
-    assert any("metrics" in link.get_attribute("href") for link in page.locator("#search-results li a").all()) and errors == []
+    assert any("10_metrics" in link.get_attribute("href") for link in page.locator("#search-results li a").all()) and errors == []
     page.close()
 
 
 def test_a_slider_on_the_site_changes_its_figure(site, browser):
     html, _ = site
     page = browser.new_page(viewport={"width": 1400, "height": 1000})
-    page.goto((html / "library" / "76_attention_figures.html").as_uri())
+    page.goto((html / "library" / "11_figures" / "30_attention.html").as_uri())
     figure = page.locator(".sfa-plotly:has(.slider-container)").first
     figure.locator(".slider-grip-rect").wait_for(timeout=30_000)
     figure.scroll_into_view_if_needed()

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tiny_internvl import pixels, tiny_internvl
 from torch.nn.functional import scaled_dot_product_attention
 
-import sfa_core.attention as attention_module
-from sfa_core.attention import (
+import sfa_core.structure.inject as attention_module
+from sfa_core.structure.inject import (
     eject,
     inject,
     load_structure,
@@ -24,10 +24,10 @@ from sfa_core.attention import (
     vision_attention,
     visible_attention,
 )
-from sfa_core.families import FAMILIES, family_of
-from sfa_core.kernels import MaskCache, chunked_attention, grid_attention, low_rank_attention, may_cache, may_strip
-from sfa_core.memory import MemoryProbe
-from sfa_core.structure import PADDING, TERMS, StructuralBias, grid_geometry, merge_cells, uniform_geometry, with_blocks
+from sfa_core.core.families import FAMILIES, family_of
+from sfa_core.structure.kernels import MaskCache, chunked_attention, grid_attention, low_rank_attention, may_cache, may_strip
+from sfa_core.core.memory import MemoryProbe
+from sfa_core.structure.bias import PADDING, TERMS, StructuralBias, grid_geometry, merge_cells, uniform_geometry, with_blocks
 
 INTERNVL = FAMILIES["internvl"]
 CLOSE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -181,7 +181,7 @@ def test_low_rank_equals_the_dense_oracle(dtype, special, kind, terms):
 @pytest.mark.parametrize("terms", [TERMS, ("row",), ("block",), ("column", "distance")])
 def test_strips_equal_the_dense_oracle(monkeypatch, strip, special, kind, terms):
     "Outputs and all gradients, whether strips divide the grid or not, in both dtypes."
-    monkeypatch.setattr("sfa_core.kernels.STRIP", strip)
+    monkeypatch.setattr("sfa_core.structure.kernels.STRIP", strip)
     for dtype in CLOSE:
         bias, geometry = random_bias(heads=3, terms=terms, dtype=dtype), geometry_of(kind, special)
         *tensors, projection = torch.randn(4, 3, 3, geometry.tokens, 8, dtype=dtype, generator=torch.Generator().manual_seed(5))
@@ -223,7 +223,7 @@ def test_memory_is_linear_no_table_of_all_pairs_is_alive(side, blocks):
 
 
 def test_chunks_of_queries_change_nothing(monkeypatch):
-    monkeypatch.setattr("sfa_core.kernels.QUERY_CHUNK", 5)
+    monkeypatch.setattr("sfa_core.structure.kernels.QUERY_CHUNK", 5)
     bias, geometry = random_bias(), geometry_of("blocks", 1)
     *tensors, projection = torch.randn(4, 3, 2, 13, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     mask = torch.rand(3, 1, 13, 13, generator=torch.Generator().manual_seed(6)) > 0.3

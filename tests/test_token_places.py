@@ -5,7 +5,7 @@ import torch
 from tiny_internvl import tiny_internvl
 from transformers import InternVLConfig
 
-from sfa_core.families import FAMILIES, family_of, uniform_grid
+from sfa_core.core.families import FAMILIES, family_of, uniform_grid
 
 INTERNVL = FAMILIES["internvl"]
 

@@ -19,10 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from toy_training import batch_at, model, noisy, quiet, run
 
-import sfa_core.checkpoints
-from sfa_core.checkpoints import TIMING, checkpoints, read_folder, read_log
-from sfa_core.loop import first_difference, split_batch, train
-from sfa_core.schedule import DECAYS, LoopConfig, rate_share
+import sfa_core.training.checkpoints
+from sfa_core.training.checkpoints import TIMING, checkpoints, read_folder, read_log
+from sfa_core.training.loop import first_difference, split_batch, train
+from sfa_core.training.schedule import DECAYS, LoopConfig, rate_share
 
 LAST = "step-00000009"
 
@@ -359,7 +359,7 @@ def full_disk(monkeypatch, where):
     elif where == "limit":
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))  # less than the states take
     else:
-        monkeypatch.setattr(sfa_core.checkpoints, where, fail)
+        monkeypatch.setattr(sfa_core.training.checkpoints, where, fail)
 
 
 @pytest.mark.parametrize("where", ["save_file", "flush_to_disk", "rename", "limit"])

@@ -3,9 +3,9 @@ import nbformat
 
 PICKER = """
 import pandas as pd
-from sfa_core.documents import documents, samples
-from sfa_core.grounding import categorise
-from sfa_core.verdicts import VerdictPicker
+from sfa_core.documents.generate import documents, samples
+from sfa_core.scores.grounding import categorise
+from sfa_core.figures.verdicts import VerdictPicker
 
 asked = samples(documents(6, seed=3), kinds=("read_label", "read_cell"))
 other = [next(t.text for t in s.evidence.texts if t.role in ("value", "cell") and t.text != s.answers[0]) for s in asked]

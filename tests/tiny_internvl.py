@@ -2,7 +2,7 @@
 import torch
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
-from sfa_core.embedded import EmbeddedConfig
+from sfa_core.models.embedded import EmbeddedConfig
 
 SMALLEST = EmbeddedConfig(vision_width=32, vision_layers=2, vision_heads=2, vision_hidden=32, language_width=32, language_layers=2, language_heads=2,
                           language_kv_heads=1, head_dim=16, language_hidden=32)  # with tokenizer and processor, to be trained

@@ -19,7 +19,7 @@ import os, time
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from sfa_core.results import out_folder, write_metrics, write_records, write_summary, write_timings
+from sfa_core.runs.results import out_folder, write_metrics, write_records, write_summary, write_timings
 assert size > 0, f"size is {size}, expected at least 1"
 folder = out_folder(out_dir, "draw")
 with open(os.environ["DRAW_LOG"], "a") as stream: print(os.getpid(), file=stream)
@@ -36,7 +36,7 @@ write_timings(folder, {"draw_seconds": 0.1})
 write_summary(folder, f"mean {values.mean():.3f}")
 print("written to", folder)
 """
-SFA = [sys.executable, "-c", "import sys; from sfa_core.commands import main; sys.exit(main())"]
+SFA = [sys.executable, "-c", "import sys; from sfa_core.runs.commands import main; sys.exit(main())"]
 
 
 def write_study(folder, name="draw", code=CODE, parameters=PARAMETERS):

@@ -12,8 +12,8 @@ import torch
 from accelerate import Accelerator
 from torch.nn.functional import cross_entropy
 
-from sfa_core.loop import train
-from sfa_core.schedule import LoopConfig
+from sfa_core.training.loop import train
+from sfa_core.training.schedule import LoopConfig
 
 DEFAULT = dict(steps=9, learning_rate=0.05, accumulation=2, checkpoint_every=2, weight_decay=0.1, group_rates=(("3", 0.01),))
 
