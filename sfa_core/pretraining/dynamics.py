@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..structure.inject import inject, structures_of, write_whole
+from ..structure.inject import inject, structures_of
+from ..structure.store import write_whole
 from .dense import DenseHeads, dense_binding, dense_losses, patch_features
 from ..models.embedded import EmbeddedConfig
 from ..training.loop import LoopConfig, train
