@@ -76,7 +76,7 @@ class FinetuneConfig:
     blocks: int = 16  # size of the block table
     patches: PatchConfig = field(default_factory=PatchConfig)  # rule of adaptive patches, for the arms that have them
     scr: SCRConfig | None = None  # consistency losses; None: those of SCRConfig for the arm full, none for the others
-    tiles: int | None = None  # most tiles per image; None: as the processor is set
+    tiles: int | None = None  # most tiles per image; None: as many as the family's own processor cuts
     checkpointing: bool = False  # compute activations again in the backward pass, to save memory
     seed: int = 0  # first structural weights, and dropout where a model has it
     data_seed: int = 0  # order of the documents and choice of the questions
