@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHILD', 'FUNCTIONS', 'placed_bias', 'structural_attention', 'dense_attention', 'eager_attention', 'inject', 'eject',
-           'structures_of', 'vision_attention', 'use_attention', 'visible_attention', 'set_geometry', 'set_blocks']
+           'structures_of', 'vision_attention', 'use_attention', 'visible_weights', 'visible_attention', 'set_geometry',
+           'set_blocks']
 
 # %% ../../notebooks/library/03_structure/40_inject.ipynb #14f5334c
 import contextlib
@@ -19,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from ..core.families import Family, family_of
+from ..core.hooks import PREFIX, AttentionCall, attention_hooks, hooked_name, replaced_name
 from .bias import TERMS, Geometry, StructuralBias, check_terms, grid_geometry, with_blocks
 from .kernels import MASK_BYTES, WIDEST, MaskCache, chunked_attention, combine_masks, constant_mask
 from .kernels import low_rank_attention, may_cache
@@ -112,6 +114,7 @@ FUNCTIONS = {"sfa": (structural_attention, sdpa_mask), "sfa_dense": (dense_atten
 for name, (function, mask_function) in FUNCTIONS.items():
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, mask_function)
+    hooked_name(name)
 
 # %% ../../notebooks/library/03_structure/40_inject.ipynb #bb09518f
 def inject(
@@ -172,16 +175,26 @@ def structures_of(
 def vision_attention(
     model: PreTrainedModel,
 ) -> str:
-    """Return the name of the encoder's attention implementation."""
-    return model.config.vision_config._attn_implementation
+    """Return the name of the encoder's attention implementation, without the hooks around it."""
+    return replaced_name(model.config.vision_config._attn_implementation)
 
 
 def use_attention(
     model: PreTrainedModel,
     name: str,  # a registered implementation
 ) -> None:
-    """Choose the encoder's attention implementation; the language model keeps its own."""
-    model.set_attn_implementation({"vision_config": name})
+    """Choose the encoder's attention implementation; the language model keeps its own, and hooks stay attached."""
+    hooked = model.config.vision_config._attn_implementation.startswith(PREFIX)
+    model.set_attn_implementation({"vision_config": hooked_name(name) if hooked else name})
+
+
+def visible_weights(
+    call: AttentionCall,
+) -> AttentionCall:
+    """Attend as `eager_attention` does, in place of the kernel."""
+    given = call.module, call.query, call.key, call.value, call.mask
+    result, weights = eager_attention(*given, call.scaling, **call.options)
+    return replace(call, result=result, weights=weights)
 
 
 @contextlib.contextmanager
@@ -189,12 +202,9 @@ def visible_attention(
     model: PreTrainedModel,
 ) -> Iterator[PreTrainedModel]:
     """Make the encoder return its attention weights (`output_attentions=True`) for as long as the context lasts."""
-    before = vision_attention(model)
-    use_attention(model, "sfa_eager")
-    try:
+    modules = dict(enumerate(family_of(model).attentions_of(model)))
+    with attention_hooks(model, modules, before=visible_weights, name="visible"):
         yield model
-    finally:
-        use_attention(model, before)
 
 # %% ../../notebooks/library/03_structure/40_inject.ipynb #372a017a
 def set_geometry(
