@@ -10,7 +10,8 @@ from test_finetune_arms import QUICK, tiny
 
 from sfa_core.documents.generate import documents
 from sfa_core.models.evaluate import answer_together, evaluate
-from sfa_core.training.finetune import FinetuneConfig, finetune
+from sfa_core.training.finetune import finetune
+from sfa_core.training.arms import FinetuneConfig
 
 CONFIG = FinetuneConfig("vision", **QUICK | dict(accumulation=2, terms=("row", "column", "distance", "block")))
 COUNTS = (1, 2, 5, 9)  # questions, with batches of 2: fewer than processes, as many, an odd rest

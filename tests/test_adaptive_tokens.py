@@ -21,7 +21,8 @@ from sfa_core.models.embedded import EmbeddedConfig, train_tokenizer
 from sfa_core.tokens.embedding import embed_patches, regrid, resize_kernel
 from sfa_core.models.evaluate import evaluate
 from sfa_core.core.families import FAMILIES, family_of
-from sfa_core.training.finetune import FinetuneConfig, finetune, load_arm
+from sfa_core.training.finetune import finetune
+from sfa_core.training.arms import FinetuneConfig, load_arm
 from sfa_core.models.images import image_blocks, image_inputs
 from sfa_core.models.load import new_bundle
 from sfa_core.tokens.patches import PATCH, PatchConfig, PatchPlan, plan_patches

@@ -15,7 +15,8 @@ from sfa_core.training.consistency import SCRConfig, consistency_table, dense_qu
 from sfa_core.tokens.density import load_density
 from sfa_core.documents.generate import documents, samples
 from sfa_core.models.embedded import train_tokenizer
-from sfa_core.training.finetune import FinetuneConfig, finetune, load_arm
+from sfa_core.training.finetune import finetune
+from sfa_core.training.arms import FinetuneConfig, load_arm
 from sfa_core.attention.capture import catching
 from sfa_core.models.load import new_bundle
 from sfa_core.tokens.patches import PatchConfig

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import stats
 
+from sfa_core.core.families import FAMILIES
 from sfa_core.documents.benchmarks import BENCHMARKS, SHORT, with_choices
 from sfa_core.documents.generate import Sample
 from sfa_core.scores.compare import COLUMNS, SCORERS, compare, compare_seeds, comparison_table, fingerprint
@@ -135,7 +136,7 @@ def model(monkeypatch):
     def bundle(max_patches=1, replies=(), **config):
         processor = SimpleNamespace(image_processor=SimpleNamespace(max_patches=max_patches, crop_to_patches=False))
         return SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(**config), dtype="torch.float32"), processor=processor, name="some/model",
-                               revision="abc", replies=dict(replies))
+                               revision="abc", replies=dict(replies), family=FAMILIES["internvl"])
     bundle.calls = calls
     return bundle
 

@@ -17,7 +17,8 @@ from sfa_core.structure.inject import eject, inject, structures_of
 from sfa_core.documents.generate import documents, samples
 from sfa_core.models.embedded import EmbeddedConfig, build_processor
 from sfa_core.figures.explorer import AttentionExplorer
-from sfa_core.training.finetune import FinetuneConfig, finetune, load_arm
+from sfa_core.training.finetune import finetune
+from sfa_core.training.arms import FinetuneConfig, load_arm
 from sfa_core.models.load import load_model
 from sfa_core.models.parts import structural_maps
 from sfa_core.attention.probes import record

@@ -14,8 +14,13 @@ from PIL import Image
 from transformers import Qwen2_5_VLConfig
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
+from sfa_core.attention.probes import record
+from sfa_core.figures.views import Recorder
+from sfa_core.interventions.sink_places import sink_table
+from sfa_core.models.evaluate import tiles_of
 from sfa_core.models.answers import answer, answer_loss, answer_tokens, prompt_tokens, training_batch
-from sfa_core.structure.inject import eject, inject, load_structure, save_structure, set_blocks, set_geometry, structures_of, use_attention, vision_attention
+from sfa_core.structure.inject import eject, inject, set_blocks, set_geometry, structures_of, use_attention, vision_attention
+from sfa_core.structure.store import load_structure, save_structure
 from sfa_core.documents.generate import Sample
 from sfa_core.core.families import FAMILIES, split_windows
 from sfa_core.models.images import describe_views, image_batch, image_features, tile_regions
@@ -186,6 +191,30 @@ def test_tile_limits_are_obeyed_or_refused_and_said(name):
         for act in (image_batch, lambda b, i, t: tile_regions(b, i[0].size, t), lambda b, i, t: describe_views(b, t)):
             with pytest.raises(ValueError, match=f"tiles {tiles}; {name} expects"):
                 act(bundle, IMAGES, tiles)
+
+
+@pytest.mark.parametrize("crop", [False, True], ids=["as_published", "crop_to_patches"])
+@pytest.mark.parametrize("tiles", [None, 4, 1])
+def test_one_rule_says_how_many_tiles_an_image_becomes(crop, tiles):
+    "Inputs, regions, words, training, evaluation, probes, sinks and the explorer agree with the stock processor as its class is called."
+    bundle, pages = fresh("internvl"), [Sample(f"p{i}", f"p{i}", "own", "What?", ("12",), image) for i, image in enumerate(IMAGES)]
+    bundle.processor.image_processor.crop_to_patches = crop
+    limit = {} if tiles is None else dict(crop_to_patches=tiles > 1, max_patches=tiles)
+    text = bundle.tokenizer.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}], tokenize=False)
+    stock = [len(bundle.processor(images=[image], text=[text], return_tensors="pt", **limit)["pixel_values"]) for image in IMAGES]
+    assert stock == {None: [11, 1, 3], 4: [3, 1, 3], 1: [1, 1, 1]}[tiles]
+    assert image_batch(bundle, IMAGES, tiles).views == stock == [len(tile_regions(bundle, image.size, tiles)) for image in IMAGES]
+    assert len(training_batch(bundle, pages, tiles=tiles)["pixel_values"]) == sum(stock)
+    words = describe_views(bundle, tiles)
+    assert ("one tile" in words) == (tiles == 1) and (tiles == 1 or f"up to {tiles or 12} tiles" in words)
+    assert [tiles_of(bundle, most) for most in (24, 1)] == [24, 1]
+    assert np.bincount(np.unique(record(bundle, pages, tiles=tiles).sample, return_inverse=True)[1]).tolist() == stock
+    grid = len(bundle.family.language_grid(bundle.model))
+    shown = record(bundle, pages, tower="language", tiles=tiles, max_new_tokens=1)
+    assert (~np.isnan(shown.boxes).any(-1)).sum(-1).tolist() == [grid * views for views in stock]
+    places = sink_table(bundle, pages, [0], layers=[1], tiles=tiles)
+    assert places.groupby("sample", sort=False).size().tolist() == [grid * views for views in stock]
+    assert [len(Recorder(bundle, tiles=tiles, max_new_tokens=1).page(page).vision["baseline"].region) for page in pages] == stock
 
 
 # structural attention

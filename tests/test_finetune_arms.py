@@ -12,13 +12,15 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration
 
 import sfa_core.training.finetune as finetune_module
 from sfa_core.models.answers import answer_loss, training_batch
-from sfa_core.structure.inject import eject, inject, load_structure
+from sfa_core.structure.inject import eject, inject
+from sfa_core.structure.store import load_structure
 from sfa_core.training.checkpoints import TIMING, read_folder
 from sfa_core.training.consistency import SCRConfig
 from sfa_core.documents.generate import documents, samples
 from sfa_core.models.embedded import train_tokenizer
 from sfa_core.core.families import family_of
-from sfa_core.training.finetune import ARMS, FinetuneConfig, finetune, load_arm, prepared, read_arm, trainable
+from sfa_core.training.finetune import finetune, prepared
+from sfa_core.training.arms import ARMS, FinetuneConfig, load_arm, read_arm, trainable
 from sfa_core.models.load import new_bundle
 from sfa_core.tokens.patches import PatchConfig
 from sfa_core.training.stream import DocumentSet, batches, steps_in

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from sfa_core.documents.generate import Evidence, Sample, TextBox, documents, samples
 from sfa_core.scores.facts import chartqa_evidence, chartqa_release, facts, read_ocr, with_texts
 from sfa_core.scores.grounding import CATEGORIES, categorise, chance_floor, classify, grounding_report, label_audit, source_rule
-from sfa_core.scores.metrics import mcnemar, relaxed_accuracy
+from sfa_core.scores.metrics import relaxed_accuracy
+from sfa_core.scores.intervals import mcnemar
 from sfa_core.documents.numbers import read_numbers, rounds_to, stated_numbers
 from sfa_core.scores.operations import NAMES, results, results_plainly
 from sfa_core.scores.transitions import change_sentence, grounding_change, taxonomy_table, transition_matrix

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from sfa_core.scores.metrics import clustered_bootstrap, cluster_means, mcnemar, paired_bootstrap, seed_interval, wilson_interval
+from sfa_core.scores.intervals import clustered_bootstrap, cluster_means, mcnemar, paired_bootstrap, seed_interval, wilson_interval
 
 RIGHT = st.lists(st.booleans(), min_size=1, max_size=60)
 PAIRS = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60)

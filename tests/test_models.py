@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import InternVLForConditionalGeneration
 
 import sfa_core.models.load
-from sfa_core.structure.inject import inject, save_structure, structures_of
+from sfa_core.structure.inject import inject, structures_of
+from sfa_core.structure.store import save_structure
 from sfa_core.models.embedded import IMAGE_TOKENS, EmbeddedConfig, build_processor, new_model, train_tokenizer
 from sfa_core.models.load import find_model, load_model, new_bundle, place, save_model
 from sfa_core.models.quantization import quantized_layers

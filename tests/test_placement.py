@@ -13,7 +13,8 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from sfa_core.models.answers import answer_loss, training_batch
 from sfa_core.structure.inject import inject
 from sfa_core.documents.generate import documents
-from sfa_core.training.finetune import FinetuneConfig, finetune
+from sfa_core.training.finetune import finetune
+from sfa_core.training.arms import FinetuneConfig
 from sfa_core.core.memory import held_bytes
 from sfa_core.models.load import load_model, place, save_model
 from sfa_core.training.placement import LanguageSide, RemoteSide, connect, cut_loss, flatten, half, language_process, restore

@@ -19,7 +19,8 @@ from sfa_core.models.answers import answer
 from sfa_core.training.checkpoints import read_log
 from sfa_core.documents.generate import documents
 from sfa_core.models.evaluate import evaluate, merge, share
-from sfa_core.training.finetune import finetune, load_arm
+from sfa_core.training.finetune import finetune
+from sfa_core.training.arms import load_arm
 from sfa_core.training.sharding import shard
 
 

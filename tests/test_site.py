@@ -11,7 +11,7 @@ import pytest
 from bs4 import BeautifulSoup
 
 ROOT = Path(__file__).resolve().parents[1]
-LIBRARY = sorted(ROOT.glob("notebooks/library/*/*.ipynb"))
+LIBRARY = sorted((ROOT / "notebooks" / "library").rglob("*.ipynb"))
 STUDIES = sorted(ROOT.glob("notebooks/studies/*.ipynb"))
 
 

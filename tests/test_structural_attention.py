@@ -12,20 +12,11 @@ from tiny_internvl import pixels, tiny_internvl
 from torch.nn.functional import scaled_dot_product_attention
 
 import sfa_core.structure.inject as attention_module
-from sfa_core.structure.inject import (
-    eject,
-    inject,
-    load_structure,
-    save_structure,
-    set_blocks,
-    set_geometry,
-    structures_of,
-    use_attention,
-    vision_attention,
-    visible_attention,
-)
+from sfa_core.structure.inject import eject, inject, set_blocks, set_geometry, structures_of, use_attention, vision_attention, visible_attention
+from sfa_core.structure.store import load_structure, save_structure
 from sfa_core.core.families import FAMILIES, family_of
-from sfa_core.structure.kernels import MaskCache, chunked_attention, grid_attention, low_rank_attention, may_cache, may_strip
+from sfa_core.structure.kernels import MaskCache, chunked_attention, low_rank_attention, may_cache
+from sfa_core.structure.strips import grid_attention, may_strip
 from sfa_core.core.memory import MemoryProbe
 from sfa_core.structure.bias import PADDING, TERMS, StructuralBias, grid_geometry, merge_cells, uniform_geometry, with_blocks
 
@@ -181,7 +172,7 @@ def test_low_rank_equals_the_dense_oracle(dtype, special, kind, terms):
 @pytest.mark.parametrize("terms", [TERMS, ("row",), ("block",), ("column", "distance")])
 def test_strips_equal_the_dense_oracle(monkeypatch, strip, special, kind, terms):
     "Outputs and all gradients, whether strips divide the grid or not, in both dtypes."
-    monkeypatch.setattr("sfa_core.structure.kernels.STRIP", strip)
+    monkeypatch.setattr("sfa_core.structure.strips.STRIP", strip)
     for dtype in CLOSE:
         bias, geometry = random_bias(heads=3, terms=terms, dtype=dtype), geometry_of(kind, special)
         *tensors, projection = torch.randn(4, 3, 3, geometry.tokens, 8, dtype=dtype, generator=torch.Generator().manual_seed(5))

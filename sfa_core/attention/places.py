@@ -50,7 +50,7 @@ def row_boxes(
 def language_boxes(
     bundle: Bundle,
     size: tuple[int, int],  # width and height of the image, pixels
-    tiles: int | None = None,  # most tiles per image; None: as the processor is set
+    tiles: int | None = None,  # most tiles per image; None: as many as the family's own processor cuts
     patches: tuple[int, int] | None = None,  # rows and columns of patches of a native tower
 ) -> np.ndarray:  # (K, 4) float32 pixels, nan where a token shows none
     """Return the pixels that each image token of the language model shows, in the order of the prompt."""

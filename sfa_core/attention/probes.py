@@ -199,7 +199,7 @@ def record(
     tower: str = "vision",  # or "language"
     queries: Sequence[int] | str = (),  # tokens whose maps are kept, or "all": B L H N^2 numbers, for small models; every word of an answer is kept
     batch_size: int = 16,  # samples
-    tiles: int | None = None,  # most tiles per image; None: as the processor is set
+    tiles: int | None = None,  # most tiles per image; None: as many as the family's own processor cuts
     rollout: bool = False,  # follow the kept queries through all layers of the encoder
     max_new_tokens: int = 32,  # words of an answer
     progress: bool = False,  # show a bar

@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from .charts import columns_of
-from ..scores.metrics import seed_interval
+from ..scores.intervals import seed_interval
 from .style import arm_look, in_style
 
 # %% ../../notebooks/library/11_figures/25_learning.ipynb #36f60791

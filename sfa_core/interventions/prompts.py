@@ -251,7 +251,7 @@ def row_probabilities(
 def read_prompts(
     bundle: Bundle,
     batch: Sequence[Sample],
-    tiles: int | None = None,  # most tiles per image; None: as the processor is set
+    tiles: int | None = None,  # most tiles per image; None: as many as the family's own processor cuts
 ) -> None:
     """Send the prompts of some samples through the model once; ValueError names an image that cannot be decoded."""
     training = bundle.model.training

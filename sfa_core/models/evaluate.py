@@ -19,6 +19,7 @@ from accelerate.utils import gather_object
 from ..documents.benchmarks import find_benchmark
 from ..documents.generate import Sample, samples
 from .answers import Answer, answer
+from .images import most_tiles
 from .load import Bundle
 from ..scores.compare import SCORERS, fingerprint, known, make_records, summarise
 from ..scores.metrics import PROFILES
@@ -28,12 +29,10 @@ def tiles_of(
     bundle: Any,
     tiles: int,         # what the benchmark asks for
 ) -> int | None:        # None: the model has no tiles
-    "Give the most tiles an image is cut into: the benchmark's for a model that tiles, 1 for a model of one tile."
-    processor = bundle.processor.image_processor
-    most = getattr(processor, "max_patches", None)
-    if most is None:
+    "Return the most tiles an image is cut into: the benchmark's for a model that tiles, 1 for a model of one tile."
+    if bundle.family.views != "tiles":
         return None
-    return tiles if most > 1 or getattr(processor, "crop_to_patches", False) else 1
+    return tiles if most_tiles(bundle) > 1 else 1
 
 
 def settings_of(bundle: Any, asked: Sequence[Sample], **given: Any) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import is_torchvision_available
 from transformers.utils import logging as transformers_logging
 
-from ..structure.inject import load_structure
+from ..structure.store import load_structure
 from .embedded import EmbeddedConfig, build_processor, image_only, new_model, train_tokenizer
 from ..core.families import FAMILIES, Family, family_of
 from ..core.paths import DATA

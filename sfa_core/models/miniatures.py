@@ -105,7 +105,7 @@ def internvl_settings(tokenizer: Any, width: int, layers: int, tile: int) -> tup
     length = (tile // 28) ** 2
     config = InternVLConfig(vision_config=vision, text_config=text, image_token_id=tokenizer.context_image_token_id, image_seq_length=length,
                             tie_word_embeddings=True)
-    images = GotOcr2ImageProcessorPil(size={"height": tile, "width": tile}, crop_to_patches=True, min_patches=1, max_patches=12)
+    images = GotOcr2ImageProcessorPil(size={"height": tile, "width": tile})
     return config, images, {"image_seq_length": length}
 
 

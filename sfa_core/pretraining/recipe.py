@@ -25,8 +25,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ..models.answers import answer_loss, answer_tokens, pack, prompt_tokens, training_batch
-from .dense import DenseHeads, dense_losses, dense_targets, patch_features
-from ..documents.generate import SHORT_WORDS, documents, generator_version
+from .dense import DenseHeads, dense_losses, dense_targets, heads_of_size, patch_features
+from ..documents.generate import documents, generator_version
+from ..documents.words import SHORT_WORDS
 from ..training.loop import LoopConfig, train
 from ..models.images import image_tokens, pixel_table
 from ..models.embedded import EmbeddedConfig, train_tokenizer
@@ -269,7 +270,7 @@ def load_heads(folder: str | Path) -> DenseHeads:
     if not path.is_file():
         raise FileNotFoundError(f"no linear heads at {path}; expected a folder written by the study 05_embedded_model")
     weights = load_file(path)
-    heads = DenseHeads(weights["read.weight"].shape[1])
+    heads = DenseHeads(weights["read.weight"].shape[1], heads_of_size(len(weights["read.weight"])))
     heads.load_state_dict(weights)
     return heads.eval()
 

@@ -26,8 +26,9 @@ from ..training.consistency import SCRConfig
 from ..documents.generate import Sample, documents
 from ..scores.compare import compare_seeds, fingerprint, interval_text, points_text, resolved
 from ..models.evaluate import evaluate
-from ..training.finetune import FinetuneConfig, finetune, load_arm
-from ..scores.metrics import clustered_bootstrap, seed_interval
+from ..training.finetune import finetune
+from ..training.arms import FinetuneConfig, load_arm
+from ..scores.intervals import clustered_bootstrap, seed_interval
 from ..models.load import Bundle
 from ..core.paths import exports_root
 from ..documents.questions import DOCUMENT_KINDS

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from ..scores.compare import compare_seeds, interval_text, points_text
-from ..scores.metrics import seed_interval, wilson_interval
+from ..scores.intervals import seed_interval, wilson_interval
 from ..core.paths import REPOSITORY, exports_root
 from .results import finished_runs
 

@@ -19,8 +19,9 @@ import pandas as pd
 
 from ..documents.benchmarks import choices_of
 from ..documents.generate import Sample
-from .metrics import PROFILES, anls, clustered_bootstrap, exact_match, mcnemar, ocrbench_score
-from .metrics import option_letter, paired_bootstrap, relaxed_accuracy, seed_interval, vqa_accuracy, wilson_interval
+from .metrics import PROFILES, anls, exact_match, ocrbench_score
+from .intervals import clustered_bootstrap, mcnemar, paired_bootstrap, seed_interval, wilson_interval
+from .metrics import option_letter, relaxed_accuracy, vqa_accuracy
 
 # %% ../../notebooks/library/04_scores/30_compare.ipynb #2beaf4f5
 def letter_score(reply: str, sample: Sample) -> float:

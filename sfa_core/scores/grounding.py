@@ -18,7 +18,8 @@ import pandas as pd
 
 from ..documents.generate import Sample
 from .facts import Facts, Place, bare, facts
-from .metrics import as_answers, clustered_bootstrap, relaxed_accuracy, wilson_interval
+from .metrics import as_answers, relaxed_accuracy
+from .intervals import clustered_bootstrap, wilson_interval
 from ..documents.numbers import Number, is_numeric, plain, read_numbers, stated_numbers
 from .operations import asks_for_count, named_operations
 

@@ -13,7 +13,7 @@ import pandas as pd
 
 from .compare import MIN_DOCUMENTS, interval_text, paired, points_text
 from .grounding import CATEGORIES
-from .metrics import mcnemar, paired_bootstrap
+from .intervals import mcnemar, paired_bootstrap
 
 # %% ../../notebooks/library/04_scores/70_transitions.ipynb #1ea7ec8d
 def share_text(share: Mapping[str, Any]) -> str:

@@ -25,7 +25,8 @@ from sfa_core.documents.generate import documents, samples
 from sfa_core.models.embedded import EmbeddedConfig, build_processor, model_config, train_tokenizer
 from sfa_core.models.evaluate import evaluate
 from sfa_core.core.families import family_of
-from sfa_core.training.finetune import FinetuneConfig, finetune
+from sfa_core.training.finetune import finetune
+from sfa_core.training.arms import FinetuneConfig
 from sfa_core.core.memory import MemoryProbe, held_bytes
 from sfa_core.models.load import Bundle, load_model, quantized_layers
 from sfa_core.core.paths import REPOSITORY
