@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SUFFIX', 'IGNORE', 'SHORT', 'LONG', 'prompt_suffix', 'chat_template', 'first_tokens', 'prompt_tokens', 'end_token',
            'answer_tokens', 'pack', 'grouped', 'spatial_positions', 'training_batch', 'answer_loss', 'document_losses',
-           'Answer', 'stop_tokens', 'spatial_inputs', 'generate', 'answer_batch', 'answer']
+           'Answer', 'stop_tokens', 'spatial_inputs', 'generate', 'reply_text', 'answer_batch', 'answer']
 
 # %% ../../notebooks/library/06_models/50_answers.ipynb #d665017c
 import time
@@ -23,6 +23,7 @@ from transformers import GenerationConfig
 from ..documents.generate import Sample, decode, samples
 from .images import ImageBatch, image_batch, image_features, image_inputs, image_tokens, pixel_table  # noqa: F401
 from .load import Bundle
+from ..documents.replies import is_mark, opened_by
 
 # %% ../../notebooks/library/06_models/50_answers.ipynb #ca7c1099
 SUFFIX = "\nAnswer the question using a single word or phrase."
@@ -267,6 +268,24 @@ def generate(
 SHORT, LONG = 8, 0.25  # tokens of a short answer; share of long ones in a batch beyond which no answer waits for others
 
 
+def reply_text(
+    bundle: Bundle,
+    tokens: Sequence[int],  # generated ids without the end token
+    suffix: str | None = None,  # None: the model's own
+) -> str:  # stripped
+    "Decode a reply without special tokens, but with those that mark a thought, and with the mark of a thought that the prompt opened."
+    if "special" not in bundle.cache:
+        bundle.cache["special"] = {place: is_mark(str(token)) for place, token in bundle.tokenizer.added_tokens_decoder.items() if token.special}
+    special = bundle.cache["special"]
+    kept = any(special.get(token, False) for token in tokens)
+    shown = [token for token in tokens if special.get(token, True)] if kept else tokens
+    text = bundle.tokenizer.decode(shown, skip_special_tokens=not kept).strip()
+    key = "opened", suffix
+    if key not in bundle.cache:
+        bundle.cache[key] = opened_by(bundle.tokenizer.decode(prompt_tokens(bundle, "?", suffix)[1]))
+    return bundle.cache[key] + text
+
+
 def answer_batch(
     bundle: Bundle,
     batch: Sequence[Sample],
@@ -289,7 +308,7 @@ def answer_batch(
     seconds, answers = (time.perf_counter() - began) / len(batch), []
     for key in keys:
         tokens, ended = ([], True) if key in errors else next(replies)
-        text = bundle.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        text = "" if key in errors else reply_text(bundle, tokens, suffix)
         answers.append(Answer(text, not ended, seconds, errors.get(key), tuple(tokens)))
     return answers
 

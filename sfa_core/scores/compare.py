@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SCORERS', 'GRADED', 'COLUMNS', 'MIN_DOCUMENTS', 'letter_score', 'known', 'make_records', 'rate_of', 'mean_of',
-           'summarise', 'fingerprint', 'interval_text', 'points_text', 'summary_table', 'kind_table', 'paired',
-           'repr_of', 'difference_of', 'compare', 'resolved', 'verdict', 'comparison_table', 'transition_table',
-           'compare_seeds', 'seed_table']
+           'odd_replies', 'summarise', 'fingerprint', 'interval_text', 'points_text', 'summary_table', 'kind_table',
+           'paired', 'repr_of', 'difference_of', 'compare', 'resolved', 'verdict', 'comparison_table',
+           'transition_table', 'compare_seeds', 'seed_table']
 
 # %% ../../notebooks/library/04_scores/30_compare.ipynb #e0342f04
 import hashlib
@@ -19,9 +19,10 @@ import pandas as pd
 
 from ..documents.benchmarks import choices_of
 from ..documents.generate import Sample
-from .metrics import PROFILES, anls, exact_match, ocrbench_score
+from ..documents.replies import count_thoughts, split_reply
 from .intervals import clustered_bootstrap, mcnemar, paired_bootstrap, seed_interval, wilson_interval
-from .metrics import option_letter, relaxed_accuracy, vqa_accuracy
+from .metrics import PROFILES, anls, exact_match, ocrbench_score, relaxed_accuracy, vqa_accuracy
+from .options import option_letter
 
 # %% ../../notebooks/library/04_scores/30_compare.ipynb #2beaf4f5
 def letter_score(reply: str, sample: Sample) -> float:
@@ -71,7 +72,7 @@ def make_records(
         mark = 0.0 if error else score(text, sample, profile)
         strict, lenient = (not error and bool(relaxed_accuracy(text, sample.answers, name)) for name in ("strict", "lenient"))
         rows.append((sample.id, sample.document, sample.kind, sample.question, list(sample.answers), text, mark >= right, strict, lenient, mark,
-                     bool(reply.truncated), error, "", float(reply.seconds)))
+                     bool(reply.truncated) or not split_reply(text).closed, error, "", float(reply.seconds)))
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"correct": bool, "strict": bool, "lenient": bool, "score": float})
 
 # %% ../../notebooks/library/04_scores/30_compare.ipynb #12da0362
@@ -93,6 +94,18 @@ def mean_of(rows: pd.DataFrame, column: str, draws: int, level: float, seed: int
     return dict(zip(("mean", "low", "high"), clustered_bootstrap(rows[column], rows["document"], draws, level, seed)))
 
 
+def odd_replies(
+    records: pd.DataFrame,
+    scorer: str = "",  # with "letter" replies that name no option are odd
+) -> dict[str, list[str]]:  # what is odd -> ids of its questions, in the order asked
+    "List the questions with a reply that was cut off, that has no answer outside of its thought, or that names no single option."
+    rows = records[records["error"] == ""]
+    parts = [split_reply(text) for text in rows["prediction"]]
+    letters = [scorer == "letter" and option_letter(text, choices_of(question)) is None for text, question in zip(rows["prediction"], rows["question"])]
+    marks = {"truncated": rows["truncated"], "thought only": [part.thought and not part.answer for part in parts], "unreadable": letters}
+    return {name: [id for id, odd in zip(rows["id"], found) if odd] for name, found in marks.items() if any(found)}
+
+
 def summarise(
     records: pd.DataFrame,
     settings: Mapping[str, Any] | None = None,  # what decides the score, kept beside it
@@ -107,13 +120,13 @@ def summarise(
         "documents": int(rows["document"].nunique()), "level": level,
         "by_document": mean_of(rows.astype({"correct": float}), "correct", draws, level, seed), "score": mean_of(rows, "score", draws, level, seed),
         "profiles": {name: rate_of(rows, column, level) for name, column in (("default", "correct"), ("strict", "strict"), ("lenient", "lenient"))},
-        "kinds": {}, "settings": dict(settings or {})}
+        "kinds": {}, "thoughts": count_thoughts(rows["prediction"]), "settings": dict(settings or {})}
     for kind, part in rows.groupby("kind"):
         summary["kinds"][kind] = rate_of(part, "correct", level) | {
             "documents": int(part["document"].nunique()), "score": float(part["score"].mean()), "strict": float(part["strict"].mean()),
             "lenient": float(part["lenient"].mean()), "truncated": int(part["truncated"].sum())}
     if summary["settings"].get("scorer") == "letter":
-        summary["unreadable"] = sum(option_letter(text, choices_of(question)) is None for text, question in zip(rows["prediction"], rows["question"]))
+        summary["unreadable"] = len(odd_replies(rows, "letter").get("unreadable", ()))
     return summary
 
 # %% ../../notebooks/library/04_scores/30_compare.ipynb #dd54c0eb
@@ -145,14 +158,21 @@ def points_text(low: float | None, high: float | None) -> str:
 def summary_table(
     summaries: Mapping[str, Mapping[str, Any]],  # name -> summary
 ) -> pd.DataFrame:                               # one row per name
-    "Show evaluations below each other: n, rate with both intervals, strict and lenient beside it, and what was left out."
+    "Show evaluations below each other: n, rates with intervals, and what was left out; thoughts and unreadable letters where there are any."
     rows = {}
+    thoughts = any(s.get("thoughts", {}).get("replies") for s in summaries.values())
+    letters = any("unreadable" in s for s in summaries.values())
     for name, s in summaries.items():
         percent, by_document = f"{100 * s['level']:g} %", s["by_document"]
         rows[name] = {
             "questions": s["n"], "documents": s["documents"], "right": s["rate"], f"{percent} Wilson": interval_text(s["low"], s["high"]),
             f"{percent} by document": interval_text(by_document["low"], by_document["high"]), "strict": s["profiles"]["strict"]["rate"],
             "lenient": s["profiles"]["lenient"]["rate"], "score": s["score"]["mean"], "truncated": s["truncated"], "image errors": s["errors"]}
+        if letters:
+            rows[name]["unreadable letters"] = s.get("unreadable", "—")
+        if thoughts:
+            counts = s.get("thoughts", {"replies": 0, "unanswered": 0})
+            rows[name] |= {"with a thought": counts["replies"], "thought only": counts["unanswered"]}
     return pd.DataFrame.from_dict(rows, orient="index").round({"right": 3, "strict": 3, "lenient": 3, "score": 3})
 
 

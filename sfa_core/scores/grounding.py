@@ -20,7 +20,8 @@ from ..documents.generate import Sample
 from .facts import Facts, Place, bare, facts
 from .metrics import as_answers, relaxed_accuracy
 from .intervals import clustered_bootstrap, wilson_interval
-from ..documents.numbers import Number, is_numeric, plain, read_numbers, stated_numbers
+from ..documents.numbers import Number, agree, is_numeric, plain, read_numbers, stated_numbers
+from ..documents.replies import answer_of
 from .operations import asks_for_count, named_operations
 
 # %% ../../notebooks/library/04_scores/60_grounding.ipynb #67f90fb8
@@ -72,8 +73,8 @@ def same_text(reply: str, answer: str) -> bool:
 
 def same_numbers(stated: Sequence[Number], answer: Sequence[Number], tolerance: float = 0.05) -> bool:
     "Say whether numbers agree one by one in some reading, as far as the scorer is generous; years exactly."
-    close = lambda a, b, exact: any(abs(x - y) <= (0 if exact else tolerance * abs(y)) for x in a.readings for y in b.readings)
-    return 0 < len(stated) == len(answer) and all(close(a, b, b.year or len(answer) > 1) for a, b in zip(stated, answer))
+    exact = len(answer) > 1
+    return 0 < len(stated) == len(answer) and all(agree(a, b, tolerance=0 if exact or b.year else tolerance) for a, b in zip(stated, answer))
 
 
 def scale_or_sign(stated: Number, answer: Number) -> str:
@@ -157,6 +158,7 @@ def classify(
     "Put a reply into the first category that fits, with the reason and the evidence."
     answers = as_answers(answers)
     right = bool(relaxed_accuracy(prediction, answers)) if correct is None else bool(correct)
+    thought, prediction = prediction, answer_of(prediction)
     numeric_answer = any(is_numeric(a) for a in answers)
     stated = stated_numbers(prediction, question)
     numeric = bool(stated) and (numeric_answer or is_numeric(prediction))
@@ -178,7 +180,7 @@ def classify(
             "format_only", f"{prediction!r} is {answers[0]!r}, written otherwise", found.places, found.kind if found.kind not in ("", "none") else "answer"
         )
     if not numeric:
-        return verdict("non_numeric", "the reply is no number")
+        return verdict("non_numeric", "the reply is no number" if prediction or not thought else "nothing stands outside of the thought")
     for answer in (read_numbers(a) for a in answers if is_numeric(a)):
         if len(answer) == len(stated) == 1 and (slip := scale_or_sign(stated[0], answer[0])):
             return verdict("scale_or_sign", slip, found.places, found.kind if found.kind not in ("", "none") else "answer")
@@ -205,7 +207,7 @@ def source_rule(
     "Judge a reply by the rule of the system this workbook implements."
     if bool(relaxed_accuracy(prediction, answer)) if correct is None else correct:
         return "correct"
-    digits = set(re.findall(r"\d+", prediction))
+    digits = set(re.findall(r"\d+", answer_of(prediction)))
     return "numeric_hallucination" if digits and not digits & set(re.findall(r"\d+", answer)) else "other"
 
 # %% ../../notebooks/library/04_scores/60_grounding.ipynb #0e699f58
