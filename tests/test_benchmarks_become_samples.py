@@ -171,7 +171,7 @@ def test_the_release_of_chartqa_brings_its_evidence(release):
 
 
 @pytest.mark.parametrize("file, content, kind, words", [
-    ("png/multi_2.png", None, FileNotFoundError, "question 1 of test_human.json is about .*multi_2.png, which is missing"),
+    ("png/multi_2.png", None, FileNotFoundError, "question 1 of test_human.json names .*multi_2.png, which is missing"),
     ("test_augmented.json", None, FileNotFoundError, "no .*test_augmented.json; expected the human and the augmented"),
     ("test_human.json", '[{"imgname": "multi_2.png", "query": "?"}]', ValueError, "question 0 of test_human.json has no field label; it has imgname, query"),
     ("annotations/two_col_1.json", "{", ValueError, "two_col_1.json cannot be read"),

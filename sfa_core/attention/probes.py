@@ -17,7 +17,7 @@ from ..tokens.adaptive import CONTROL
 from ..models.answers import end_token, generate, prompt_tokens
 from ..documents.generate import Sample, samples
 from ..core.families import TokenGrid, modules_at
-from ..models.images import ImageBatch, image_batch, image_features, tile_regions
+from ..models.images import ImageBatch, image_batch, image_features, images_of, tile_regions
 from .capture import catching, followed, measure_layer, measure_word, place_tokens
 from ..models.load import Bundle
 from .places import box_mask, box_means, cells_of, language_boxes
@@ -87,7 +87,7 @@ def record_tiles(
     rollout: bool,
 ) -> dict[str, Any]:  # fields of an `AttentionRecord`
     """Send the images of some samples through the encoder and measure the attention of its layers."""
-    family, model, device, images = bundle.family, bundle.model, bundle.devices[0], [sample.image for sample in batch]
+    family, model, device, images = bundle.family, bundle.model, bundle.devices[0], images_of(bundle, batch, tiles)
     prepared, modules = image_batch(bundle, images, tiles), family.attentions_of(model)
     sizes = image_sizes(prepared)
     of_image = zip(batch, images, sizes, strict=True)
@@ -147,7 +147,7 @@ def record_words(
     max_new_tokens: int,
 ) -> dict[str, Any]:  # fields of an `AttentionRecord`
     """Let a model answer some questions and measure the attention of the words it writes; ValueError for a layer that forgets keys."""
-    family, model, language, images = bundle.family, bundle.model, bundle.devices[1], [sample.image for sample in batch]
+    family, model, language, images = bundle.family, bundle.model, bundle.devices[1], images_of(bundle, batch, tiles)
     prepared, prompts = image_batch(bundle, images, tiles), []
     for sample, block in zip(batch, prepared.tokens, strict=True):
         before, after = prompt_tokens(bundle, sample.question)
@@ -210,7 +210,7 @@ def record(
     chosen, family = samples(data), bundle.family
     if (control := getattr(family.tower_of(bundle.model), CONTROL, None)) is not None and control.patches is not None:
         raise ValueError("attention is recorded on the uniform grid and the model has adaptive patches: call detach_tokens first")
-    size = image_sizes(image_batch(bundle, [chosen[0].image], tiles))[0] if family.native else None
+    size = image_sizes(image_batch(bundle, images_of(bundle, chosen[:1], tiles), tiles))[0] if family.native else None
     grid = family.grid(bundle.model, size) if tower == "vision" else family.language_grid(bundle.model, size)
     modules = family.attentions_of(bundle.model) if tower == "vision" else modules_at(family.language_of(bundle.model), "layers.*.self_attn")
     layers = tuple(range(len(modules)) if layers is None else layers)

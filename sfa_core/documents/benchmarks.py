@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['SHORT', 'LETTER', 'LETTER_KOREAN', 'REFERENCES', 'VQA_FIELDS', 'OPTION_FIELDS', 'BENCHMARKS', 'SYNTHETIC_SEED',
            'SYNTHETIC_DOCUMENTS', 'Benchmark', 'both', 'find_benchmark', 'benchmark_table', 'with_choices',
-           'choices_of', 'sample_of', 'option_answer', 'image_file', 'hub_rows', 'local_rows', 'release_rows',
-           'folder_rows', 'folder_evidence', 'load_benchmark', 'from_rows', 'is_release', 'choose', 'unique']
+           'choices_of', 'sample_of', 'option_answer', 'image_file', 'hub_rows', 'local_rows', 'check_saved',
+           'release_rows', 'load_benchmark', 'from_rows', 'is_release', 'choose', 'unique']
 
 # %% ../../notebooks/library/02_documents/55_benchmarks.ipynb #1d19a970
 import hashlib
-import json
 import re
 import string
 from collections import Counter
@@ -23,7 +22,9 @@ import datasets
 import numpy as np
 import pandas as pd
 
-from .generate import Evidence, Sample, TextBox, documents, samples
+from ..core.reading import answers_of, check_cache, inside, is_folder, is_hub_id, read_json, text_value
+from .folders import folder_rows
+from .generate import Sample, documents, samples
 from .chartqa import chartqa_rows, find_split
 
 # %% ../../notebooks/library/02_documents/55_benchmarks.ipynb #78c1b467
@@ -119,23 +120,25 @@ def sample_of(
     row: dict,             # with "image" as {"bytes", "path"}, a path or a PIL image
     name: str,             # of the row, used unless the source numbers its questions
     images: dict[str, bytes],  # hash -> file, so that questions about one image share it
+    folder: Path | None = None,  # of a local copy: the only place where an image may lie that is not in the row itself
 ) -> Sample:
-    "Turn one row into a sample; ValueError names a missing column or answer."
+    "Turn one row into a sample; ValueError names a missing column or answer, or one that is no text."
     columns = benchmark.fields
     wanted = {"image", *(c for entry in columns.values() for c in ((entry,) if isinstance(entry, str) else entry))}
     if missing := sorted(wanted - set(row)):
         raise ValueError(f"benchmark {benchmark.name}: {name} has no field {', '.join(missing)}; it has {', '.join(sorted(row))}")
-    answers = row[columns["answers"]]
-    answers = [str(a) for a in answers] if isinstance(answers, list | tuple) else [] if answers is None else [str(answers)]
-    if not answers:
-        raise ValueError(f"benchmark {benchmark.name}: {name} has no answers; expected a split with answers, such as {benchmark.split!r}")
-    question = str(row[columns["question"]])
+    where = f"benchmark {benchmark.name}: {name}"
+    answers = answers_of(row[columns["answers"]], where, f"a split with answers, such as {benchmark.split!r}")
+    question = text_value(row[columns["question"]], "the question", where)
     if choices := columns.get("choices"):
         options = row[choices] if isinstance(choices, str) else [row[c] for c in choices]
+        if not isinstance(options, list | tuple):
+            raise ValueError(f"{where} has no list of options; expected one")
+        options = [text_value(option, "an option", where) for option in options]
         question, answers = with_choices(question, options), [option_answer(a, len(options), f"{benchmark.name}: {name}") for a in answers]
-    document, source = image_file(row["image"], images, f"{benchmark.name}: {name}")
-    kind = str(row[columns["kind"]]) if "kind" in columns else benchmark.name
-    return Sample(str(row[columns["id"]]) if "id" in columns else name, document, kind, question, tuple(answers), source)
+    document, source = image_file(row["image"], images, where, folder)
+    kind = text_value(row[columns["kind"]], "the kind", where) if "kind" in columns else benchmark.name
+    return Sample(text_value(row[columns["id"]], "the id", where) if "id" in columns else name, document, kind, question, tuple(answers), source)
 
 
 def option_answer(answer: str, options: int, name: str) -> str:
@@ -148,25 +151,28 @@ def option_answer(answer: str, options: int, name: str) -> str:
     raise ValueError(f"benchmark {name}: answer {answer!r}, expected a letter of {letters} or an index below {options}")
 
 
-def image_file(image, images: dict[str, bytes], name: str) -> tuple[str, object]:
-    "Give the document name and the source of an image: the hash of its file and the file."
+def image_file(image, images: dict[str, bytes], where: str, folder: Path | None = None) -> tuple[str, object]:
+    "Return the document name and the source of an image: the hash of its file and the file, or a file inside of the folder."
     if isinstance(image, dict):
-        image = image.get("bytes") or (image.get("path") and Path(image["path"]))
-    if isinstance(image, Path):
+        image = image.get("bytes") or image.get("path")
+    if isinstance(image, str | Path) and str(image):
+        if folder is None:
+            raise ValueError(f"{where} names the file {str(image)[:200]!r} instead of an image; expected its bytes, or a local copy that holds it")
+        image = inside(folder, str(image), where)
         return str(image), image
-    if isinstance(image, bytes):
+    if isinstance(image, bytes) and image:
         document = hashlib.sha256(image).hexdigest()[:16]
         return document, images.setdefault(document, image)
-    if image is None:
-        raise ValueError(f"benchmark {name} has no image; expected one")
+    if not hasattr(image, "tobytes"):
+        raise ValueError(f"{where} has no image; expected one")
     return hashlib.sha256(image.tobytes()).hexdigest()[:16], image
 
 # %% ../../notebooks/library/02_documents/55_benchmarks.ipynb #d2bbe915
 def hub_rows(benchmark: Benchmark, split: str, source: str | Path | None, stream: bool) -> datasets.Dataset | datasets.IterableDataset:
     "Open a split of a benchmark kept in the hub's layout, images not decoded; FileNotFoundError says how to get it, ValueError names the splits there are."
-    if source is not None and Path(source).is_dir():
+    if source is not None and is_folder(source):
         data = local_rows(benchmark, split, Path(source), stream)
-    elif source is not None and not re.fullmatch(r"[\w-]+/[\w.-]+(@[\w.-]+)?", str(source)):
+    elif source is not None and not is_hub_id(source):
         raise FileNotFoundError(f"benchmark {benchmark.name}: no folder {source}; expected a local copy or a hub id such as {benchmark.hubs[0]}")
     else:
         hubs, reasons, data = (str(source),) if source else benchmark.hubs, [], None
@@ -178,6 +184,7 @@ def hub_rows(benchmark: Benchmark, split: str, source: str | Path | None, stream
             except ValueError as error:   # reached, but this split or configuration is not there
                 raise ValueError(f"benchmark {benchmark.name}: {hub} has no split {split!r} of configuration {benchmark.config}: {error}") from error
             except OSError as error:      # offline, gone, or not allowed
+                check_cache(datasets.config.HF_DATASETS_CACHE, error)
                 reasons.append(f"{hub}: {' '.join(str(error).split())[:120]}")
         if data is None:
             raise FileNotFoundError(f"benchmark {benchmark.name} cannot be read ({'; '.join(reasons)}); on a machine with access run "
@@ -190,6 +197,7 @@ def hub_rows(benchmark: Benchmark, split: str, source: str | Path | None, stream
 def local_rows(benchmark: Benchmark, split: str, folder: Path, stream: bool) -> datasets.Dataset | datasets.IterableDataset:
     "Open a split of a local copy: parquet files in the hub's layout, or a dataset saved to disk."
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
+        check_saved(folder)
         saved = datasets.load_from_disk(str(folder))
         found = saved if isinstance(saved, datasets.DatasetDict) else {str(saved.split or split): saved}
         if split in found:
@@ -201,11 +209,27 @@ def local_rows(benchmark: Benchmark, split: str, folder: Path, stream: bool) -> 
         found = sorted({re.split(r"[-.]", f.name)[0] for f in files})
         chosen = [str(f) for f in files if re.split(r"[-.]", f.name)[0] == split]
         if chosen:
-            return datasets.load_dataset("parquet", data_files={split: chosen}, split=split, streaming=stream)
+            try:
+                return datasets.load_dataset("parquet", data_files={split: chosen}, split=split, streaming=stream)
+            except OSError as error:
+                check_cache(datasets.config.HF_DATASETS_CACHE, error)
+                raise
         if not files:
             part = f" of configuration {benchmark.config}" if benchmark.config else ""
             raise FileNotFoundError(f"benchmark {benchmark.name}: no parquet files{part} in {folder}; expected {split}-*.parquet or a dataset saved to disk")
     raise ValueError(f"benchmark {benchmark.name}: no split {split!r} in {folder}; it has {', '.join(found)}")
+
+
+def check_saved(folder: Path) -> None:
+    "Refuse a dataset saved to disk whose splits or files lie elsewhere, with a ValueError, or are missing."
+    listing = folder / "dataset_dict.json"
+    try:
+        for name in read_json(listing)["splits"] if listing.exists() else ["."]:
+            state = inside(folder, f"{name}/state.json", str(listing))
+            for file in read_json(state)["_data_files"]:
+                inside(state.parent, str(file["filename"]), str(state))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder} is no dataset saved to disk ({error!r}); expected splits in dataset_dict.json, _data_files in state.json") from error
 
 # %% ../../notebooks/library/02_documents/55_benchmarks.ipynb #d20c2682
 def release_rows(benchmark: Benchmark, split: str, folder: Path) -> Iterator[dict]:
@@ -214,59 +238,27 @@ def release_rows(benchmark: Benchmark, split: str, folder: Path) -> Iterator[dic
     files = [file for name in choices[benchmark.name] for file in sorted(folder.rglob(name))]
     if not files:
         raise FileNotFoundError(f"benchmark {benchmark.name}: no {' or '.join(choices[benchmark.name])} in {folder}; {benchmark.note}")
-    asked = json.loads(files[0].read_text(encoding="utf-8"))
-    for number, entry in enumerate(asked["qa_pairs"] if isinstance(asked, dict) else asked):
+    asked, known = read_json(files[0], "a list of questions, or qa_pairs"), {}
+    for number, entry in enumerate(asked.get("qa_pairs", []) if isinstance(asked, dict) else asked if isinstance(asked, list) else []):
+        where = f"benchmark {benchmark.name}: question {number} of {files[0].name}"
         try:
             if benchmark.name == "dvqa":
-                image, kind, question, answer = folder / "images" / entry["image"], entry["template_id"], entry["question"], entry["answer"]
+                top, below, image = folder, "images", str(entry["image"])
+                kind, question, answer = entry["template_id"], entry["question"], entry["answer"]
             else:
-                image, question, answer = files[0].parent / "png" / f"{entry['image_index']}.png", entry["question_string"], entry["answer"]
+                top, below, image = files[0].parent, "png", f"{entry['image_index']}.png"
                 kind = entry["template"] if benchmark.name == "plotqa" else f"question_{entry['question_id']}"
+                question, answer = entry["question_string"], entry["answer"]
         except KeyError as missing:
-            has = ", ".join(sorted(entry))
-            raise ValueError(f"benchmark {benchmark.name}: question {number} of {files[0].name} has no field {missing}; it has {has}") from missing
-        answers = ("No", "Yes")[int(answer)] if benchmark.name == "figureqa" else str(answer)
-        yield {"id": f"{split}-{number:07d}", "image": image, "document": image.stem, "kind": str(kind), "question": question, "answers": [answers]}
-
-# %% ../../notebooks/library/02_documents/55_benchmarks.ipynb #896c04bb
-def folder_rows(folder: Path) -> Iterator[dict]:
-    "Read images/ and questions.jsonl of a folder; errors name the line."
-    listing = folder / "questions.jsonl"
-    if not listing.is_file():
-        raise FileNotFoundError(f"benchmark folder: no {listing}; expected a folder with images/ and questions.jsonl")
-    for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        where = f"{listing} line {number}"
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: no JSON ({error}); expected an object with image, question and answers") from error
-        if not isinstance(entry, dict) or (missing := [key for key in ("image", "question", "answers") if not entry.get(key)]):
-            raise ValueError(f"{where}: no {', '.join(missing) if isinstance(entry, dict) else 'object'}; expected an object with image, question and answers")
-        answers = entry["answers"] if isinstance(entry["answers"], list) else [entry["answers"]]
-        image = (folder / "images" / str(entry["image"])).resolve()
-        if not image.is_relative_to((folder / "images").resolve()):
-            raise ValueError(f"{where}: image {entry['image']!r} lies outside images/")
-        if not image.is_file():
-            raise FileNotFoundError(f"{where}: no image {image}; expected a file in images/")
-        yield {"id": str(entry.get("id", f"line-{number}")), "image": image, "document": str(entry["image"]), "kind": str(entry.get("kind", "folder")),
-               "question": str(entry["question"]), "answers": [str(a) for a in answers], "evidence": folder_evidence(entry.get("evidence"), where)}
-
-
-def folder_evidence(given: dict | None, where: str) -> Evidence | None:
-    "Read the optional evidence of a question; ValueError names the line."
-    if given is None:
-        return None
-    try:
-        table = tuple(tuple(str(cell) for cell in line) for line in given.get("table", []))
-        boxes = ((str(t["text"]), tuple(float(edge) for edge in t["box"]), str(t.get("role", "text"))) for t in given.get("texts", []))
-        texts = tuple(TextBox(*box) for box in boxes)
-        if any(len(t.box) != 4 for t in texts):
-            raise ValueError("a box has four edges")
-        return Evidence(table, texts)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{where}: evidence cannot be read ({error!r}); expected table (rows of text) and texts (text, box of four numbers, role)") from error
+            raise ValueError(f"{where} has no field {missing}; it has {', '.join(sorted(entry))}") from missing
+        except TypeError as error:
+            raise ValueError(f"{where} is no object; expected one") from error
+        if benchmark.name == "figureqa" and answer in (0, 1, "0", "1"):
+            answer = ("No", "Yes")[int(answer)]
+        if image not in known:
+            known[image] = inside(top, image, where, below)
+        yield {"id": f"{split}-{number:07d}", "image": known[image], "document": known[image].stem, "kind": text_value(kind, "the kind", where),
+               "question": text_value(question, "the question", where), "answers": answers_of(answer, where)}
 
 # %% ../../notebooks/library/02_documents/55_benchmarks.ipynb #ad4bd965
 SYNTHETIC_SEED = 900_001  # of the documents that are only ever evaluated on
@@ -295,10 +287,10 @@ def load_benchmark(
             number *= 2   # the first documents of a seed stay the same
         return unique(found[:limit], name)
     if not benchmark.hubs:
-        if source is None or not Path(source).is_dir():
+        if source is None or not is_folder(source):
             raise FileNotFoundError(f"benchmark {name}: got source {source}, expected a local folder; {benchmark.note}")
         return from_rows(folder_rows(Path(source)) if name == "folder" else release_rows(benchmark, split, Path(source)), limit, seed, name)
-    if name == "chartqa" and source is not None and Path(source).is_dir() and is_release(Path(source)):
+    if name == "chartqa" and source is not None and is_folder(source) and is_release(Path(source)):
         return from_rows(chartqa_rows(Path(source), split), limit, seed, name)
     data, images = hub_rows(benchmark, split, source, stream=limit is not None and seed is None), {}
     kind = benchmark.fields.get("kind")
@@ -307,7 +299,7 @@ def load_benchmark(
     found = []
     for i, row in islice(rows, limit):
         named = row | {kind: kinds.int2str(row[kind])} if isinstance(kinds, datasets.ClassLabel) else row
-        found.append(sample_of(benchmark, named, f"{split}-{i:05d}", images))
+        found.append(sample_of(benchmark, named, f"{split}-{i:05d}", images, Path(source) if source is not None and is_folder(source) else None))
     return unique(found, name)
 
 

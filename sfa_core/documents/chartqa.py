@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'PARTS', 'chart_table', 'corner_box', 'annotated_texts', 'chart_texts', 'chart_evidence', 'find_split',
-           'chartqa_rows']
+           'question_list', 'chartqa_rows']
 
 # %% ../../notebooks/library/02_documents/45_chartqa.ipynb #9b363a3f
 import csv
-import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..core.reading import answers_of, inside, read_json, text_value
 from .generate import Evidence, TextBox
 
 # %% ../../notebooks/library/02_documents/45_chartqa.ipynb #cd57461a
@@ -32,6 +33,8 @@ def chart_table(path: Path) -> tuple[tuple[str, ...], ...]:
 def corner_box(box: dict[str, float]) -> tuple[float, float, float, float]:
     "Turn corner and size into two corners."
     x, y, width, height = (float(box[key]) for key in ("x", "y", "w", "h"))
+    if not all(map(math.isfinite, (x, y, width, height))):
+        raise ValueError(f"a box is {box}; expected finite numbers")
     return x, y, x + width, y + height
 
 
@@ -54,8 +57,8 @@ def annotated_texts(part: Any, role: str = "text") -> Iterator[TextBox]:
 def chart_texts(path: Path) -> tuple[TextBox, ...]:
     "Read the texts of an annotation file; ValueError when it is damaged."
     try:
-        return tuple(annotated_texts(json.loads(path.read_text(encoding="utf-8"))))
-    except (UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
+        return tuple(annotated_texts(read_json(path)))
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read ({error!r}); expected ChartQA's annotation with boxes of x, y, w, h") from error
 
 
@@ -78,6 +81,14 @@ def find_split(folder: Path, split: str) -> Path | None:
     return found[0] if found else None
 
 
+def question_list(path: Path) -> list[dict]:
+    "Read a list of questions; ValueError when it is none."
+    asked = read_json(path, "a list of questions")
+    if not isinstance(asked, list) or not all(isinstance(entry, dict) for entry in asked):
+        raise ValueError(f"{path} holds no list of objects; expected a list of questions")
+    return asked
+
+
 def chartqa_rows(
     folder: Path,  # the release, or a folder around it
     split: str = "test",  # train, val or test
@@ -92,14 +103,12 @@ def chartqa_rows(
         listing = place / f"{split}_{part}.json"
         if not listing.is_file():
             raise FileNotFoundError(f"benchmark chartqa: no {listing}; expected the human and the augmented questions of a split")
-        for number, entry in enumerate(json.loads(listing.read_text(encoding="utf-8"))):
+        for number, entry in enumerate(question_list(listing)):
+            where = f"benchmark chartqa: question {number} of {listing.name}"
             if missing := [field for field in ("imgname", "query", "label") if field not in entry]:
-                raise ValueError(f"benchmark chartqa: question {number} of {listing.name} has no field {', '.join(missing)}; it has {', '.join(sorted(entry))}")
-            image = place / "png" / entry["imgname"]
-            if not image.is_file():
-                raise FileNotFoundError(f"benchmark chartqa: question {number} of {listing.name} is about {image}, which is missing")
+                raise ValueError(f"{where} has no field {', '.join(missing)}; it has {', '.join(sorted(entry))}")
+            image = inside(place, text_value(entry["imgname"], "the image", where), where, "png")
             if image.stem not in known:
                 known[image.stem] = chart_evidence(place, image.stem)
-            answers = entry["label"] if isinstance(entry["label"], list) else [entry["label"]]
-            yield {"id": f"{split}-{kind}-{number:05d}", "image": image, "document": image.stem, "kind": kind, "question": str(entry["query"]),
-                   "answers": [str(answer) for answer in answers], "evidence": known[image.stem]}
+            yield {"id": f"{split}-{kind}-{number:05d}", "image": image, "document": image.stem, "kind": kind,
+                   "question": text_value(entry["query"], "the question", where), "answers": answers_of(entry["label"], where), "evidence": known[image.stem]}

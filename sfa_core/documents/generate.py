@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED_KINDS', 'LATIN_FONTS', 'PRESETS', 'SMALLEST', 'PRESET_KINDS', 'DRAW', 'BOX', 'FEATURES', 'TextBox',
-           'Evidence', 'Sample', 'as_seen', 'decode', 'Document', 'make_document', 'generator_version', 'documents',
-           'evidence_of', 'samples']
+           'Evidence', 'Sample', 'Document', 'make_document', 'generator_version', 'documents', 'evidence_of',
+           'samples']
 
 # %% ../../notebooks/library/02_documents/25_generate.ipynb #f5b6108c
 import hashlib
-import io
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -21,9 +20,9 @@ import numpy as np
 from datasets import Dataset, Features, Image, List, Value
 from datasets.arrow_writer import ArrowWriter
 from PIL import Image as PILImage
-from PIL import UnidentifiedImageError
 
 import sfa_core
+from ..core.pictures import as_seen, decode  # noqa: F401
 from .drawing import FONTS, paint, text_box
 from .layout import LAYOUTS, PALETTE, Sheet, Style, varied_palette
 from .page_layout import LARGE_KINDS, SMALLEST_PAGE, draw_page
@@ -63,26 +62,6 @@ class Sample:
     def image(self) -> PILImage.Image:
         "The document as an RGB image; ValueError names the sample whose image cannot be decoded."
         return decode(self.source, self.id)
-
-
-def as_seen(image: PILImage.Image) -> PILImage.Image:
-    "Give the RGB image a viewer shows: transparent parts on white paper, 16-bit grey scaled to 8 bits."
-    if image.mode.startswith("I") and image.getextrema()[1] > 255:
-        image = PILImage.fromarray((np.asarray(image) // 257).astype(np.uint8))
-    if image.has_transparency_data:
-        image = PILImage.alpha_composite(PILImage.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image.convert("RGB")
-
-
-def decode(source, name: str) -> PILImage.Image:
-    "Decode bytes, a path or a PIL image to RGB; ValueError with `name` if that fails."
-    if isinstance(source, PILImage.Image):
-        return as_seen(source)
-    try:
-        with PILImage.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return as_seen(image)
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, PILImage.DecompressionBombError) as error:
-        raise ValueError(f"{name}: the image cannot be decoded ({error}); expected a PNG or JPEG file") from error
 
 # %% ../../notebooks/library/02_documents/25_generate.ipynb #1decd8ff
 EMBEDDED_KINDS = ("bar", "grouped_bar", "table")

@@ -14,6 +14,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from ..core.escape import figure_text
 from .charts import GROUP_COLOURS, attention_maps, columns_of
 from .style import INK, in_style
 
@@ -56,7 +57,7 @@ def entropy_violins(
                 go.Violin(
                     x=part["head"].astype(str),
                     y=part["value"].to_numpy(np.float32),
-                    name=group,
+                    name=figure_text(group),
                     legendgroup=group,
                     showlegend=index == 0,
                     side=side,
@@ -85,7 +86,7 @@ def entropy_violins(
         )
     figure.update_xaxes(range=[-0.6, len(heads) - 0.4])
     figure.update_xaxes(title_text="effect size with 95 % interval, under each head", row=rows)
-    figure.update_yaxes(title_text=unit, col=1)
+    figure.update_yaxes(title_text=figure_text(unit), col=1)
     in_style(figure, title, subtitle, 260 * rows, above=64)
     return figure.update_layout(violinmode="overlay", violingap=0.1, showlegend=True, legend={"y": 1 + 0.12 / rows}, margin={"b": 90})
 
@@ -119,6 +120,7 @@ def attention_frames(
     if difference:
         figure.update_layout(coloraxis2={"cmin": -(change or 1), "cmax": change or 1})
     at_once = {"mode": "immediate", "frame": {"duration": 0, "redraw": True}, "transition": {"duration": 0}}
-    steps = [{"label": str(state), "method": "animate", "args": [[str(state)], at_once]} for state in states]
-    slider = {"active": 0, "steps": steps, "currentvalue": {"prefix": f"{what}: ", "font": {"size": 13}}, "pad": {"t": 6, "b": 6}, "x": 0, "len": 1}
+    steps = [{"label": figure_text(state), "method": "animate", "args": [[str(state)], at_once]} for state in states]
+    current = {"prefix": f"{figure_text(what)}: ", "font": {"size": 13}}
+    slider = {"active": 0, "steps": steps, "currentvalue": current, "pad": {"t": 6, "b": 6}, "x": 0, "len": 1}
     return figure.update_layout(sliders=[slider], height=figure.layout.height + 74, margin={"b": (figure.layout.margin.b or 24) + 74})

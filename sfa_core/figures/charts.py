@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from ..core.escape import figure_text
 from .style import ARM_COLOURS, ARM_NAMES, DENSITY, INK, SCALES, STRUCTURE, arm_look, colour_bar
 from .style import draw_page, grid_panels, in_style, outline, over, png_source, save_figure, see_through
 
@@ -31,12 +32,12 @@ def document_gallery(
     if not len(images) or len(images) != len(captions):
         raise ValueError(f"{len(images)} images and {len(captions)} captions, expected at least one image and as many captions")
     columns = min(columns, len(images))
-    edge, wrapped = 840 // columns, ["<br>".join(textwrap.wrap(caption, 840 // columns // 8)) for caption in captions]
+    edge, wrapped = 840 // columns, ["\n".join(textwrap.wrap(caption, 840 // columns // 8)) for caption in captions]
     figure, places, height = grid_panels(wrapped, columns, min(edge, 320))
     for image, place in zip(images, places, strict=True):
         source, *size = png_source(image)
         draw_page(figure, place, source, size)
-    above = 18 * max(text.count("<br>") + 1 for text in wrapped)
+    above = 18 * max(text.count("\n") + 1 for text in wrapped)
     return in_style(figure, title, subtitle, height + 20, above).update_layout(margin={"l": 30, "r": 30, "b": 20})
 
 # %% ../../notebooks/library/11_figures/20_charts.ipynb #531d94c0
@@ -71,10 +72,10 @@ def score_by_kind(
         figure.add_trace(go.Scatter(
             x=table["rate"], y=[kinds.index(kind) + (index - middle) * 0.7 / len(tables) for kind in table["kind"]], mode="markers", name=name,
             marker={"color": colour, "symbol": symbol, "size": 9}, error_x={**bars, "thickness": 1.6, "width": 3, "color": colour},
-            customdata=np.column_stack([table["kind"], table["n"], table["low"], table["high"]]),
+            customdata=np.column_stack([table["kind"].map(figure_text), table["n"], table["low"], table["high"]]),
             hovertemplate=f"{name}, %{{customdata[0]}}: %{{x:.1%}} [%{{customdata[2]:.1%}}, %{{customdata[3]:.1%}}], n = %{{customdata[1]:,}}<extra></extra>",
         ))
-    labels = [f"{kind}  <span style='color:#5F6368'>n = {'–'.join(f'{n:,}' for n in sorted(counts[kind]))}</span>" for kind in kinds]
+    labels = [f"{figure_text(kind)}  <span style='color:#5F6368'>n = {'–'.join(f'{n:,}' for n in sorted(counts[kind]))}</span>" for kind in kinds]
     figure.update_yaxes(tickvals=list(range(len(kinds))), ticktext=labels, range=[len(kinds) - 0.5, -0.5], showgrid=False)
     for line in range(1, len(kinds)):
         figure.add_hline(line - 0.5, line={"color": "#ECEEF0", "width": 1})
@@ -98,15 +99,16 @@ def difference_forest(
     for at, (low, high), colour in zip(rows, points[["low", "high"]].to_numpy(), colours, strict=True):
         figure.add_shape(type="line", x0=low, x1=high, y0=at, y1=at, line={"color": colour, "width": 2})
     figure.add_trace(go.Scatter(
-        x=points["difference"], y=rows, mode="markers", text=texts, customdata=np.column_stack([table["name"], table["n"]]),
+        x=points["difference"], y=rows, mode="markers", text=texts, customdata=np.column_stack([table["name"].map(figure_text), table["n"]]),
         marker={"size": 10, "symbol": ["diamond" if known else "diamond-open" for known in resolved], "color": colours, "line": {"width": 2}},
         hovertemplate="%{customdata[0]}: %{text} points, n = %{customdata[1]:,}<extra></extra>",
     ))
     for at, text, n in zip(rows, texts, table["n"], strict=True):
         figure.add_annotation(x=1.01, xref="paper", xanchor="left", y=at, text=f"{text}  <span style='color:#5F6368'>n = {n:,}</span>", showarrow=False)
     figure.add_vline(0, line={"color": INK, "width": 1})
-    figure.update_xaxes(title_text="percentage points, with 95 % interval" + (f" (right of zero: {better})" if better else ""), range=[-span, span])
-    figure.update_yaxes(tickvals=rows, ticktext=table["name"], range=[len(table) - 0.5, -0.5], showgrid=False)
+    side = f" (right of zero: {figure_text(better)})" if better else ""
+    figure.update_xaxes(title_text=f"percentage points, with 95 % interval{side}", range=[-span, span])
+    figure.update_yaxes(tickvals=rows, ticktext=table["name"].map(figure_text), range=[len(table) - 0.5, -0.5], showgrid=False)
     return in_style(figure, title, subtitle, 80 + 34 * len(table)).update_layout(showlegend=False, margin={"r": 230})
 
 # %% ../../notebooks/library/11_figures/20_charts.ipynb #2f821346
@@ -241,8 +243,9 @@ def head_grid(
     names, most = list(range(len(values)) if layers is None else layers), float(np.nanmax(np.abs(values))) or 1.0
     limits = {"zmin": -most, "zmax": most} if scale == "difference" else {}
     figure = go.Figure(go.Heatmap(
-        z=values, x=[str(head) for head in range(values.shape[1])], y=[str(layer) for layer in names], colorscale=SCALES[scale], xgap=2, ygap=2, **limits,
-        texttemplate="%{z:.3g}" if values.size <= 96 else None, hovertemplate=f"layer %{{y}}, head %{{x}}: %{{z:.4g}} {unit}<extra></extra>",
+        z=values, x=[str(head) for head in range(values.shape[1])], y=[figure_text(layer) for layer in names],
+        colorscale=SCALES[scale], xgap=2, ygap=2, **limits,
+        texttemplate="%{z:.3g}" if values.size <= 96 else None, hovertemplate=f"layer %{{y}}, head %{{x}}: %{{z:.4g}} {figure_text(unit)}<extra></extra>",
         colorbar=colour_bar(unit),
     ))
     figure.update_xaxes(title_text="head", type="category", showgrid=False)
@@ -267,9 +270,9 @@ def architecture(
         colour = (STRUCTURE if row.within else ARM_COLOURS["vision"]) if row.trained else ARM_COLOURS["baseline"]
         fill = "white" if row.within else "#E8F0FE" if row.trained else "#F5F6F7"
         figure.add_shape(type="rect", x0=at + edge, x1=at + 1 - edge, y0=low, y1=high, line={"color": colour, "width": 2}, fillcolor=fill, layer="below")
-        lines = "<br>".join(textwrap.wrap(row.detail, 110 // max(4, len(outer))))
+        lines = figure_text("\n".join(textwrap.wrap(row.detail, 110 // max(4, len(outer)))))
         amount = f"{row.parameters:,} parameters, {'trained' if row.trained else 'frozen'}"
-        text = f"<b>{row.part}</b><br>{lines}<br><span style='color:{colour}'>{amount}</span>"
+        text = f"<b>{figure_text(row.part)}</b><br>{lines}<br><span style='color:{colour}'>{amount}</span>"
         figure.add_annotation(x=at + 0.5, y=middle, text=text, showarrow=False, font={"size": 12})
         if at and not row.within:
             ends = {"x": at + 0.06, "ax": at - 0.06, "y": 0.5, "ay": 0.5, "axref": "x", "ayref": "y"}

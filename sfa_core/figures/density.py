@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from ..core.escape import figure_text
 from .charts import columns_of
 from .style import ARM_COLOURS, INK, SCALES, arm_look, colour_bar, draw_page, grid_panels, in_style, over, png_source
 
@@ -103,12 +104,12 @@ def cross_architecture(
                 name=name,
                 marker={"color": colour, "symbol": [symbol if sure else f"{symbol}-open" for sure in known], "size": 10, "line": {"width": 2, "color": colour}},
                 error_x={**bars, "thickness": 1.8, "width": 3, "color": colour},
-                customdata=np.column_stack([part["model"], part["n"], points["low"], points["high"]]),
+                customdata=np.column_stack([part["model"].map(figure_text), part["n"], points["low"], points["high"]]),
                 hovertemplate="%{customdata[0]}: %{x:+.1f} [%{customdata[2]:+.1f}, %{customdata[3]:+.1f}] points, n = %{customdata[1]}<extra></extra>",
             )
         )
     encoders = table.drop_duplicates("model").set_index("model")["encoder"]
-    labels = [f"{model}<br><span style='color:#5F6368'>{encoders[model]}</span>" for model in models]
+    labels = [f"{figure_text(model)}<br><span style='color:#5F6368'>{figure_text(encoders[model])}</span>" for model in models]
     figure.update_yaxes(tickvals=list(range(len(models))), ticktext=labels, range=[len(models) - 0.5, -0.5], showgrid=False)
     figure.add_vline(0, line={"color": INK, "width": 1})
     figure.update_xaxes(title_text="percentage points against the control, with 95 % interval")

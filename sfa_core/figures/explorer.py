@@ -15,6 +15,7 @@ from typing import Any
 import ipywidgets as widgets
 import plotly.graph_objects as go
 
+from ..core.escape import html_text
 from ..documents.generate import Sample, decode, samples
 from ..models.load import Bundle
 from ..core.paths import exports_root
@@ -34,7 +35,7 @@ def word_row(explorer: "AttentionExplorer", arm: str, words: tuple[str, ...]) ->
         button.on_click(lambda _, index=index: explorer.choose(tower="language", word=index))
         buttons.append(button.add_class("sfa-word"))
     return widgets.HBox(
-        [widgets.HTML(f"{ARM_NAMES.get(arm, arm)} answers:&nbsp;"), *buttons], layout=widgets.Layout(flex_flow="row wrap", align_items="center")
+        [widgets.HTML(f"{html_text(ARM_NAMES.get(arm, arm))} answers:&nbsp;"), *buttons], layout=widgets.Layout(flex_flow="row wrap", align_items="center")
     )
 
 # %% ../../notebooks/library/11_figures/80_explorer.ipynb #f8e44a39
@@ -106,7 +107,7 @@ class AttentionExplorer:
             try:
                 self.choose(tower="vision", place=(points.xs[0] + 0.5, points.ys[0] + 0.5))
             except ValueError as error:
-                self.notes.value = str(error)
+                self.notes.value = html_text(error)
 
     def _repr_mimebundle_(self, **options):
         return self.box._repr_mimebundle_(**options)
@@ -174,7 +175,7 @@ class AttentionExplorer:
             for row in self.words.children:
                 for index, button in enumerate(row.children[1:]):
                     button.button_style = "info" if view.choice.tower == "language" and view.choice.word == index else ""
-            self.notes.value = "<br>".join(f"<b>{ARM_NAMES.get(arm, arm)}</b>: {text}" for arm, text in view.notes.items())
+            self.notes.value = "<br>".join(f"<b>{html_text(ARM_NAMES.get(arm, arm))}</b>: {html_text(text)}" for arm, text in view.notes.items())
         finally:
             self.busy = False
 
@@ -185,7 +186,7 @@ class AttentionExplorer:
             self.ask(self.own.value, bytes(files[0]["content"]) if files else None)
             self.upload.value = ()
         except ValueError as error:
-            self.notes.value = f"<b>not asked</b>: {error}"
+            self.notes.value = f"<b>not asked</b>: {html_text(error)}"
 
     def save(
         self,
@@ -204,9 +205,9 @@ class AttentionExplorer:
 
         def write():
             try:
-                said = f"saved {self.save(view).name}"
+                said = f"saved {html_text(self.save(view).name)}"
             except Exception as error:  # nobody waits for this thread: the reason goes where the mouse is
-                said = f"<b>not saved</b>: {error}"
+                said = f"<b>not saved</b>: {html_text(error)}"
             self.notes.value += f"<br>{said}"
             self.save_button.disabled = False
 

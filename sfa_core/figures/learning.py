@@ -13,6 +13,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from ..core.escape import figure_text
 from .charts import columns_of
 from ..scores.intervals import seed_interval
 from .style import arm_look, in_style
@@ -44,7 +45,7 @@ def learning_curves(
         raise ValueError(f"got {len(bands)} runs and the measures {list(measures)}, expected at least one of each, measured: {absent} are not")
     columns = min(3, len(measures))
     count = math.ceil(len(measures) / columns)
-    figure = make_subplots(rows=count, cols=columns, subplot_titles=[name.replace("_", " ") for name in measures], vertical_spacing=0.25 / count)
+    figure = make_subplots(rows=count, cols=columns, subplot_titles=[figure_text(name.replace("_", " ")) for name in measures], vertical_spacing=0.25 / count)
     for index, (run, band) in enumerate(bands.items()):
         colour, _, name = arm_look(run, index)
         for panel, measure in enumerate(measures):
@@ -57,5 +58,5 @@ def learning_curves(
             look = dict(mode="lines+markers", line={"color": colour, "width": 2.5}, marker={"size": 5}, hovertemplate=hover)
             figure.add_trace(go.Scatter(x=part["step"], y=part["mean"], name=name, legendgroup=run, showlegend=panel == 0, **look), **place)
     figure.update_xaxes(title_text="optimiser step", row=count)
-    figure.update_yaxes(title_text=unit, col=1)
+    figure.update_yaxes(title_text=figure_text(unit), col=1)
     return in_style(figure, title, subtitle, 240 * count, above=48).update_layout(showlegend=True, legend={"y": 1 + 0.16 / count})

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from ..core.escape import figure_text
 from .charts import columns_of
 from .style import ARM_COLOURS, INK, colour_bar, draw_page, grid_panels, in_style, outline, over, png_source, see_through
 
@@ -77,12 +78,12 @@ def sink_scatter(
     for name, part, colour in groups:
         figure.add_trace(go.Scattergl(
             x=(part["value"] / tau).to_numpy(np.float32), y=part[measure].to_numpy(np.float32), mode="markers", name=name,
-            marker={"color": colour, "size": 5, "opacity": 0.5}, hovertemplate=f"value %{{x:.2f}} τ, {measure} %{{y:.3g}}<extra></extra>",
+            marker={"color": colour, "size": 5, "opacity": 0.5}, hovertemplate=f"value %{{x:.2f}} τ, {figure_text(measure)} %{{y:.3g}}<extra></extra>",
         ))
     figure.add_vline(1, line={"color": INK, "width": 1, "dash": "dot"})
     figure.add_annotation(x=0, y=1, yref="paper", text=f"τ = {tau:.1f}", showarrow=False, xanchor="left", yanchor="top", xshift=4)  # log10 of 1
     figure.update_xaxes(title_text="sink value / τ", type="log", dtick="D2")
-    figure.update_yaxes(title_text=f"{measure}, mean over heads and text tokens", type="log")
+    figure.update_yaxes(title_text=f"{figure_text(measure)}, mean over heads and text tokens", type="log")
     return in_style(figure, title, subtitle, 380, above=28).update_layout(showlegend=True)
 
 # %% ../../notebooks/library/11_figures/50_sinks.ipynb #b6be08c6
@@ -107,5 +108,5 @@ def place_shares(
         counts = f"  <span style='color:#5F6368'>n = {row.sinks:,} of {row.tokens:,}</span>"
         figure.add_annotation(x=1.01, xref="paper", xanchor="left", y=at, text=text + counts, showarrow=False)
     figure.update_xaxes(title_text="share of tokens", tickformat=".0%", range=[-0.02, 1.02])
-    figure.update_yaxes(tickvals=rows, ticktext=table["place"], range=[len(table) - 0.5, -0.5], showgrid=False)
+    figure.update_yaxes(tickvals=rows, ticktext=table["place"].map(figure_text), range=[len(table) - 0.5, -0.5], showgrid=False)
     return in_style(figure, title, subtitle, 90 + 40 * len(table), above=28).update_layout(showlegend=True, margin={"r": 280})

@@ -25,6 +25,9 @@ from PIL import Image
 from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
+from ..core.escape import figure_text
+from ..core.pictures import as_seen
+
 # %% ../../notebooks/library/11_figures/10_style.ipynb #83e4d2ae
 ARM_COLOURS = {
     "baseline": "#70757A", "control": "#9AA0A6", "sfa": "#00897B", "vision": "#1A73E8", "adat": "#E8453C", "vision_adat": "#7B1FA2", "full": "#0D47A1",
@@ -52,16 +55,16 @@ TEMPLATE = go.layout.Template(
 def arm_look(
     name: str,  # an arm or any other name
     index: int = 0,  # its place among the names of the figure
-) -> tuple[str, str, str]:  # colour, symbol, name to show
+) -> tuple[str, str, str]:  # colour, symbol, name to show in a figure, escaped
     """Return how an arm is drawn, the same in every figure."""
     if name in ARM_COLOURS:
         return ARM_COLOURS[name], SYMBOLS[list(ARM_COLOURS).index(name) % len(SYMBOLS)], ARM_NAMES.get(name, name)
-    return OTHER_COLOURS[index % len(OTHER_COLOURS)], SYMBOLS[index % len(SYMBOLS)], name
+    return OTHER_COLOURS[index % len(OTHER_COLOURS)], SYMBOLS[index % len(SYMBOLS)], figure_text(name)
 
 
 def in_style(
     figure: go.Figure,
-    title: str,
+    title: str,  # plain text, as all texts that are given to a figure
     subtitle: str = "",  # one sentence that says what is seen
     height: int = 420,  # pixels of the plot and what is below it
     above: int = 0,  # pixels between the title and the plot, for a legend or the names of panels
@@ -69,17 +72,17 @@ def in_style(
 ) -> go.Figure:
     """Give a figure the house style, its title and its sentence, and return it."""
     lines = textwrap.wrap(subtitle, max(40, width // 7))
-    text = {"text": "<br>".join(lines), "font": {"size": 13, "color": "#5F6368"}}
+    text = {"text": "<br>".join(map(figure_text, lines)), "font": {"size": 13, "color": "#5F6368"}}
     top = 48 + 17 * len(lines) + 6 * bool(lines) + above
-    figure.update_layout(template=TEMPLATE, title={"text": title, "subtitle": text}, height=height + top, margin={"l": 70, "r": 40, "t": top, "b": 60})
-    return figure
+    heading = {"text": figure_text(title), "subtitle": text}
+    return figure.update_layout(template=TEMPLATE, title=heading, height=height + top, margin={"l": 70, "r": 40, "t": top, "b": 60})
 
 # %% ../../notebooks/library/11_figures/10_style.ipynb #e123eb58
 def png_source(
     image: Any,  # (Y, X, 3) uint8 or a PIL image
 ) -> tuple[str, int, int]:  # data address, width and height in pixels
     """Encode an image for a figure; ValueError when it is no RGB image."""
-    array = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
+    array = np.asarray(as_seen(image) if isinstance(image, Image.Image) else image)
     if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
         raise ValueError(f"an image has shape {array.shape} and type {array.dtype}, expected (Y, X, 3) uint8 or a PIL image")
     stream = io.BytesIO()
@@ -102,21 +105,22 @@ def colour_bar(
     x: float = 1.02,  # place in widths of the plot
 ) -> dict[str, Any]:
     """Return the settings of a colour scale's legend."""
-    return {"thickness": 12, "outlinewidth": 0, "len": 1, "x": x, "title": {"text": text, "side": "right", "font": {"size": 13}}}
+    return {"thickness": 12, "outlinewidth": 0, "len": 1, "x": x, "title": {"text": figure_text(text), "side": "right", "font": {"size": 13}}}
 
 
 def grid_panels(
-    titles: Sequence[str],  # one per panel, may be wrapped with <br>
+    titles: Sequence[str],  # one per panel, plain text; lines end at \n
     columns: int,  # panels in a row
     edge: int,  # pixels of a panel on a page of 900
     spacing: int = 8,  # pixels between rows, beside the titles
 ) -> tuple[go.Figure, list[tuple[int, int]], int]:  # figure, (row, column) of each panel, height in pixels
     """Lay out panels for pictures, without axes, their titles above them."""
     columns, rows = min(columns, len(titles)), math.ceil(len(titles) / min(columns, len(titles)))
-    lines = max(title.count("<br>") + 1 for title in titles)
+    lines = max(title.count("\n") + 1 for title in titles)
     gap = spacing + 18 * lines
     height = rows * edge + (rows - 1) * gap
-    figure = make_subplots(rows=rows, cols=columns, subplot_titles=titles, vertical_spacing=gap / height if rows > 1 else 0, horizontal_spacing=0.02)
+    spacing = {"vertical_spacing": gap / height if rows > 1 else 0, "horizontal_spacing": 0.02}
+    figure = make_subplots(rows=rows, cols=columns, subplot_titles=[figure_text(title) for title in titles], **spacing)
     figure.update_annotations(font={"size": 13})
     figure.update_xaxes(visible=False, constrain="domain")
     places = [(index // columns + 1, index % columns + 1) for index in range(len(titles))]
@@ -149,7 +153,7 @@ def over(
     if values.ndim != 2:
         raise ValueError(f"a map has shape {values.shape}, expected (h, w)")
     across, down = size[0] / values.shape[1], size[1] / values.shape[0]
-    hover = f"row %{{customdata[0]}}, column %{{customdata[1]}}: %{{z:.4f}} {unit}<extra></extra>"
+    hover = f"row %{{customdata[0]}}, column %{{customdata[1]}}: %{{z:.4f}} {figure_text(unit)}<extra></extra>"
     cells = np.stack(np.indices(values.shape), axis=-1).astype(np.uint16)
     place = {"x0": across / 2 - 0.5, "dx": across, "y0": down / 2 - 0.5, "dy": down}
     return go.Heatmap(z=values, coloraxis=axis, customdata=cells, hovertemplate=hover, **place)

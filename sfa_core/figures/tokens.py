@@ -10,6 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from ..core.escape import figure_text
 from .charts import columns_of
 from .style import ARM_COLOURS, DENSITY, SYMBOLS, in_style
 
@@ -47,7 +48,7 @@ def cost_curves(
     figure = make_subplots(rows=rows, cols=columns, horizontal_spacing=0.1, vertical_spacing=0.2, shared_yaxes=True)
     for at, (cost, (row, column)) in enumerate(zip(costs, [(1 + i // columns, 1 + i % columns) for i in range(len(costs))])):
         for index, (method, part) in enumerate(table.groupby("method", sort=False)):
-            colour, name = METHODS.get(str(method), ("#558B2F", str(method)))
+            colour, name = METHODS.get(str(method), ("#558B2F", figure_text(method)))
             part, symbol = part.sort_values(cost), SYMBOLS[index % len(SYMBOLS)]
             bars = {"type": "data", "symmetric": False, "array": part["high"] - part["rate"], "arrayminus": part["rate"] - part["low"]}
             figure.add_trace(

@@ -7,7 +7,6 @@ __all__ = ['ANSWER_COLOUR', 'REPLY_COLOUR', 'CLASS_COLOURS', 'boxes_of', 'marked
            'ungrounded_forest', 'VerdictPicker']
 
 # %% ../../notebooks/library/11_figures/60_verdicts.ipynb #d05972df
-import html
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,6 +16,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from PIL import Image, ImageDraw
 
+from ..core.escape import figure_text, html_text
 from ..documents.generate import Evidence, Sample
 from ..scores.facts import Place
 from .charts import document_gallery
@@ -101,7 +101,7 @@ def taxonomy_bars(
         shares = [reports[arm]["classes"][category] for arm in arms]
         if not any(s["count"] for s in shares):
             continue
-        hover = [f"{category}: {s['count']} of {s['n']}" for s in shares]
+        hover = [f"{figure_text(category)}: {s['count']} of {s['n']}" for s in shares]
         figure.add_trace(
             go.Bar(
                 y=names,
@@ -238,6 +238,6 @@ class VerdictPicker:
         }
         self.text.value = (
             "<table>"
-            + "".join(f"<tr><th style='text-align:left;padding-right:1em'>{name}</th><td>{html.escape(str(value))}</td></tr>" for name, value in facts.items())
+            + "".join(f"<tr><th style='text-align:left;padding-right:1em'>{name}</th><td>{html_text(value)}</td></tr>" for name, value in facts.items())
             + "</table>"
         )

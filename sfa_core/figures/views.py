@@ -26,7 +26,7 @@ from ..models.load import Bundle
 from ..attention.places import cells_of, spread
 from ..attention.probes import record
 from ..attention.records import AttentionRecord
-from .style import ARM_NAMES, INK, SCALES, arm_look, colour_bar, in_style, png_source, see_through
+from .style import INK, SCALES, arm_look, colour_bar, in_style, png_source, see_through
 
 # %% ../../notebooks/library/11_figures/70_views.ipynb #d4ed741f
 LIMIT = 2**28  # bytes of maps kept for one page and arm
@@ -239,7 +239,7 @@ def view_figure(
 ) -> go.Figure:
     """Draw a view."""
     arms = list(view.maps)
-    titles = ["page", *(ARM_NAMES.get(arm, arm) for arm in arms), *(["difference"] if len(arms) == 2 else [])]
+    titles = ["page", *(arm_look(arm)[2] for arm in arms), *(["difference"] if len(arms) == 2 else [])]
     columns = len(titles)
     edge = min(330, round((width - 190) / columns))
     below = [{"colspan": columns - 1}, *[None] * (columns - 2), {}]

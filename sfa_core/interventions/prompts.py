@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from ..models.images import images_of
 from ..models.answers import generate
 from ..documents.generate import Sample
 from ..models.load import Bundle
@@ -257,6 +258,6 @@ def read_prompts(
     training = bundle.model.training
     bundle.model.eval()
     try:
-        generate(bundle, [sample.image for sample in batch], [(i, sample.question) for i, sample in enumerate(batch)], max_new_tokens=1, tiles=tiles)
+        generate(bundle, images_of(bundle, batch, tiles), [(i, sample.question) for i, sample in enumerate(batch)], max_new_tokens=1, tiles=tiles)
     finally:
         bundle.model.train(training)

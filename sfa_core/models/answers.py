@@ -20,8 +20,9 @@ from torch.nn.functional import cross_entropy, pad
 from tqdm import tqdm
 from transformers import GenerationConfig
 
+from ..core.pictures import decode_page
 from ..documents.generate import Sample, decode, samples
-from .images import ImageBatch, image_batch, image_features, image_inputs, image_tokens, pixel_table  # noqa: F401
+from .images import ImageBatch, check_shape, check_tiles, image_batch, image_features, image_inputs, image_tokens, pixel_table  # noqa: F401
 from .load import Bundle
 from ..documents.replies import is_mark, opened_by
 
@@ -168,9 +169,13 @@ def training_batch(
     suffix: str | None = None,  # None: the model's own
     tiles: int | None = None,  # most tiles per image
 ) -> dict[str, torch.Tensor]:  # as `pack`, and what the encoder takes (pixel_values, ...); on the devices of the model's parts
-    "Return model inputs with labels, one sequence per document; ValueError names a document whose image cannot be decoded."
+    "Return model inputs with labels, one sequence per document; ValueError names a document whose image cannot be decoded or has an impossible shape."
     groups = grouped(rows)
-    images = image_batch(bundle, [decode(source, name) for name, source, _ in groups], tiles)
+    pages = [decode(source, name) for name, source, _ in groups]
+    check_tiles(bundle, tiles)
+    for (name, _, _), page in zip(groups, pages, strict=True):
+        check_shape(bundle, page.size, name, tiles)
+    images = image_batch(bundle, pages, tiles)
     prefixes, branches = [], []
     for (_, _, pairs), block in zip(groups, images.tokens, strict=True):
         prompts = [prompt_tokens(bundle, question, suffix) for question, _ in pairs]
@@ -221,6 +226,7 @@ class Answer:
     seconds: float  # share of the batch's wall time
     error: str | None = None  # why there is no prediction
     tokens: tuple[int, ...] = ()  # generated ids without the end token
+    note: str = ""  # what of the image was left out, such as further pages
 
 
 def stop_tokens(
@@ -293,13 +299,16 @@ def answer_batch(
     suffix: str | None,
     tiles: int | None,
 ) -> list[Answer]:
-    "Answer one batch; an image that cannot be decoded becomes an answer with an error."
-    began, images, index, errors = time.perf_counter(), [], {}, {}
+    "Answer one batch; an image that cannot be decoded, or has a shape that the family cannot take, becomes an answer with an error."
+    check_tiles(bundle, tiles)
+    began, images, index, errors, notes = time.perf_counter(), [], {}, {}, {}
     keys = [(sample.document, sample.source if isinstance(sample.source, bytes | str) else id(sample.source)) for sample in batch]
     for key, sample in zip(keys, batch, strict=True):
         if key not in index and key not in errors:
             try:
-                images.append(sample.image)
+                page, notes[key] = decode_page(sample.source, sample.id)
+                check_shape(bundle, page.size, sample.id, tiles)
+                images.append(page)
                 index[key] = len(images) - 1
             except ValueError as error:
                 errors[key] = str(error)
@@ -309,7 +318,7 @@ def answer_batch(
     for key in keys:
         tokens, ended = ([], True) if key in errors else next(replies)
         text = "" if key in errors else reply_text(bundle, tokens, suffix)
-        answers.append(Answer(text, not ended, seconds, errors.get(key), tuple(tokens)))
+        answers.append(Answer(text, not ended, seconds, errors.get(key), tuple(tokens), notes.get(key, "")))
     return answers
 
 

@@ -116,8 +116,8 @@ def evaluate(
     reply = answer if accelerator is None else partial(answer_together, accelerator=accelerator)
     with nullcontext() if intervention is None else intervention.attach(bundle):
         replies = reply(bundle, asked, batch_size=batch_size, max_new_tokens=max_new_tokens, suffix=suffix, tiles=tiles, progress=progress)
-    records = make_records(asked, replies, scorer, profile)
+    records, notes = make_records(asked, replies, scorer, profile), {getattr(reply, "note", "") for reply in replies} - {""}
     settings = settings_of(bundle, asked, benchmark=benchmark, scorer=scorer, profile=profile, suffix=suffix, tiles=tiles,
                            max_new_tokens=max_new_tokens, batch_size=batch_size, bootstrap_seed=seed, bootstrap_draws=draws,
                            intervention=None if intervention is None else repr(intervention))
-    return records, summarise(records, settings, draws, level, seed)
+    return records, summarise(records, settings, draws, level, seed) | {"notes": sorted(notes)}

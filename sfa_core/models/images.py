@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Box', 'pixel_table', 'image_tokens', 'shortened', 'image_blocks', 'most_tiles', 'image_inputs', 'grid_boxes',
-           'check_tiles', 'tile_regions', 'describe_views', 'ImageBatch', 'image_batch', 'check_leaves', 'placeholder',
-           'ImageFeatures', 'image_features']
+           'check_tiles', 'tile_regions', 'check_shape', 'images_of', 'describe_views', 'ImageBatch', 'image_batch',
+           'check_leaves', 'placeholder', 'ImageFeatures', 'image_features']
 
 # %% ../../notebooks/library/06_models/40_images.ipynb #18d10934
 from collections.abc import Sequence
@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from ..tokens.adaptive import CONTROL, language_tokens
 from .load import Bundle
@@ -145,6 +146,37 @@ def tile_regions(
     left, top = (target[1] - inner[1]) // 2 * scale[0], (target[0] - inner[0]) // 2 * scale[1]
     rows, columns = target[0] // processor.size["height"], target[1] // processor.size["width"]
     return [whole, *grid_boxes(columns, rows, target[1] * scale[0], target[0] * scale[1], -left, -top)]
+
+
+def check_shape(
+    bundle: Bundle,
+    size: tuple[int, int],  # width and height of an image, pixels
+    name: str,  # of the image
+    tiles: int | None = None,  # most tiles per image, as it will be asked for
+) -> None:
+    "Refuse an image of a shape that the family cannot take, with a ValueError that names it."
+    try:
+        if bundle.family.native:
+            processor = bundle.processor.image_processor
+            limits = processor.size["shortest_edge"], processor.size["longest_edge"]
+            smart_resize(size[1], size[0], processor.patch_size * processor.merge_size, *limits)
+        else:
+            tile_regions(bundle, size, tiles)
+    except (ValueError, ArithmeticError) as error:
+        raise ValueError(f"{name}: {bundle.family.name} cannot take an image of {size[0]:,} x {size[1]:,} px ({error}); expected another shape") from error
+
+
+def images_of(
+    bundle: Bundle,
+    samples: Sequence[Any],  # documents.Sample
+    tiles: int | None = None,  # most tiles per image, as it will be asked for
+) -> list[Image.Image]:  # RGB
+    "Decode the images of samples; ValueError names the sample whose image cannot be read or has a shape that the family cannot take."
+    images = [sample.image for sample in samples]
+    check_tiles(bundle, tiles)
+    for sample, image in zip(samples, images, strict=True):
+        check_shape(bundle, image.size, sample.id, tiles)
+    return images
 
 
 def describe_views(

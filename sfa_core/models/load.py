@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download, try_to_load_from_cache
+from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, PreTrainedTokenizerBase
@@ -28,6 +28,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import is_torchvision_available
 from transformers.utils import logging as transformers_logging
 
+from ..core.reading import check_cache, is_folder, is_hub_id
 from ..structure.store import load_structure
 from .embedded import EmbeddedConfig, build_processor, image_only, new_model, train_tokenizer
 from ..core.families import FAMILIES, Family, family_of
@@ -141,17 +142,18 @@ def find_model(
         if not (EMBEDDED / "config.json").is_file():
             raise FileNotFoundError(f"no embedded model in {EMBEDDED}; the study 05_embedded_model trains it")
         return EMBEDDED
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    folder = Path(os.path.expanduser(name))
+    if is_folder(folder):
         return folder
-    if folder.exists() or folder.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") != 1:
-        raise FileNotFoundError(f"no model folder {str(name)!r}; expected 'embedded', a folder, or a hub id such as OpenGVLab/InternVL3_5-1B-HF")
+    if not is_hub_id(name):
+        raise FileNotFoundError(f"no model folder {str(name)[:200]!r}; expected 'embedded', a folder, or a hub id such as OpenGVLab/InternVL3_5-1B-HF")
     hub, _, revision = str(name).partition("@")
     try:
         cached = try_to_load_from_cache(hub, "config.json")
         revision = revision or (Path(cached).parent.name if isinstance(cached, str) else "main")
         return Path(snapshot_download(hub, revision=revision, allow_patterns=list(PATTERNS)))
     except (OSError, HFValidationError, RuntimeError) as error:
+        check_cache(constants.HF_HUB_CACHE, error)
         raise FileNotFoundError(
             f"{name} is no folder, is not in the local cache, and the hub could not deliver it ({type(error).__name__}); "
             f"run `hf download {name}` where there is a network, or pass the path of a downloaded folder"

@@ -10,7 +10,6 @@ __all__ = ['NAMES', 'READING', 'CURRICULUM', 'STAGES', 'CARD', 'Recipe', 'named_
 
 # %% ../../notebooks/library/10_pretraining/20_recipe.ipynb #43d4d068
 import hashlib
-import io
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -21,12 +20,11 @@ import pandas as pd
 import torch
 from datasets import Dataset
 from datasets import Image as ImageFeature
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ..models.answers import answer_loss, answer_tokens, pack, prompt_tokens, training_batch
 from .dense import DenseHeads, dense_losses, dense_targets, heads_of_size, patch_features
-from ..documents.generate import documents, generator_version
+from ..documents.generate import decode, documents, generator_version
 from ..documents.words import SHORT_WORDS
 from ..training.loop import LoopConfig, train
 from ..models.images import image_tokens, pixel_table
@@ -104,7 +102,7 @@ def decode_documents(data: Dataset, grid: tuple[int, int]) -> TrainingSet:
     "Decode a dataset of documents and derive the dense targets on a grid (h, w)."
     rows, pixels, targets = [], [], []
     for row in data.cast_column("image", ImageFeature(decode=False)):
-        pixels.append(np.asarray(Image.open(io.BytesIO(row["image"]["bytes"]))))
+        pixels.append(np.asarray(decode(row["image"]["bytes"], row["id"])))
         made = dense_targets(row, grid, pixels[-1].shape[:2])
         targets.append({name: value.astype(np.int8 if value.dtype == np.int64 else value.dtype) for name, value in made.items()})
         rows.append({key: row[key] for key in ("id", "kind", "image", "table", "marks", "questions")})

@@ -7,7 +7,6 @@ __all__ = ['STYLE', 'same_parameters', 'grid_rows', 'rate_figure', 'table_html',
            'report_grid']
 
 # %% ../../notebooks/library/12_runs/80_report.ipynb #94ad5652
-import html
 import json
 from collections import Counter
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from ..core.escape import figure_text, html_text
 from .collect import cell_rates, differing, facts_of, flat, parameters_of, run_rates, tidy_records
 from .grids import Grid, axes_of, label, plan, read_grid, survey
 from ..core.paths import exports_root
@@ -61,12 +61,13 @@ def rate_figure(
         y = part["name"].map(places).to_numpy() + np.linspace(0.14, 0.4, max(2, within.max() + 1))[within]
         bars = {"type": "data", "array": 100 * (high - rate), "arrayminus": 100 * (rate - low), "color": colour, "thickness": 1, "width": 0}
         figure.add_trace(go.Scatter(x=100 * rate, y=y, mode="markers", name=shown or "one seed, 95 % Wilson", marker={"color": colour, "size": 5}, error_x=bars,
-                                    customdata=part[["run", "n"]], hovertemplate="%{customdata[0]}: %{x:.1f} %, n = %{customdata[1]:,}<extra></extra>"))
+                                    customdata=part[["run", "n"]].assign(run=part["run"].map(figure_text)),
+                                    hovertemplate="%{customdata[0]}: %{x:.1f} %, n = %{customdata[1]:,}<extra></extra>"))
     figure.add_trace(go.Scatter(x=100 * cells["right"], y=[places[name] for name in names], mode="markers", name="mean over seeds",
                                 marker={"symbol": "diamond", "size": 10, "color": "#202124"}, customdata=cells[["95 % over seeds", "seeds"]],
                                 hovertemplate="%{x:.1f} %, 95 % over %{customdata[1]} seeds: %{customdata[0]}<extra></extra>"))
     figure.update_xaxes(title_text="right answers, percent")
-    figure.update_yaxes(tickvals=list(range(len(names))), ticktext=names, range=[len(names) - 0.4, -0.5], showgrid=False)
+    figure.update_yaxes(tickvals=list(range(len(names))), ticktext=[figure_text(name) for name in names], range=[len(names) - 0.4, -0.5], showgrid=False)
     seen = "Diamonds: means over seeds. Dots below: single seeds with Wilson intervals over questions."
     return in_style(figure, "Right answers of every cell", seen, 120 + 46 * len(names), above=30)
 
@@ -80,15 +81,15 @@ h1{font-size:26px}h2{font-size:19px;margin-top:2em}p.note{color:#5f6368}"""
 def table_html(table: pd.DataFrame, nothing: str) -> str:
     "Write a table, or a sentence when it has no rows."
     if table.empty:
-        return f"<p>{html.escape(nothing)}</p>"
+        return f"<p>{html_text(nothing)}</p>"
     return table.to_html(index=False, border=0, na_rep="—", float_format=lambda value: f"{value:.3f}", max_rows=None)
 
 
 def page(title: str, parts: list[tuple[str, str, str]]) -> str:  # heading, sentence, HTML below it
     "Put a page together."
-    body = "".join(f"<h2>{html.escape(heading)}</h2><p class='note'>{html.escape(note)}</p>{content}" for heading, note, content in parts)
-    head = f"<meta charset='utf-8'><meta name='viewport' content='width=device-width'><title>{html.escape(title)}</title><style>{STYLE}</style>"
-    return f"<!doctype html><html lang='en'><head>{head}</head><body><h1>{html.escape(title)}</h1>{body}</body></html>"
+    body = "".join(f"<h2>{html_text(heading)}</h2><p class='note'>{html_text(note)}</p>{content}" for heading, note, content in parts)
+    head = f"<meta charset='utf-8'><meta name='viewport' content='width=device-width'><title>{html_text(title)}</title><style>{STYLE}</style>"
+    return f"<!doctype html><html lang='en'><head>{head}</head><body><h1>{html_text(title)}</h1>{body}</body></html>"
 
 # %% ../../notebooks/library/12_runs/80_report.ipynb #a5db5cdc
 def common_facts(runs: list[Path]) -> pd.DataFrame:  # what, value

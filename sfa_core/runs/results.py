@@ -22,6 +22,7 @@ from typing import Any
 import huggingface_hub
 import pandas as pd
 
+from ..core.reading import is_hub_id
 from ..core.paths import DATA, REPOSITORY, exports_root
 
 # %% ../../notebooks/library/12_runs/10_results.ipynb #54d15df4
@@ -197,12 +198,13 @@ def revision(
     try:
         path = find_run(value)
     except (FileNotFoundError, ValueError):
-        path = Path(value).expanduser().resolve()
-    if path.exists() and not REPOSITORY.is_relative_to(path):
+        path = Path(os.path.expanduser(value)).resolve()
+    if os.path.exists(path) and not REPOSITORY.is_relative_to(path):
         return content_hash(path)
-    hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?", value)
-    if not hub or hub[2]:
-        return hub and hub[2]
+    if not is_hub_id(value):
+        return None
+    if commit := value.partition("@")[2]:
+        return commit
     cached = huggingface_hub.try_to_load_from_cache(value, "config.json")
     return Path(cached).parent.name if isinstance(cached, str) else "hub"
 

@@ -8,7 +8,7 @@ __all__ = ['RATIO', 'NO_LABEL', 'NO_OPERAND', 'Place', 'bare', 'Index', 'Facts',
 
 # %% ../../notebooks/library/04_scores/50_facts.ipynb #d1358670
 import csv
-import json
+import io
 import re
 from bisect import bisect_left
 from collections.abc import Iterable
@@ -17,6 +17,8 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+from ..core.reading import answers_of, box_of_edges, inside, json_lines, read_json, read_text, text_value
+from ..documents.chartqa import question_list
 from ..documents.generate import Evidence, Sample, TextBox
 from ..documents.numbers import Number, plain, read_numbers, rounds_to, same
 from .operations import Results, results
@@ -194,13 +196,13 @@ def chartqa_evidence(
     "Read table and annotation of a chart of the ChartQA release, either of which may be missing; ValueError names a damaged file."
     table, texts = folder / "tables" / f"{name}.csv", folder / "annotations" / f"{name}.json"
     try:
-        with table.open(encoding="utf-8-sig", newline="") as lines:
-            cells = tuple(tuple(cell.strip() for cell in line) for line in csv.reader(lines) if line)
-    except FileNotFoundError:
-        cells = ()
+        lines = csv.reader(io.StringIO(read_text(table), newline="")) if table.is_file() else ()
+        cells = tuple(tuple(cell.strip() for cell in line) for line in lines if line)
+    except csv.Error as error:
+        raise ValueError(f"{table} cannot be read ({error}); expected a table as comma-separated text") from error
     try:
-        return Evidence(cells, tuple(annotation_texts(json.loads(texts.read_text(encoding="utf-8")))) if texts.exists() else ())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return Evidence(cells, tuple(annotation_texts(read_json(texts))) if texts.is_file() else ())
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{texts}: no ChartQA annotation ({error!r}); expected an object with general_figure_info and models") from error
 
 
@@ -218,15 +220,16 @@ def chartqa_release(
             )
     found, known = [], {}
     for kind, file in files.items():
-        for number, row in enumerate(json.loads(file.read_text(encoding="utf-8"))):
+        for number, row in enumerate(question_list(file)):
+            where = f"{file}: question {number}"
             if missing := [key for key in ("imgname", "query", "label") if key not in row]:
-                raise ValueError(f"{file}: question {number} has no {', '.join(missing)}; it has {', '.join(sorted(row))}")
-            image = top / "png" / row["imgname"]
-            if not image.is_file():
-                raise FileNotFoundError(f"{file}: question {number} names {image}, which is missing")
+                raise ValueError(f"{where} has no {', '.join(missing)}; it has {', '.join(sorted(row))}")
+            name, question = text_value(row["imgname"], "the image", where), text_value(row["query"], "the question", where)
+            image = inside(top, name, where, "png")
             if image.stem not in known:
                 known[image.stem] = chartqa_evidence(top, image.stem)
-            found.append(Sample(f"{split}-{kind}-{number:05d}", row["imgname"], kind, str(row["query"]), (str(row["label"]),), image, known[image.stem]))
+            answers = tuple(answers_of(row["label"], where))
+            found.append(Sample(f"{split}-{kind}-{number:05d}", name, kind, question, answers, image, known[image.stem]))
     return found
 
 # %% ../../notebooks/library/04_scores/50_facts.ipynb #2fb4959c
@@ -243,18 +246,16 @@ def read_ocr(
 ) -> OcrTexts:
     "Read an OCR result file; ValueError names the line that is no text with box and confidence."
     texts, kept, dropped = {}, 0, 0
-    for number, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
+    expected = "image, text, box (4 numbers or 4 corners) and confidence (0 to 1)"
+    for where, entry in json_lines(file, expected):
         try:
-            entry = json.loads(line)
-            corners = [float(v) for point in entry["box"] for v in (point if isinstance(point, list) else [point])]
-            if len(corners) not in (4, 8) or not 0 <= float(entry["confidence"]) <= 1:
-                raise ValueError(f"box {entry['box']} or confidence {entry['confidence']}")
-            box = (min(corners[::2]), min(corners[1::2]), max(corners[::2]), max(corners[1::2]))
-            image, text, sure = str(entry["image"]), str(entry["text"]), float(entry["confidence"]) >= least
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file} line {number}: {error!r}; expected image, text, box (4 numbers or 4 corners) and confidence (0 to 1)") from error
+            image, text = (text_value(entry[key], f"the {key}", where) for key in ("image", "text"))
+            box, sure = box_of_edges(entry["box"]), float(entry["confidence"])
+            if not 0 <= sure <= 1:
+                raise ValueError(f"confidence {sure}")
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
+            raise ValueError(f"{where}: {error!r}; expected {expected}") from error
+        sure = sure >= least
         texts.setdefault(image, [])
         kept, dropped = kept + sure, dropped + (not sure)
         if sure:

@@ -7,7 +7,6 @@ __all__ = ['NUMBER', 'number_in', 'NumberPage', 'number_page', 'number_pages', '
            'number_targets']
 
 # %% ../../notebooks/library/09_training/35_visible.ipynb #b325b0cf
-import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from ..core.pictures import decode
 from ..models.answers import IGNORE, answer_tokens
 from ..tokens.copies import token_origins
 from ..documents.generate import Sample
@@ -47,8 +46,7 @@ class NumberPage:
 
 def number_page(source: Any, texts: Sequence[tuple[str, Sequence[float]]], asked: Sequence[tuple[str, Sequence[int]]]) -> NumberPage:
     "Collect the numbers among the texts of a page; the evidence of questions counts texts."
-    if not isinstance(source, Image.Image):
-        source = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    source = decode(source, "page")
     found = {at: number_in(text) for at, (text, _) in enumerate(texts) if number_in(text)}
     order = {at: place for place, at in enumerate(found)}
     places = [[order[at] for at in evidence if at in order and found[at] == number_in(answer)] for answer, evidence in asked]
