@@ -15,8 +15,9 @@ from scipy import stats
 from sfa_core.core.families import FAMILIES
 from sfa_core.documents.benchmarks import BENCHMARKS, SHORT, with_choices
 from sfa_core.documents.generate import Sample
-from sfa_core.scores.compare import COLUMNS, SCORERS, compare, compare_seeds, comparison_table, fingerprint
-from sfa_core.scores.compare import kind_table, make_records, seed_table, summarise, summary_table, transition_table, verdict
+from sfa_core.scores.compare import compare, compare_seeds, comparison_table
+from sfa_core.scores.records import COLUMNS, SCORERS, fingerprint, kind_table, make_records, summarise, summary_table
+from sfa_core.scores.compare import seed_table, transition_table, verdict
 from sfa_core.models.evaluate import evaluate
 
 

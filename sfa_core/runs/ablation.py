@@ -24,11 +24,12 @@ from ..documents.benchmarks import BENCHMARKS, choose, find_benchmark, load_benc
 from ..training.checkpoints import read_log
 from ..training.consistency import SCRConfig
 from ..documents.generate import Sample, documents
-from ..scores.compare import compare_seeds, fingerprint, interval_text, points_text, resolved
+from ..scores.compare import compare_seeds, resolved
+from ..scores.records import fingerprint
+from ..scores.intervals import clustered_bootstrap, interval_text, points_text, seed_interval
 from ..models.evaluate import evaluate
 from ..training.finetune import finetune
 from ..training.arms import FinetuneConfig, load_arm
-from ..scores.intervals import clustered_bootstrap, seed_interval
 from ..models.load import Bundle
 from ..core.paths import exports_root
 from ..documents.questions import DOCUMENT_KINDS

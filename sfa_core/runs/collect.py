@@ -23,8 +23,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from ..scores.compare import compare_seeds, interval_text, points_text
-from ..scores.intervals import seed_interval, wilson_interval
+from ..scores.compare import compare_seeds
+from ..scores.intervals import interval_text, points_text, seed_interval, wilson_interval
 from ..core.paths import REPOSITORY, exports_root
 from .results import finished_runs
 
