@@ -73,9 +73,9 @@ class Comparison:
 
     @property
     def widest(self) -> tuple[float | None, float | None]:
-        "Return the interval that holds those over seeds and over documents."
-        ends = [pair for pair in ((self.low, self.high), self.over_documents) if pair[0] is not None]
-        return (min(low for low, _ in ends), max(high for _, high in ends)) if ends else (None, None)
+        "Return the interval that holds all of them; None where one is missing."
+        ends = [(self.low, self.high)] + ([self.over_documents] if self.seeds else [])
+        return (None, None) if any(low is None for low, _ in ends) else (min(low for low, _ in ends), max(high for _, high in ends))
 
     @property
     def verdict(self) -> str:
