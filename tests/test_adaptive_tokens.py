@@ -206,6 +206,20 @@ def test_the_order_of_leaves_changes_nothing(internvl):
     detach_tokens(model, family)
 
 
+def test_plans_that_are_used_again_are_kept_longest(internvl, monkeypatch):
+    model, family = internvl
+    monkeypatch.setattr(adaptive_module, "REMEMBERED", 2)
+    control, given = attach_tokens(model, family, MEAN, STD, patches=GUARDED, drop=False), pages(3)
+    for at in (0, 1, 0, 2):
+        control.read(given[at : at + 1])
+    kept = dict(control.seen)
+    control.read(given[[0, 2]])
+    assert dict(control.seen) == kept, "the tile that was looked at once is the one that went"
+    control.read(given)
+    assert len(control.seen) == 2
+    detach_tokens(model, family)
+
+
 def test_padding_changes_nothing(internvl):
     model, family = internvl
     found = []

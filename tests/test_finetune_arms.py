@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
+import sfa_core.training.arms as arms_module
 import sfa_core.training.finetune as finetune_module
 from sfa_core.models.answers import answer_loss, training_batch
 from sfa_core.structure.inject import eject, inject
@@ -22,6 +23,7 @@ from sfa_core.core.families import family_of
 from sfa_core.training.finetune import finetune, prepared
 from sfa_core.training.arms import ARMS, FinetuneConfig, load_arm, read_arm, trainable
 from sfa_core.models.load import new_bundle
+from sfa_core.tokens.adaptive import CONTROL
 from sfa_core.tokens.patches import PatchConfig
 from sfa_core.training.stream import DocumentSet, batches, steps_in
 from sfa_core.structure.bias import StructuralBias
@@ -358,6 +360,23 @@ def test_recomputed_activations_change_nothing(bundle, charts, tmp_path):
 # What is refused
 
 
+@pytest.mark.parametrize("step", ["attach_density", "put_back"])
+def test_an_arm_that_fails_while_it_is_put_on_leaves_nothing_behind(bundle, charts, tmp_path, monkeypatch, step):
+    folder, real = run(bundle, charts, "vision_blocks", tmp_path).arm, getattr(arms_module, step)
+
+    def fails(*given):
+        monkeypatch.setattr(arms_module, step, real)
+        real(*given)
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(arms_module, step, fails)
+    with pytest.raises(RuntimeError, match="no room"):
+        load_arm(bundle, folder)
+    assert not hasattr(bundle.family.tower_of(bundle.model), CONTROL)
+    with load_arm(bundle, folder):
+        assert hasattr(bundle.family.tower_of(bundle.model), CONTROL)
+
+
 @pytest.mark.parametrize(
     "wrong, said",
     [
@@ -375,6 +394,7 @@ def test_recomputed_activations_change_nothing(bundle, charts, tmp_path):
         (dict(arm="sfa", structure_rate=0.0), "structure_rate is 0.0"),
         (dict(tiles=0), "tiles is 0"),
         (dict(questions=-1), "questions is -1"),
+        (dict(arm="full", checkpointing=True, scr=SCRConfig(both=True)), "checkpointing with scr.both"),
     ],
 )
 def test_a_configuration_that_cannot_be_meant_is_refused(wrong, said):

@@ -1,12 +1,11 @@
 """A training run can be killed, starved and cheated, and still ends exactly where it should or says why not."""
 
 import json
-import os
+import multiprocessing
 import random
 import resource
 import signal
-import subprocess
-import sys
+import socket
 import time
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+import toy_training
 from toy_training import batch_at, model, noisy, quiet, run
 
 import sfa_core.training.checkpoints
@@ -25,6 +25,7 @@ from sfa_core.training.loop import first_difference, split_batch, train
 from sfa_core.training.schedule import DECAYS, LoopConfig, rate_share
 
 LAST = "step-00000009"
+FORKS = multiprocessing.get_context("forkserver")
 
 
 def weights(folder):
@@ -40,10 +41,11 @@ def assert_same_run(a, b):
     assert curve(a).equals(curve(b))
 
 
-def start(*arguments, launcher=()):
-    "Start the toy as a program of its own."
-    command = [sys.executable, *launcher, Path(__file__).with_name("toy_training.py"), *arguments]
-    return subprocess.Popen(list(map(str, command)), env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, stderr=subprocess.PIPE, text=True)
+def start(*arguments, **environment):
+    "Start the toy as a process of its own, forked from one that has the imports behind it."
+    process = FORKS.Process(target=toy_training.main, args=tuple(map(str, arguments)), kwargs=environment)
+    process.start()
+    return process
 
 
 @pytest.fixture(scope="module")
@@ -56,20 +58,22 @@ def unbroken(tmp_path_factory):
 # Killed and resumed
 
 
-def test_a_run_killed_from_outside_ends_as_if_it_never_was(tmp_path, unbroken):
+def test_a_run_killed_from_outside_ends_as_if_it_never_was(tmp_path, unbroken, forkserver):
     process = start("slow", tmp_path)
     log = tmp_path / "log.jsonl"
     while not log.exists() or log.read_text().count("\n") < 5:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL and not (tmp_path / "checkpoints" / LAST).exists()
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and not (tmp_path / "checkpoints" / LAST).exists()
     run(tmp_path)
     assert_same_run(tmp_path, unbroken)
 
 
-def test_a_run_killed_at_any_touch_of_the_disk_ends_as_if_it_never_was(tmp_path):
+def test_a_run_killed_at_any_touch_of_the_disk_ends_as_if_it_never_was(tmp_path, forkserver):
     process = start("kills", tmp_path)
-    assert process.communicate(timeout=1500) and process.returncode == 0
+    process.join(1500)
+    assert process.exitcode == 0
     touches = int((tmp_path / "touches").read_text())
     assert touches > 40
     for at in range(1, touches + 1):
@@ -221,10 +225,15 @@ def test_the_window_is_one_mean_over_its_targets(tmp_path, accumulation):
     assert read_log(tmp_path / "a").targets.equals(read_log(tmp_path / "b").targets)
 
 
-def test_two_processes_train_as_one(tmp_path):
-    process = start("processes", tmp_path / "two", launcher=("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"))
-    _, errors = process.communicate(timeout=900)
-    assert process.returncode == 0, errors[-3000:]
+def test_two_processes_train_as_one(tmp_path, forkserver):
+    "With what torchrun tells its processes; test_processes has a launcher."
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
+    processes = [start("processes", tmp_path / "two", **shared, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
+    for process in processes:
+        process.join(900)
+    assert [process.exitcode for process in processes] == [0, 0]
     run(tmp_path / "one", losses=quiet)
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert all(torch.allclose(one[name], two[name], rtol=1e-4, atol=1e-5) for name in one)

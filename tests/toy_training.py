@@ -1,4 +1,4 @@
-"""A network that trains in milliseconds, for the runs that are killed, cut short and compared; as a program it is the one that gets killed."""
+"""A network that trains in milliseconds, for the runs that are killed, cut short and compared; `main` is the process that gets killed."""
 
 import os
 import random
@@ -77,11 +77,13 @@ def killed_child(folder, at=None):
     os._exit(0)
 
 
-def main(what, folder):
+def main(what, folder, **environment):
+    "Be the process that is killed, or one of two; with more environment variables where a launcher would set them."
+    os.environ.update(environment, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     torch.set_num_threads(1)
     if what == "slow":
         run(folder, losses=lambda net: noisy(net, 0.05))
-    elif what == "processes":  # one of several, started by torchrun
+    elif what == "processes":  # one of several
         for until in (4, None):
             run(folder, losses=quiet, accelerator=Accelerator(cpu=True), until=until)
         torch.distributed.destroy_process_group()
@@ -95,7 +97,3 @@ def main(what, folder):
                 killed_child(f"{folder}/{at}", 1 + 7 * at % 20)  # once more while it goes on
             run(f"{folder}/{at}", steps=3, checkpoint_every=1)
         Path(folder, "touches").write_text(str(touches))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -20,6 +20,7 @@ from ..documents.generate import Sample, samples
 from .answers import Answer, answer
 from .images import most_tiles
 from .load import Bundle
+from .quantization import stored_as
 from ..scores.metrics import PROFILES
 from ..scores.records import SCORERS, Evaluation, fingerprint, make_records, summarise, validate_choice
 
@@ -36,10 +37,9 @@ def tiles_of(
 
 def settings_of(bundle: Any, asked: Sequence[Sample], **given: Any) -> dict[str, Any]:
     "Collect everything that decides a score besides the code."
-    quantised = getattr(bundle.model.config, "quantization_config", None)
     return given | {
         "model": bundle.name, "revision": bundle.revision, "precision": str(bundle.model.dtype).removeprefix("torch."),
-        "quantisation": None if quantised is None else str(getattr(quantised, "quant_method", quantised)),
+        "quantisation": stored_as(getattr(bundle.model.config, "quantization_config", None)),
         "data": fingerprint(asked), "packages": {name: version(name) for name in ("torch", "transformers")}}
 
 # %% ../../notebooks/library/06_models/80_evaluate.ipynb #0a4cd97e

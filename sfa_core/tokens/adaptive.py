@@ -153,6 +153,8 @@ class TokenControl:
             for at, tile, density in zip(new, tiles.permute(0, 2, 3, 1).numpy(), maps, strict=True):
                 plan = self.patches and plan_patches(tile, None if density is None else density.numpy(), self.patches, self.grid)
                 self.seen[keys[at]] = plan, density
+        for key in keys:  # the least recently used come first and go first
+            self.seen[key] = self.seen.pop(key)
         found = [self.seen[key] for key in keys]
         for key in list(self.seen)[:-REMEMBERED]:
             del self.seen[key]

@@ -20,7 +20,7 @@ from ..models.load import Bundle
 from ..structure.bias import TERMS, StructuralBias, check_terms
 from ..structure.inject import CHILD, eject
 from ..structure.store import load_structure, save_structure
-from ..tokens.adaptive import attach_tokens, detach_tokens
+from ..tokens.adaptive import CONTROL, attach_tokens, detach_tokens
 from ..tokens.density import load_density
 from ..tokens.patches import PatchConfig
 from .checkpoints import read_folder, write_folder
@@ -95,6 +95,9 @@ class FinetuneConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; at least {least} is expected")
         if self.tiles is not None and self.tiles < 1:
             raise ValueError(f"tiles is {self.tiles}; at least 1, or None, is expected")
+        if self.checkpointing and self.scr is not None and self.scr.both and self.scr.stability:
+            said = "checkpointing with scr.both; a second view that learns is computed again with the geometry of the first, one of the two is expected"
+            raise ValueError(said)
         if not self.structure_rate > 0:
             raise ValueError(f"structure_rate is {self.structure_rate}; a number above 0 is expected")
         if self.batch_size % self.loop.accumulation:
@@ -226,9 +229,17 @@ def load_arm(
     if ARMS[about["arm"]].density and (ours := load_density()[1]["sha256"]) != about["density"]:
         raise ValueError(f"arm in {folder} was trained with the density estimator {about['density'][:12]}; data/density holds {ours[:12]}")
     before = {name: p.detach().to("cpu", copy=True) for name, p in expected.items()}
-    if "structure" in ARMS[about["arm"]].parts:
-        load_structure(model, family, folder)
-    if ARMS[about["arm"]].density:
-        attach_density(bundle, about["arm"], PatchConfig(**about["config"]["patches"]))
-    put_back(model, weights)
+    try:
+        if "structure" in ARMS[about["arm"]].parts:
+            load_structure(model, family, folder)
+        if ARMS[about["arm"]].density:
+            attach_density(bundle, about["arm"], PatchConfig(**about["config"]["patches"]))
+        put_back(model, weights)
+    except BaseException:
+        if hasattr(family.tower_of(model), CONTROL):
+            detach_tokens(model, family)
+        if any(isinstance(module, StructuralBias) for module in model.modules()):
+            eject(model, family)
+        put_back(model, before)
+        raise
     return LoadedArm(bundle, about, before)

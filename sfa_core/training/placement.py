@@ -27,6 +27,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from ..models.answers import answer_loss
 from ..core.memory import MemoryProbe, held_bytes
 from ..models.load import Bundle, load_model
+from .finetune import model_autocast
 
 # %% ../../notebooks/library/09_training/65_placement.ipynb #655e1dba
 LANGUAGE = ("input_ids", "labels", "position_ids", "attention_mask")  # what the language side takes from a batch; the rest is the encoder's
@@ -82,8 +83,7 @@ class LanguageSide:
         images = EncodedImages(pooler_output=pooled)
         images.deepstack_features = deeper
         batch = {name: value.to(device) for name, value in inputs.items()} | {"mm_encoder_outputs": {"image": images}}
-        low = self.bundle.model.dtype if self.bundle.model.dtype == torch.bfloat16 else None
-        with MemoryProbe() as probe, torch.enable_grad(), torch.autocast(device.type, dtype=low, enabled=low is not None):
+        with MemoryProbe() as probe, torch.enable_grad(), model_autocast(model, device):
             self.total, targets = answer_loss(model, batch)
         self.peak = max(self.peak, probe.peak)
         return self.total.detach(), targets
