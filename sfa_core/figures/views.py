@@ -22,7 +22,7 @@ from plotly.subplots import make_subplots
 from ..structure.inject import CHILD, structures_of
 from ..documents.generate import Sample
 from ..training.arms import load_arm
-from ..models.load import Bundle
+from ..core.bundle import Bundle
 from ..attention.places import cells_of, spread
 from ..attention.probes import record
 from ..attention.records import AttentionRecord

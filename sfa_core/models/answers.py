@@ -23,7 +23,7 @@ from transformers import GenerationConfig
 from ..core.pictures import decode_page
 from ..documents.generate import Sample, decode, samples
 from .images import ImageBatch, check_shape, check_tiles, image_batch, image_features, image_inputs, image_tokens, pixel_table  # noqa: F401
-from .load import Bundle
+from ..core.bundle import Bundle
 from ..documents.replies import is_mark, opened_by
 
 # %% ../../notebooks/library/06_models/50_answers.ipynb #ca7c1099

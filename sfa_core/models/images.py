@@ -21,7 +21,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optim
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from ..tokens.adaptive import CONTROL, language_tokens
-from .load import Bundle
+from ..core.bundle import Bundle
 
 # %% ../../notebooks/library/06_models/40_images.ipynb #9f0a5e50
 def pixel_table(

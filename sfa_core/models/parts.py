@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from ..structure.inject import CHILD, structures_of
-from .load import Bundle
+from ..core.bundle import Bundle
 from .quantization import BLOCK, narrow_layers
 from ..structure.bias import StructuralBias
 

@@ -24,7 +24,8 @@ from .dense import HEADS, PAGE_HEADS, DenseHeads, dense_binding, dense_losses, h
 from ..documents.generate import PRESET_KINDS, PRESETS, make_document
 from ..models.embedded import EmbeddedConfig
 from ..training.loop import LoopConfig, train
-from ..models.load import Bundle, new_bundle
+from ..models.load import new_bundle
+from ..core.bundle import Bundle
 from .recipe import TrainingSet, pixel_values, targets_at
 from ..structure.bias import check_terms
 

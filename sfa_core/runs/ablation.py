@@ -25,7 +25,7 @@ from ..documents.benchmarks import BENCHMARKS, choose, find_benchmark, load_benc
 from ..documents.generate import Sample, documents
 from ..documents.questions import DOCUMENT_KINDS
 from ..models.evaluate import evaluate
-from ..models.load import Bundle
+from ..core.bundle import Bundle
 from .results import content_hash, write_atomic
 from ..scores.compare import Comparison, compare_seeds
 from ..scores.intervals import clustered_bootstrap, interval_text, points_text, seed_interval

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..core.families import Family
-from ..models.load import Bundle
+from ..core.bundle import Bundle
 from ..structure.bias import TERMS, StructuralBias, check_terms
 from ..structure.inject import CHILD, eject
 from ..structure.store import load_structure, save_structure

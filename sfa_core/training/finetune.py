@@ -21,7 +21,7 @@ from torch.nn import Parameter
 
 from ..documents.generate import documents
 from ..models.answers import answer_loss, training_batch
-from ..models.load import Bundle
+from ..core.bundle import Bundle
 from ..structure.inject import eject, inject
 from ..tokens.adaptive import CONTROL, detach_tokens
 from .arms import ARMS, FinetuneConfig, attach_density, parameters_of, plain_model, put_back, save_arm

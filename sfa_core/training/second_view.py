@@ -16,7 +16,7 @@ from torch.nn.functional import adaptive_avg_pool2d, interpolate
 from ..tokens.adaptive import AREA, CONTROL, TokenControl
 from ..structure.inject import CHILD, set_geometry
 from ..tokens.density import density_blocks
-from ..models.load import Bundle
+from ..core.bundle import Bundle
 from ..tokens.patches import PATCH, PatchConfig, PatchPlan
 from ..structure.bias import uniform_geometry, with_blocks
 

@@ -28,7 +28,8 @@ from sfa_core.core.families import family_of
 from sfa_core.training.finetune import finetune
 from sfa_core.training.arms import FinetuneConfig
 from sfa_core.core.memory import MemoryProbe, held_bytes
-from sfa_core.models.load import Bundle, load_model, quantized_layers
+from sfa_core.models.load import load_model, quantized_layers
+from sfa_core.core.bundle import Bundle
 from sfa_core.core.paths import REPOSITORY
 from sfa_core.training.placement import LanguageSide, cut_loss
 from sfa_core.runs.results import provenance, write_json, write_summary, write_timings
