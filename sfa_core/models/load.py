@@ -285,5 +285,5 @@ def load_model(
     place(bundle, ",".join(map(str, devices)))
     if structure is None:
         return bundle
-    load_structure(model, family, structure)
+    load_structure(bundle, structure)
     return replace(bundle, revision=f"{bundle.revision}+{folder_revision(Path(structure))}")

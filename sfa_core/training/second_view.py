@@ -58,7 +58,7 @@ def on_another_grid(bundle: Bundle, grid: tuple[int, int], density: Tensor | Non
         if density is not None:
             finer = interpolate(density[:, None], grid, mode="nearest")[:, 0]
             geometry = with_blocks(geometry, density_blocks(finer, biases[0].blocks), biases[0].blocks)
-        set_geometry(bundle.model, bundle.family, geometry)
+        set_geometry(bundle, geometry)
     try:
         yield
     finally:

@@ -187,11 +187,11 @@ def two_devices(device: str, size: Size, folder: Path) -> dict[str, float]:
         pairs.append("cuda:0,cuda:1")
     rows, found = list(documents(3, seed=5)), {}
     reference = load_model("embedded", placement="cpu")
-    inject(reference.model, reference.family, seed=3)
+    inject(reference, seed=3)
     loss, theirs = gradients(reference, training_batch(reference, rows), answer_loss)
     for placement in dict.fromkeys(pairs):
         bundle = load_model("embedded", placement=placement)
-        inject(bundle.model, bundle.family, seed=3)
+        inject(bundle, seed=3)
         for name, make in (("stock", lambda bundle: answer_loss), ("cut", lambda bundle: cut_loss(LanguageSide(bundle)))):
             value, ours = gradients(bundle, training_batch(bundle, rows), make(bundle))
             found[f"{placement} {name}"] = difference = largest_difference(ours, theirs)
