@@ -12,7 +12,7 @@ from tiny_internvl import bundle_of, pixels, tiny_internvl
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
 import sfa_core.tokens.adaptive as adaptive_module
-import sfa_core.training.finetune as finetune_module
+import sfa_core.training.arms as arms_module
 from sfa_core.tokens.adaptive import CONTROL, attach_tokens, detach_tokens, language_tokens, plan_geometry
 from sfa_core.models.answers import answer, answer_loss, generate, training_batch
 from sfa_core.structure.inject import eject, inject, structures_of, visible_attention
@@ -376,7 +376,7 @@ def test_arms_with_density_train_and_evaluate_like_the_others(bundle, charts, tm
 def test_an_arm_of_another_estimator_is_refused(bundle, charts, tmp_path, monkeypatch):
     result = finetune(bundle, charts, FinetuneConfig("adat", **FORTY), tmp_path, progress=False)
     estimator, card = load_density()
-    monkeypatch.setattr(finetune_module, "load_density", lambda: (estimator, card | {"sha256": "0" * 64}))
+    monkeypatch.setattr(arms_module, "load_density", lambda: (estimator, card | {"sha256": "0" * 64}))
     with pytest.raises(ValueError, match="trained with the density estimator"):
         load_arm(bundle, result.arm)
     assert not hasattr(bundle.family.tower_of(bundle.model), CONTROL)

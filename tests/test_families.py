@@ -532,7 +532,7 @@ def test_the_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     text = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
     (block,) = [part for part in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if "structure=folder" in part]
     monkeypatch.chdir(tmp_path)
-    Path("example.py").write_text(block.replace("steps=20, batch_size=16", "steps=1, batch_size=2").replace("documents(200", "documents(2"), encoding="utf-8")
+    Path("example.py").write_text(block.replace("steps=20, batch_size=16", "steps=1, batch_size=2").replace("generate(200", "generate(2"), encoding="utf-8")
     runpy.run_path("example.py")
     assert (tmp_path / "my_sfa" / "arm" / "structure.safetensors").is_file() and capsys.readouterr().out.strip()
 
