@@ -52,7 +52,8 @@ def patches_at_once(
     room: int = ENCODER_BYTES,  # bytes
 ) -> int:
     "Return how many patches may be encoded together."
-    return max(1, room // patch_bytes(bundle.model.config, next(bundle.family.tower_of(bundle.model).parameters()).element_size()))
+    weight = next(bundle.family.tower_of(bundle.model).parameters())
+    return max(1, room // patch_bytes(bundle.model.config, weight.element_size()))
 
 # %% ../../notebooks/library/06_models/47_footprint.ipynb #f0070009
 @dataclass(frozen=True)
@@ -100,8 +101,9 @@ def weight_bytes(
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
     family, sizes = family_of(config), {id(weight): weight.nbytes for weight in model.parameters()}
-    encoder = {id(weight) for part in (family.tower_of(model), family.projector_of(model)) for weight in part.parameters()}
-    return sum(sizes[weight] for weight in encoder), sum(size for weight, size in sizes.items() if weight not in encoder)
+    parts = family.tower_of(model), family.projector_of(model)
+    encoder = sum(sizes[weight] for weight in {id(weight) for part in parts for weight in part.parameters()})
+    return encoder, sum(sizes.values()) - encoder
 
 
 def answering_footprint(
@@ -195,7 +197,7 @@ def plan_answers(
     max_new_tokens: int = 100,
     tiles: int | None = None,  # most tiles per image
 ) -> Footprint:
-    "Compute what answering takes with the largest batch that fits the free memory: the one asked for, halved until it does."
+    "Compute what answering takes with the largest batch that fits the free memory, the one asked for or a half of it."
     model, family, (here, there) = bundle.model, bundle.family, bundle.devices
     encoder = held_bytes([family.tower_of(model), family.projector_of(model)])
     weights = encoder, held_bytes([model]) - encoder
