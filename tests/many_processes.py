@@ -2,6 +2,7 @@
 
 import json
 import sys
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -16,6 +17,8 @@ from sfa_core.training.arms import FinetuneConfig
 CONFIG = FinetuneConfig("vision", **QUICK | dict(accumulation=2, terms=("row", "column", "distance", "block")))
 COUNTS = (1, 2, 5, 9)  # questions, with batches of 2: fewer than processes, as many, an odd rest
 
+parts = attrgetter("records", "summary")  # of an evaluation
+
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
@@ -26,7 +29,7 @@ def main(folder: Path) -> None:
         finetune(tiny(), charts, CONFIG, folder / "sharded", until=until, accelerator=accelerator, progress=False, sharded=True)
     asked, bundle = questions(), tiny()
     replies = {count: [reply.prediction for reply in answer_together(bundle, asked[:count], 2, accelerator, max_new_tokens=4)] for count in COUNTS}
-    records, summary = evaluate(bundle, asked[:9], batch_size=2, max_new_tokens=4, draws=100, accelerator=accelerator)
+    records, summary = parts(evaluate(bundle, asked[:9], batch_size=2, max_new_tokens=4, draws=100, accelerator=accelerator))
     (folder / f"replies-{accelerator.process_index}.json").write_text(json.dumps([replies, records["id"].tolist(), summary["n"]]))
     torch.distributed.destroy_process_group()
 

@@ -1,6 +1,7 @@
 """Leaves in a pretrained encoder: the uniform plan is the stock encoder, merging equal tokens is exact, and neither batch mates nor order matter."""
 
 from dataclasses import replace
+from operator import attrgetter
 
 import numpy as np
 import pytest
@@ -35,6 +36,8 @@ GUARDED = PatchConfig(coarse=None, bucket=8)
 SHAPE = EmbeddedConfig(vision_width=32, vision_layers=2, vision_heads=2, vision_hidden=32, language_width=32, language_layers=2, language_heads=2,
                        language_kv_heads=1, head_dim=16, language_hidden=32)
 FORTY = dict(patches=PatchConfig(budget=40, bucket=8), steps=3, batch_size=3, questions=3, learning_rate=5e-3, structure_rate=5e-3, checkpoint_every=0)
+
+parts = attrgetter("records", "summary")  # of an evaluation
 
 
 def tiny_llava(kind=LlavaOnevisionForConditionalGeneration, image=62):
@@ -355,7 +358,7 @@ def test_arms_with_density_train_and_evaluate_like_the_others(bundle, charts, tm
     plain = answer(bundle, asked, max_new_tokens=4)
     with load_arm(bundle, result.arm) as loaded:
         control = getattr(bundle.family.tower_of(bundle.model), CONTROL)
-        records, summary = evaluate(bundle, asked, max_new_tokens=4, draws=10)
+        records, summary = parts(evaluate(bundle, asked, max_new_tokens=4, draws=10))
         with torch.no_grad():
             trained = answer_loss(bundle.model, training_batch(bundle, [charts[0]]))[0]
         if arm != "vision_blocks":

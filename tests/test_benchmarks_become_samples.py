@@ -192,7 +192,7 @@ def test_a_split_that_a_release_lacks_is_named(release):
 def test_korean_goes_through_to_the_score(copy):
     from types import SimpleNamespace
 
-    from sfa_core.scores.compare import make_records
+    from sfa_core.scores.records import make_records
     reply = lambda text: SimpleNamespace(prediction=text, truncated=False, seconds=0.0, error=None)
     asked = load_benchmark("k_dtcbench", source=copy("k_dtcbench"))
     records = make_records(asked, [reply(text) for text in ("A", "정답은 B입니다", "4", "(D) 4")], BENCHMARKS["k_dtcbench"].scorer)

@@ -73,7 +73,7 @@ def test_entropy_in_chunks_is_the_entropy_of_the_attention_the_encoder_shows(bun
         own = []
         handle = layers[-1].register_forward_hook(lambda module, args, output: own.append(output[1]))
     pixels, seen = training_batch(bundle, rows)["pixel_values"], []
-    with catching(layers[-1:], lambda at, call: seen.append(call)):
+    with catching(bundle.model, layers[-1:], lambda at, call: seen.append(call)):
         answer_loss(bundle.model, training_batch(bundle, rows))
     config = replace(ALONE["entropy"], density=0.3)
     whole, small = (float(run(bundle, rows, replace(config, rows=n), learn=False)[1]["entropy"]) for n in (10_000, 3))
@@ -209,7 +209,7 @@ def test_padding_and_special_tokens_are_never_dense(bundle, charts):
 
     rows = list(charts)[:4]
     batch = training_batch(bundle, rows)
-    with catching(bundle.family.attentions_of(bundle.model)[-1:], lambda at, call: seen.append(Placed.now(call, control))):
+    with catching(bundle.model, bundle.family.attentions_of(bundle.model)[-1:], lambda at, call: seen.append(Placed.now(call, control))):
         answer_loss(bundle.model, batch)
     tiles = {id(plan): [at] for at, plan in enumerate(control.last)}
     for placed in seen:

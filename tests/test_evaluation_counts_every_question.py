@@ -2,6 +2,7 @@
 import io
 import json
 from functools import lru_cache
+from operator import attrgetter
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,9 +16,12 @@ from scipy import stats
 from sfa_core.core.families import FAMILIES
 from sfa_core.documents.benchmarks import BENCHMARKS, SHORT, with_choices
 from sfa_core.documents.generate import Sample
-from sfa_core.scores.compare import COLUMNS, SCORERS, compare, compare_seeds, comparison_table, fingerprint
-from sfa_core.scores.compare import kind_table, make_records, seed_table, summarise, summary_table, transition_table, verdict
+from sfa_core.scores.compare import compare, compare_seeds
+from sfa_core.scores.records import COLUMNS, SCORERS, fingerprint, kind_table, make_records, summarise, summary_table
 from sfa_core.models.evaluate import evaluate
+
+
+parts = attrgetter("records", "summary")  # of an evaluation
 
 
 @lru_cache
@@ -143,13 +147,13 @@ def model(monkeypatch):
 
 def test_evaluate_keeps_broken_images_in_view(model):
     asked = [ask(0), ask(1, per_document=1), Sample("q9", "d9", "read", "?", ("1",), b"no image")]
-    records, summary = evaluate(model(), asked)
+    records, summary = parts(evaluate(model(), asked))
     assert "q9" in records.loc[2, "error"] and (summary["asked"], summary["n"], summary["errors"], summary["rate"]) == (3, 2, 1, 1.0)
 
 
 def test_settings_that_decide_the_score_stand_beside_it(model):
     asked = [ask(0), ask(1)]
-    _, summary = evaluate(model(max_patches=12), asked, "chartqa", max_new_tokens=16)
+    _, summary = parts(evaluate(model(max_patches=12), asked, "chartqa", max_new_tokens=16))
     assert model.calls[-1] == dict(batch_size=32, max_new_tokens=16, suffix=SHORT, tiles=12, progress=False)
     assert summary["settings"].pop("packages").keys() == {"torch", "transformers"}
     assert summary["settings"] == dict(
@@ -157,7 +161,7 @@ def test_settings_that_decide_the_score_stand_beside_it(model):
         bootstrap_draws=10_000, model="some/model", revision="abc", precision="float32", quantisation=None, intervention=None, data=fingerprint(asked))
     evaluate(model(max_patches=1, prompt_suffix=""), asked, "chartqa")
     assert model.calls[-1]["suffix"] == "" and model.calls[-1]["tiles"] == 1, "the model's own suffix, and one tile for a model of one tile"
-    _, summary = evaluate(model(max_patches=12), asked, "docvqa", suffix=" !", tiles=3, scorer="exact")
+    _, summary = parts(evaluate(model(max_patches=12), asked, "docvqa", suffix=" !", tiles=3, scorer="exact"))
     assert (model.calls[-1]["suffix"], model.calls[-1]["tiles"], summary["settings"]["scorer"]) == (" !", 3, "exact")
 
 
@@ -196,16 +200,16 @@ PAIRS = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=4
 @given(PAIRS, st.randoms())
 def test_a_comparison_is_its_records_whatever_their_order(pairs, random):
     a, b = (records_of([pair[side] for pair in pairs]) for side in (0, 1))
-    result = compare(a, b, draws=200)
+    result = compare(a, b, draws=200).to_dict()
     shuffled = b.iloc[random.sample(range(len(b)), len(b))].reset_index(drop=True)
-    assert json.dumps(compare(a, shuffled, draws=200)) == json.dumps(result)
+    assert json.dumps(compare(a, shuffled, draws=200).to_dict()) == json.dumps(result)
     assert (result["rate_a"], result["rate_b"]) == (a["correct"].mean(), b["correct"].mean())
     assert result["difference"] == pytest.approx(b["score"].mean() - a["score"].mean())
     assert result["both"] + result["lost"] + result["won"] + result["neither"] == result["n"] == len(pairs)
     changed = result["lost"] + result["won"]
     assert result["p"] == pytest.approx(stats.binomtest(result["won"], changed).pvalue if changed else 1)
     assert sum(kind["won"] for kind in result["kinds"].values()) == result["won"] and sum(kind["n"] for kind in result["kinds"].values()) == result["n"]
-    assert transition_table(result).to_numpy().sum() == len(pairs) and list(comparison_table(result).index) == [*result["kinds"], "all"]
+    assert list(compare(a, b, draws=200).table().index) == [*result["kinds"], "all"]
     json.dumps(result, allow_nan=False)
 
 
@@ -213,14 +217,14 @@ def test_records_compare_the_same_after_parquet(tmp_path):
     a, b = records_of([1, 0, 1, 1]), records_of([0, 0, 1, 1])
     a.to_parquet(tmp_path / "a.parquet", index=False)
     read = pd.read_parquet(tmp_path / "a.parquet")
-    assert compare(read, b) == compare(a, b) and summarise(read) == summarise(a)
+    assert compare(read, b).to_dict() == compare(a, b).to_dict() and summarise(read) == summarise(a)
 
 
 def test_broken_images_are_left_out_of_both_sides_and_counted():
     asked = [ask(i) for i in range(4)]
     a = make_records(asked, [reply("1"), reply("1"), reply("", error="broken"), reply("2")])
     b = make_records(asked, [reply("2"), reply("1"), reply("1"), reply("2")])
-    result = compare(a, b)
+    result = compare(a, b).to_dict()
     assert (result["n"], result["left_out"], result["lost"], result["won"]) == (3, 1, 1, 0)
     with pytest.raises(ValueError, match="none of the 4 questions"):
         compare(make_records(asked, [reply("", error="broken")] * 4), b)
@@ -246,23 +250,23 @@ def shifted(rng, n, gain):
 
 def test_better_and_worse_are_said_for_real_differences():
     a, b = shifted(np.random.default_rng(0), 600, 0.3)
-    assert verdict(compare(a, b, ("control", "arm"))).startswith("arm is better than control: +")
-    assert verdict(compare(b, a, ("arm", "control"))).startswith("control is worse than arm: -")
-    assert verdict(compare(a, a)).startswith("No difference between b and a is resolved: +0.0 points")
+    assert compare(a, b, ("control", "arm")).verdict.startswith("arm is better than control: +")
+    assert compare(b, a, ("arm", "control")).verdict.startswith("control is worse than arm: -")
+    assert compare(a, a).verdict.startswith("No difference between b and a is resolved: 0.0 points")
 
 
 def test_chance_is_called_better_as_rarely_as_promised():
     rng = np.random.default_rng(4)
-    said = [verdict(compare(records_of(rng.random(120) < 0.6), records_of(rng.random(120) < 0.6), draws=400)) for _ in range(100)]
+    said = [compare(records_of(rng.random(120) < 0.6), records_of(rng.random(120) < 0.6), draws=400).verdict for _ in range(100)]
     assert sum(text.startswith("b is") for text in said) <= 12, "5 % of 100, with room for chance"
     assert all("question" in text and "interval" in text for text in said)
 
 
 def test_few_documents_resolve_nothing():
     result = compare(records_of([0] * 12, per_document=3), records_of([1] * 12, per_document=3))
-    assert result["low"] > 0 and verdict(result).startswith("No difference") and "Fewer than 10 documents" in verdict(result)
+    assert result.low > 0 and result.outcome == "not tested" and str(result).startswith("No difference") and "Fewer than 10 documents" in str(result)
     single = compare(records_of([0, 0], per_document=2), records_of([1, 1], per_document=2))
-    assert single["low"] is None and "no interval" in verdict(single)
+    assert single.low is None and single.widest == (None, None) and "no interval" in repr(single)
 
 
 def test_seeds_give_the_t_interval_and_every_value():
@@ -270,17 +274,18 @@ def test_seeds_give_the_t_interval_and_every_value():
     result = compare_seeds(pairs, ("control", "arm"), draws=500)
     differences = [b["score"].mean() - a["score"].mean() for a, b in pairs]
     expected = stats.t.interval(0.95, 2, np.mean(differences), stats.sem(differences))
-    assert result["differences"] == pytest.approx(differences) and (result["low"], result["high"]) == pytest.approx(expected)
-    assert result["document_low"] < result["difference"] < result["document_high"] and len(result["seeds"]) == 3
-    assert len(seed_table(result)) == 4 and "3 seeds" in verdict(result)
-    json.dumps(result, allow_nan=False)
+    assert [seed.difference for seed in result.seeds] == pytest.approx(differences) and (result.low, result.high) == pytest.approx(expected)
+    assert result.over_documents[0] < result.difference < result.over_documents[1] and result.widest[0] == min(result.low, result.over_documents[0])
+    assert len(result.table()) == 4 and "3 seeds" in result.verdict and "<table" in result._repr_html_()
+    written = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    assert written["document_low"] == result.over_documents[0] and written["seeds"][0]["lost"] == result.seeds[0].changes.lost
 
 
 def test_seeds_that_disagree_resolve_nothing_even_when_each_is_clear():
     better, worse = shifted(np.random.default_rng(0), 300, 0.3), shifted(np.random.default_rng(1), 300, 0.3)[::-1]
-    assert "is better" in verdict(compare(*better)) and "is worse" in verdict(compare(*worse))
-    assert verdict(compare_seeds([better, worse])).startswith("No difference")
-    assert verdict(compare_seeds([better])).startswith("No difference") and "single seed" in verdict(compare_seeds([better]))
+    assert "is better" in compare(*better).verdict and "is worse" in compare(*worse).verdict
+    assert compare_seeds([better, worse]).verdict.startswith("No difference")
+    assert compare_seeds([better]).verdict.startswith("No difference") and "single seed" in compare_seeds([better]).verdict
     with pytest.raises(ValueError, match="one pair per seed"):
         compare_seeds([])
 
@@ -294,8 +299,8 @@ def test_the_embedded_architecture_is_evaluated_end_to_end():
                             language_width=32, language_layers=1, language_heads=1, language_kv_heads=1, language_hidden=32)
     data = documents(2, seed=41)
     bundle = new_bundle(config, train_tokenizer(["Value of Oslo? 12"], 300))
-    records, summary = evaluate(bundle, data, max_new_tokens=3, batch_size=8)
+    records, summary = parts(evaluate(bundle, data, max_new_tokens=3, batch_size=8))
     assert len(records) == sum(len(row["questions"]) for row in data) == summary["n"] and (records["seconds"] > 0).all() and summary["errors"] == 0
-    again, repeated = evaluate(bundle, data, max_new_tokens=3, batch_size=5)
+    again, repeated = parts(evaluate(bundle, data, max_new_tokens=3, batch_size=5))
     assert again["prediction"].tolist() == records["prediction"].tolist()
     assert {**summary, "settings": 0} == {**repeated, "settings": 0} and summary["settings"]["tiles"] == 1 and summary["settings"]["suffix"] == ""

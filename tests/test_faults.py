@@ -4,6 +4,7 @@ import json
 import resource
 import subprocess
 import zlib
+from operator import attrgetter
 from pathlib import Path
 
 import nbformat
@@ -21,6 +22,8 @@ from sfa_core.runs.runs import run_study, run_table
 from toy_study import CODE, SFA, write_study
 
 FULL = OSError(28, "No space left on device")
+
+parts = attrgetter("records", "summary")  # of an evaluation
 
 
 # A full disk
@@ -129,7 +132,7 @@ def test_broken_images_of_a_data_set_are_counted_and_the_others_answered(tmp_pat
         (tmp_path / "images" / f"{name}.png").write_bytes(content)
     lines = [json.dumps({"id": name, "image": f"{name}.png", "question": "value of oak?", "answers": ["1"]}) for name in files]
     (tmp_path / "questions.jsonl").write_text("\n".join(lines))
-    records, summary = evaluate(load_model("embedded", placement="cpu"), load_benchmark("folder", source=tmp_path), "folder", max_new_tokens=4)
+    records, summary = parts(evaluate(load_model("embedded", placement="cpu"), load_benchmark("folder", source=tmp_path), "folder", max_new_tokens=4))
     assert (summary["asked"], summary["n"], summary["errors"]) == (8, 3, 5), "left out of the rate, and said to be"
     wrong = records.set_index("id")["error"]
     assert (wrong[list(BROKEN)].str.contains("cannot be decoded")).all() and (wrong[["good", "grey", "clear"]] == "").all()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,8 @@ from sfa_core.core.pictures import MOST_PIXELS, TURNS, as_seen, decode_page
 ROOT = Path(__file__).resolve().parents[1]
 LINE = {"image": "a.png", "question": "?", "answers": ["1"]}
 SEPARATORS = "\u2028\u2029\u0085\x1c\x0b\x0c\ufeff"
+
+parts = attrgetter("records", "summary")  # of an evaluation
 
 
 def png(image, kind="PNG", **options):
@@ -428,8 +431,8 @@ def test_odd_images_among_200_questions_cost_only_their_own_answers(own, model):
     asked = load_benchmark("folder", source=folder)
     good = [sample for sample, name in zip(asked, places) if name not in refused]
     options = dict(max_new_tokens=3, batch_size=16, draws=10)
-    records, summary = evaluate(bundle, asked, "folder", **options)
-    alone, without = evaluate(bundle, good, "folder", **options)
+    records, summary = parts(evaluate(bundle, asked, "folder", **options))
+    alone, without = parts(evaluate(bundle, good, "folder", **options))
     errors = records.set_index("id")["error"]
     assert (summary["asked"], summary["n"], summary["errors"]) == (200, len(good), 200 - len(good)) and without["errors"] == 0
     answered = records[records["error"] == ""]

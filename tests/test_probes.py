@@ -24,11 +24,18 @@ from sfa_core.core.families import FAMILIES, uniform_grid
 from sfa_core.models.images import image_batch, image_features, image_inputs, image_tokens, tile_regions
 from sfa_core.models.miniatures import miniature
 from sfa_core.models.load import new_bundle
-from sfa_core.attention.capture import Call, attention_chunks, measure_layer, place_tokens
+from sfa_core.attention.capture import attention_chunks, measure_layer, place_tokens
+from sfa_core.core.hooks import AttentionCall
 from sfa_core.attention.places import box_means, coverage, language_boxes, spread, token_boxes
 from sfa_core.attention.probes import record
 from sfa_core.attention.records import STORED, UNITS
 from sfa_core.structure.bias import StructuralBias, uniform_geometry
+
+
+def call_of(module, query, key, scaling):
+    """Return a call without mask, as the kernel of an encoder gets it."""
+    return AttentionCall(0, module, query, key, torch.empty_like(key), None, scaling, False)
+
 
 SMALL = EmbeddedConfig(image_size=112, vision_layers=3, vision_width=64, vision_hidden=64, language_layers=1, initializer_range=0.3)
 
@@ -121,7 +128,7 @@ def test_batches_and_pieces_change_nothing(bundle, asked):
         assert np.allclose(getattr(whole, name), getattr(single, name), atol=1e-5, equal_nan=True), name
         assert getattr(whole, name).dtype == np.float32
     module = bundle.family.attentions_of(bundle.model)[0]
-    call = Call(module, *torch.randn(2, 2, 4, 65, 16), None, 0.25, False)
+    call = call_of(module, *torch.randn(2, 2, 4, 65, 16), 0.25)
     places = place_tokens(whole.grid, whole.region[:2], np.random.default_rng(0).random((2, 65), dtype=np.float32), torch.device("cpu"))
     large, small = (measure_layer(call, places, np.arange(65), budget) for budget in (1 << 22, 1))
     assert len(list(attention_chunks(call, 1))) == 65
@@ -134,7 +141,7 @@ def test_measures_of_an_attention_that_looks_at_one_token(seed):
     target = draw.permutation(16)
     cover, region = np.clip(draw.random((1, 16), dtype=np.float32) - 0.5, 0, 1), np.array([[10, 20, 60, 80]], dtype=np.float32)
     query = 500 * torch.eye(16)[torch.from_numpy(target)]  # a query i is the key of target i
-    call = Call(SimpleNamespace(config=SimpleNamespace(_attn_implementation="sdpa")), query[None, None], torch.eye(16)[None, None], None, 1.0, False)
+    call = call_of(SimpleNamespace(config=SimpleNamespace(_attn_implementation="sdpa")), query[None, None], torch.eye(16)[None, None], 1.0)
     got = measure_layer(call, place_tokens(grid, region, cover, torch.device("cpu")), np.arange(16))
     patch = np.arange(1, 16)
     x, y = 10 + (grid.column + 0.5) * 10, 20 + (grid.row + 0.5) * 20
@@ -369,7 +376,7 @@ def test_a_layer_of_1025_tokens_needs_at_most_16_mib_more(structure, rollout):
     if structure:
         module.structure = StructuralBias(heads)
         module.structure.geometry = uniform_geometry(32, 32, special=1)
-    call = Call(module, *torch.randn(2, 1, heads, 1025, 64), None, 0.125, False)
+    call = call_of(module, *torch.randn(2, 1, heads, 1025, 64), 0.125)
     places = place_tokens(grid, np.array([[0, 0, 448, 448]]), np.zeros((1, 1025), dtype=np.float32), torch.device("cpu"))
     with torch.no_grad(), Live() as live:
         got = measure_layer(call, places, np.array([0, 500]), table=rollout)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,8 @@ from sfa_core.models.evaluate import evaluate, merge, share
 from sfa_core.training.finetune import finetune
 from sfa_core.training.arms import load_arm
 from sfa_core.training.sharding import shard
+
+parts = attrgetter("records", "summary")  # of an evaluation
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +68,7 @@ def test_questions_are_answered_once_whatever_their_number(folder):
     assert first == second
     for count in COUNTS:
         assert first[0][str(count)] == [reply.prediction for reply in answer(bundle, asked[:count], 2, max_new_tokens=4)]
-    records, summary = evaluate(bundle, asked[:9], batch_size=2, max_new_tokens=4, draws=100)
+    records, summary = parts(evaluate(bundle, asked[:9], batch_size=2, max_new_tokens=4, draws=100))
     assert first[1] == records["id"].tolist() and first[2] == summary["n"] == 9
 
 

@@ -9,7 +9,8 @@ from tiny_decoders import BUILDERS, IMAGE, PROMPTS, tiny, token_ids
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.masking_utils import eager_mask
 
-from sfa_core.interventions.prompts import EDIT, attending, decoder_layers, following
+from sfa_core.core.hooks import HOOKS
+from sfa_core.interventions.prompts import attending, decoder_layers, following
 from sfa_core.interventions.redistribution import LEAST, TARGETS, VARConfig, redistribute, redistributed_attention, visual_redistribution
 from sfa_core.interventions.sinks import sink_threshold, sink_values
 
@@ -152,7 +153,7 @@ def run(model, prompts, config, steps=4, **options):
 
 def untouched(model):
     layers = decoder_layers(model.bundle)
-    assert not any(hasattr(layer.self_attn, EDIT) or layer._forward_pre_hooks for layer in layers) and "generate" not in vars(model.bundle.model)
+    assert not any(hasattr(layer.self_attn, HOOKS) or layer._forward_pre_hooks for layer in layers) and "generate" not in vars(model.bundle.model)
     assert model.bundle.family.language_of(model.bundle.model).config._attn_implementation == "sdpa"
     assert not (model.bundle.model._forward_pre_hooks or model.bundle.family.language_of(model.bundle.model)._forward_hooks)
 

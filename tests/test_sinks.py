@@ -1,6 +1,7 @@
 """Sink dimensions that are planted are found, sinks are counted and placed right, and the knock-out has a fair control."""
 import warnings
 from dataclasses import replace
+from operator import attrgetter
 
 import numpy as np
 import pandas as pd
@@ -22,6 +23,8 @@ from sfa_core.interventions.sink_places import KnockoutConfig, enrichment, measu
 from sfa_core.interventions.sinks import chance_share, energy_of_seeds, find_sink_dimensions, planted_sinks, sink_threshold, sink_values
 
 SMALL = EmbeddedConfig(vision_layers=1, language_layers=4, initializer_range=0.1)
+
+parts = attrgetter("records", "summary")  # of an evaluation
 
 
 @pytest.fixture(scope="module")
@@ -263,14 +266,14 @@ def test_the_control_hides_as_many_others_once_and_for_all_layers(one):
                          ids=lambda one: type(one).__name__)
 def test_an_evaluation_runs_under_an_intervention_and_says_so(bundle, asked, intervention):
     with planted_sinks(bundle, 70, (0, 7, 20), size=3):
-        plain, plain_summary = evaluate(bundle, asked, batch_size=3, max_new_tokens=6, draws=50)
-        edited, summary = evaluate(bundle, asked, batch_size=3, max_new_tokens=6, draws=50, intervention=intervention)
-        again, _ = evaluate(bundle, asked, batch_size=3, max_new_tokens=6, draws=50)
+        plain, plain_summary = parts(evaluate(bundle, asked, batch_size=3, max_new_tokens=6, draws=50))
+        edited, summary = parts(evaluate(bundle, asked, batch_size=3, max_new_tokens=6, draws=50, intervention=intervention))
+        again = evaluate(bundle, asked, batch_size=3, max_new_tokens=6, draws=50).records
     assert plain_summary["settings"]["intervention"] is None and summary["settings"]["intervention"] == repr(intervention)
     assert (edited["prediction"] != plain["prediction"]).any() and again["prediction"].tolist() == plain["prediction"].tolist()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert evaluate(bundle, asked[:1], max_new_tokens=2, draws=50, intervention=None)[1]["n"] == 1
+        assert evaluate(bundle, asked[:1], max_new_tokens=2, draws=50, intervention=None).summary["n"] == 1
 
 
 def test_a_wrong_intervention_leaves_the_model_as_it_was(bundle, asked):

@@ -114,7 +114,7 @@ def record_tiles(
         placed(measured, own, np.searchsorted(wanted[row], own[inside]), seen[at].rows[row])
         seen[at].calls += 1
 
-    with catching([modules[layer] for layer in layers], see):
+    with catching(model, [modules[layer] for layer in layers], see):
         image_features(bundle, prepared)
     known = [share[~np.isnan(own).any(1)] for share, own in zip(evidence, boxes, strict=True)]
     touched = [np.nan if np.isnan(share).all() else (share > 0).mean() for share in known]
@@ -168,7 +168,7 @@ def record_words(
             raise ValueError(f"layer {layers[at]} holds {call.key.shape[2]} keys for word {len(seen[at])}, expected all {width + len(seen[at])} before it")
         seen[at].append(measure_word(call, *on_device))
 
-    with catching([modules[layer] for layer in layers], see):
+    with catching(model, [modules[layer] for layer in layers], see):
         replies = generate(bundle, images, [(index, sample.question) for index, sample in enumerate(batch)], max_new_tokens, tiles=tiles)
     spoken = [said or [end_token(bundle)] for said, _ in replies]
     known = np.arange(max(map(len, spoken))) < np.array([len(said) for said in spoken])[:, None]  # (B, Q)

@@ -10,7 +10,7 @@ __all__ = ['TARGETS', 'LEAST', 'BUDGET', 'REPORTED_VAR', 'VARConfig', 'check_rul
 # %% ../../notebooks/library/08_interventions/40_redistribution.ipynb #9b295697
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -20,8 +20,9 @@ from torch.nn.functional import pad
 
 from ..documents.generate import Sample
 from ..models.load import Bundle
-from ..attention.capture import watching
-from .prompts import Prompt, attending, decoder_layers, following, middle_layers, read_prompts, row_probabilities, widened
+from ..attention.capture import row_probabilities, watching, widened
+from ..core.hooks import AttentionCall
+from .prompts import Prompt, attending, decoder_layers, following, middle_layers, read_prompts
 from .sinks import SHARE, check_layers, sink_threshold, sink_values
 
 # %% ../../notebooks/library/08_interventions/40_redistribution.ipynb #509a88b8
@@ -145,28 +146,24 @@ def prompt_columns(
 
 
 def correction(
-    query: Tensor,  # (B, H, Q, D)
-    key: Tensor,  # (B, G, K, D)
-    value: Tensor,  # (B, G, K, D)
-    mask: Tensor | None,  # of the kernel
-    scaling: float,
+    call: AttentionCall,
     rows: slice,  # queries
     columns: Columns,
     config: VARConfig,
 ) -> Tensor:  # (B, R, H, D) float32 or float64, to be added to the output of the kernel
     """Return what redistribution changes in the output of some rows."""
-    batch, groups, keys, width = value.shape
+    batch, groups, keys, width = call.value.shape
     if config.target != "visual" and keys > columns.sums.shape[1]:
         columns = columns.grown(keys)
     used = columns.sums.shape[1]
-    chance = row_probabilities(query, key, mask, scaling, rows)  # (B, H, R, K)
+    chance = row_probabilities(call, rows)  # (B, H, R, K)
     heads, count = chance.shape[1:3]
     chance = chance.view(batch, heads * count, keys)[..., :used]
     sums = torch.bmm(chance, columns.sums)  # (B, H * R, 4)
     chosen = (sums >= columns.bounds).all(-1, keepdim=True)
     gain = sums[..., 3:] / sums[..., :1].clamp(min=LEAST)
     changed = torch.addcmul(columns.sinks, gain, columns.takers).mul_(chance)  # (B, H * R, N)
-    change = torch.bmm(changed.view(batch * groups, -1, used), widened(value).reshape(batch * groups, keys, width)[:, :used])
+    change = torch.bmm(changed.view(batch * groups, -1, used), widened(call.value).reshape(batch * groups, keys, width)[:, :used])
     return change.view(batch, heads * count, width).mul_(chosen).view(batch, heads, count, width).transpose(1, 2)
 
 
@@ -189,21 +186,21 @@ class LayerEdit:
         used = (sinks.any(1) & (visual & ~sinks).any(1)).any()
         self.columns = prompt_columns(sinks, visual, self.config, widened(hidden[:0]).dtype) if used else None
 
-    def __call__(self, output: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-        """Return the kernel's output with the correction added."""
-        columns, prompt = self.columns, self.prompt
+    def after(self, call: AttentionCall) -> AttentionCall | None:
+        """Add the correction to what the kernel returned."""
+        columns, prompt, query, output = self.columns, self.prompt, call.query, call.result
         if columns is None:
-            return output
+            return None
         if query.shape[2] == 1:
-            return output + correction(query, key, value, mask, scaling, slice(None), columns, self.config).to(output.dtype)
+            return replace(call, result=output + correction(call, slice(None), columns, self.config).to(output.dtype))
         reading = torch.ones_like(output[:, :, 0, 0], dtype=torch.bool) if prompt.decoding else prompt.reading.to(output.device)
         first = int(reading.any(0).int().argmax()) if reading.any() else query.shape[2]
-        step, parts = max(1, BUDGET // (4 * query.shape[0] * query.shape[1] * key.shape[2])), [output[:, :first]]
+        step, parts = max(1, BUDGET // (4 * query.shape[0] * query.shape[1] * call.key.shape[2])), [output[:, :first]]
         for start in range(first, query.shape[2], step):
             rows = slice(start, min(start + step, query.shape[2]))
-            change = correction(query, key, value, mask, scaling, rows, columns, self.config)
+            change = correction(call, rows, columns, self.config)
             parts.append(output[:, rows] + torch.where(reading[:, rows, None, None], change, 0).to(output.dtype))
-        return torch.cat(parts, dim=1)
+        return replace(call, result=torch.cat(parts, dim=1))
 
 
 @contextmanager
@@ -221,7 +218,7 @@ def visual_redistribution(
         edits = {layer: LayerEdit(prompt, config) for layer in layers}
         for layer, edit in edits.items():
             stack.callback(decoder_layers(bundle)[layer].register_forward_pre_hook(edit.look, with_kwargs=True).remove)
-        stack.enter_context(attending(bundle, edits))
+        stack.enter_context(attending(bundle, {layer: edit.after for layer, edit in edits.items()}))
         yield edits
 
 
@@ -268,10 +265,9 @@ def redistribution_view(
             seen["values"], seen["visual"] = sink_values(hidden, config.dimensions), prompt.visual.to(hidden.device)
             seen["sinks"] = (seen["values"] >= sink_threshold(hidden.shape[-1], config.share)) & prompt.valid.to(hidden.device)
 
-    def keep(output, query, key, value, mask, scaling):
+    def keep(call):
         if not prompt.decoding:
-            seen["before"] = row_probabilities(query, key, mask, scaling, slice(query.shape[2] - 1, None))
-        return output
+            seen["before"] = row_probabilities(call, slice(call.query.shape[2] - 1, None))
 
     with following(bundle) as prompt, watching([decoder_layers(bundle)[layer]], look), attending(bundle, {layer: keep}):
         read_prompts(bundle, [sample], tiles)

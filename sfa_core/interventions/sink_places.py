@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAPER', 'MEASURED', 'PLACES', 'visual_places', 'output_gram', 'measuring', 'sink_table', 'ratio_interval',
-           'enrichment', 'KnockoutConfig', 'visual_sinks', 'random_tokens', 'knocked_out']
+           'enrichment', 'KnockoutConfig', 'visual_sinks', 'random_tokens', 'Knockout', 'knocked_out']
 
 # %% ../../notebooks/library/08_interventions/30_sink_places.ipynb #04ff87aa
 from collections.abc import Iterator, Sequence
@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 from ..documents.generate import Sample, samples
 from ..models.images import tile_regions
-from ..attention.capture import watching
+from ..attention.capture import row_probabilities, watching, widened
 from ..models.load import Bundle
 from ..attention.places import coverage
-from .prompts import Prompt, aside_inputs, attending, decoder_layers, following, middle_layers, read_prompts, row_probabilities, widened
+from .prompts import Prompt, aside_inputs, attending, decoder_layers, following, middle_layers, read_prompts
 from .sinks import SHARE, check_layers, sink_threshold, sink_values
 
 # %% ../../notebooks/library/08_interventions/30_sink_places.ipynb #76b9682d
@@ -83,20 +83,17 @@ def measuring(
             seen["visual"] = prompt.visual
             seen[layers[at]] = {"value": sink_values(hidden, dimensions), "norm": widened(hidden).norm(dim=-1)}
 
-    def attend(layer):
-        def edit(output, query, key, value, mask, scaling):
-            if not prompt.decoding:
-                rows = prompt.reading.to(query.device)
-                start = int(rows.any(0).int().argmax())
-                chance = row_probabilities(query, key, mask, scaling, slice(start, None)) * rows[:, None, start:, None]
-                chance = chance.sum(2) / rows.sum(1).clamp(min=1)[:, None, None]  # (B, H, N), mean over text tokens
-                wide = widened(value).repeat_interleave(query.shape[1] // value.shape[1], dim=1)
-                size = ((wide @ gram[layer].to(wide)) * wide).sum(-1).clamp(min=0).sqrt()
-                seen[layer] |= {"attention": chance.mean(1), "contribution": (chance * size).mean(1)}
-            return output
-        return edit
+    def measure(call):
+        if not prompt.decoding:
+            rows = prompt.reading.to(call.query.device)
+            start = int(rows.any(0).int().argmax())
+            chance = row_probabilities(call, slice(start, None)) * rows[:, None, start:, None]
+            chance = chance.sum(2) / rows.sum(1).clamp(min=1)[:, None, None]  # (B, H, N), mean over text tokens
+            wide = widened(call.value).repeat_interleave(call.query.shape[1] // call.value.shape[1], dim=1)
+            size = ((wide @ gram[call.layer].to(wide)) * wide).sum(-1).clamp(min=0).sqrt()
+            seen[call.layer] |= {"attention": chance.mean(1), "contribution": (chance * size).mean(1)}
 
-    with following(bundle) as prompt, watching([stack[layer] for layer in layers], look), attending(bundle, {layer: attend(layer) for layer in layers}):
+    with following(bundle) as prompt, watching([stack[layer] for layer in layers], look), attending(bundle, dict.fromkeys(layers, measure)):
         yield seen
 
 # %% ../../notebooks/library/08_interventions/30_sink_places.ipynb #1b3795d2
@@ -218,20 +215,20 @@ def random_tokens(
     return drawn
 
 
-@contextmanager
-def knocked_out(
-    bundle: Bundle,
-    config: KnockoutConfig,
-) -> Iterator[list[int]]:  # hidden tokens of every prompt so far
-    """Hide tokens for as long as the context lasts."""
-    hidden, counts = {}, []
+class Knockout:
+    """What `knocked_out` does before each pass of the language model."""
 
-    def before(prompt, inputs):
+    def __init__(self, bundle: Bundle, config: KnockoutConfig):
+        """Keep the model and the rule."""
+        self.bundle, self.config, self.hidden, self.counts = bundle, config, None, []
+
+    def before(self, prompt: Prompt, inputs: dict) -> dict:
+        """Choose the tokens of a new prompt, and mask them in the inputs of every pass."""
         if not prompt.decoding:
-            sinks = visual_sinks(bundle, prompt, inputs, config)
-            hidden["now"] = random_tokens(prompt, sinks, config.seed) if config.control else sinks
-            counts.extend(hidden["now"].sum(1).tolist())
-        shown, mask = ~hidden["now"], inputs.get("attention_mask")
+            sinks = visual_sinks(self.bundle, prompt, inputs, self.config)
+            self.hidden = random_tokens(prompt, sinks, self.config.seed) if self.config.control else sinks
+            self.counts.extend(self.hidden.sum(1).tolist())
+        shown, mask = ~self.hidden, inputs.get("attention_mask")
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             raise ValueError("the language model got a ready-made attention mask, expected one of shape (B, N) or none")
         past = prompt.cache.get_seq_length() if prompt.decoding else 0
@@ -240,5 +237,13 @@ def knocked_out(
         whole[:, : shown.shape[1]] *= shown.to(whole)
         return {**inputs, "attention_mask": whole}
 
-    with following(bundle, before):
-        yield counts
+
+@contextmanager
+def knocked_out(
+    bundle: Bundle,
+    config: KnockoutConfig,
+) -> Iterator[list[int]]:  # hidden tokens of every prompt so far
+    """Hide tokens for as long as the context lasts."""
+    knockout = Knockout(bundle, config)
+    with following(bundle, knockout.before):
+        yield knockout.counts

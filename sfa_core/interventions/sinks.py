@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHARE', 'KNOWN_DIMENSIONS', 'SEEDS', 'sink_threshold', 'sink_values', 'chance_share', 'delimiter_ids', 'seed_masks',
            'SinkDimensions', 'keep_dimensions', 'energy_of_seeds', 'find_sink_dimensions', 'count_sinks',
-           'check_layers', 'planted_sinks']
+           'check_layers', 'PlantedSinks', 'planted_sinks']
 
 # %% ../../notebooks/library/08_interventions/20_sinks.ipynb #1cb28507
 import math
@@ -18,12 +18,12 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.stats import norm
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..documents.generate import Sample, samples
 from ..models.load import Bundle
-from ..attention.capture import watching
-from .prompts import Prompt, decoder_layers, following, middle_layers, read_prompts, widened
+from ..attention.capture import watching, widened
+from .prompts import Prompt, decoder_layers, following, middle_layers, read_prompts
 
 # %% ../../notebooks/library/08_interventions/20_sinks.ipynb #edd5962d
 SHARE = 0.0977  # of a token's energy in one dimension: tau is 20 at D = 4096
@@ -216,6 +216,33 @@ def check_layers(layers: Sequence[int], depth: int) -> None:
         raise ValueError(f"layers are {list(layers)}, expected one or more from 0 to {depth - 1}")
 
 # %% ../../notebooks/library/08_interventions/20_sinks.ipynb #85ce8247
+@dataclass(eq=False)
+class PlantedSinks:
+    """What `planted_sinks` attaches to a layer."""
+
+    prompt: Prompt
+    dimension: int
+    tokens: Tensor  # (T,) int, image tokens counted from 0
+    size: float
+    start: bool
+
+    def hook(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Add the entries to the input of the layer."""
+        hidden, prompt = args[0] if args else kwargs["hidden_states"], self.prompt
+        if prompt.decoding:
+            return None
+        if hidden.shape[1] == prompt.ids.shape[1]:
+            place = torch.where(prompt.visual, prompt.visual.cumsum(1) - 1, -1)
+            first = prompt.valid & (prompt.valid.cumsum(1) == 1)
+            mask = torch.isin(place, self.tokens.to(place.device)) | (self.start & first)
+        else:  # a pass aside of the text alone, left-padded
+            words = (prompt.valid & ~prompt.visual)[:, : prompt.length].sum(1, keepdim=True)
+            mask = self.start & (torch.arange(hidden.shape[1], device=words.device) == hidden.shape[1] - words)
+        change = torch.zeros_like(hidden)
+        change[..., self.dimension] = self.size * hidden.norm(dim=-1) * mask.to(hidden.device)
+        return ((hidden + change, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden + change})
+
+
 @contextmanager
 def planted_sinks(
     bundle: Bundle,
@@ -226,22 +253,7 @@ def planted_sinks(
     start: bool = True,  # the first token of the text as well, as language models have it
 ) -> Iterator[None]:
     """Give some tokens of every prompt one massive entry, at the prefill, for as long as the context lasts."""
-    chosen = torch.tensor(sorted(tokens), dtype=torch.long)
-
-    def hook(module, args, kwargs):
-        hidden = args[0] if args else kwargs["hidden_states"]
-        if prompt.decoding:
-            return None
-        if hidden.shape[1] == prompt.ids.shape[1]:
-            place = torch.where(prompt.visual, prompt.visual.cumsum(1) - 1, -1)
-            mask = torch.isin(place, chosen.to(place.device)) | (start & prompt.valid & (prompt.valid.cumsum(1) == 1))
-        else:  # a pass aside of the text alone, left-padded
-            words = (prompt.valid & ~prompt.visual)[:, : prompt.length].sum(1, keepdim=True)
-            mask = start & (torch.arange(hidden.shape[1], device=words.device) == hidden.shape[1] - words)
-        change = torch.zeros_like(hidden)
-        change[..., dimension] = size * hidden.norm(dim=-1) * mask.to(hidden.device)
-        return ((hidden + change, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden + change})
-
     with following(bundle) as prompt, ExitStack() as stack:
-        stack.callback(decoder_layers(bundle)[layer].register_forward_pre_hook(hook, with_kwargs=True).remove)
+        plant = PlantedSinks(prompt, dimension, torch.tensor(sorted(tokens), dtype=torch.long), size, start)
+        stack.callback(decoder_layers(bundle)[layer].register_forward_pre_hook(plant.hook, with_kwargs=True).remove)
         yield

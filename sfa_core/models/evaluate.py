@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['tiles_of', 'settings_of', 'share', 'merge', 'answer_together', 'evaluate']
 
-# %% ../../notebooks/library/06_models/80_evaluate.ipynb #e0a10003
+# %% ../../notebooks/library/06_models/80_evaluate.ipynb #0a11305b
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from importlib.metadata import version
 from typing import Any
 
-import pandas as pd
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
@@ -22,8 +21,8 @@ from .answers import Answer, answer
 from .images import most_tiles
 from .load import Bundle
 from .quantization import stored_as
-from ..scores.compare import SCORERS, fingerprint, known, make_records, summarise
 from ..scores.metrics import PROFILES
+from ..scores.records import SCORERS, Evaluation, fingerprint, make_records, summarise, validate_choice
 
 # %% ../../notebooks/library/06_models/80_evaluate.ipynb #e0a10005
 def tiles_of(
@@ -89,6 +88,7 @@ def evaluate(
     bundle: Any,                    # from models.load_model
     data: Any,                      # dataset of documents or samples
     benchmark: str = "synthetic",   # a key of benchmarks.BENCHMARKS
+    *,
     batch_size: int = 32,
     max_new_tokens: int = 100,      # replies cut off by it are counted as truncated
     suffix: str | None = None,      # None: the model's own, or else the benchmark's
@@ -101,13 +101,13 @@ def evaluate(
     progress: bool = False,
     intervention: Any = None,       # a VARConfig, VHRConfig or KnockoutConfig, at work while the model answers
     accelerator: Any = None,        # accelerate.Accelerator whose processes share the questions; all get the same records
-) -> tuple[pd.DataFrame, dict[str, Any]]:  # records and summary
+) -> Evaluation:
     "Answer and score questions; names are checked before the model starts, ValueError for an unknown one or an empty set."
     row, asked = find_benchmark(benchmark), samples(data)
     if silent := [sample.id for sample in asked if not sample.answers]:
         raise ValueError(f"question {silent[0]} has no answers, expected at least one")
-    scorer = known("scorer", row.scorer if scorer is None else scorer, SCORERS)
-    known("profile", profile, PROFILES)
+    scorer = validate_choice("scorer", row.scorer if scorer is None else scorer, SCORERS)
+    validate_choice("profile", profile, PROFILES)
     if tiles is not None and tiles < 1:
         raise ValueError(f"tiles: got {tiles}, expected at least 1")
     suffix = getattr(bundle.model.config, "prompt_suffix", row.suffix) if suffix is None else suffix
@@ -120,4 +120,4 @@ def evaluate(
     settings = settings_of(bundle, asked, benchmark=benchmark, scorer=scorer, profile=profile, suffix=suffix, tiles=tiles,
                            max_new_tokens=max_new_tokens, batch_size=batch_size, bootstrap_seed=seed, bootstrap_draws=draws,
                            intervention=None if intervention is None else repr(intervention))
-    return records, summarise(records, settings, draws, level, seed) | {"notes": sorted(notes)}
+    return Evaluation(records, summarise(records, settings, draws, level, seed) | {"notes": sorted(notes)})

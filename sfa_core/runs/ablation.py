@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ENTROPY', 'GROUNDING', 'STABILITY', 'TABLE_1', 'TABLE_3', 'PER_DOCUMENT', 'Row', 'named_benchmark',
-           'source_documents', 'mixture_of', 'kept_folder', 'run_cell', 'run_rows', 'of_kinds', 'rate_cells', 'widest',
-           'against', 'difference_text', 'ablation_table']
+           'source_documents', 'mixture_of', 'kept_folder', 'run_cell', 'run_rows', 'of_kinds', 'rate_cells', 'against',
+           'difference_text', 'ablation_table']
 
-# %% ../../notebooks/library/12_runs/60_ablation.ipynb #1b6b8ce1
+# %% ../../notebooks/library/12_runs/60_ablation.ipynb #019229d3
 import hashlib
 import json
 import shutil
@@ -20,20 +20,21 @@ import pandas as pd
 from datasets import Dataset
 
 import sfa_core
-from ..documents.benchmarks import BENCHMARKS, choose, find_benchmark, load_benchmark
-from ..training.checkpoints import read_log
-from ..training.consistency import SCRConfig
-from ..documents.generate import Sample, documents
-from ..scores.compare import compare_seeds, fingerprint, interval_text, points_text, resolved
-from ..models.evaluate import evaluate
-from ..training.finetune import finetune
-from ..training.arms import FinetuneConfig, load_arm
-from ..scores.intervals import clustered_bootstrap, seed_interval
-from ..models.load import Bundle
 from ..core.files import locked
 from ..core.paths import exports_root
+from ..documents.benchmarks import BENCHMARKS, choose, find_benchmark, load_benchmark
+from ..documents.generate import Sample, documents
 from ..documents.questions import DOCUMENT_KINDS
+from ..models.evaluate import evaluate
+from ..models.load import Bundle
 from .results import content_hash, write_atomic
+from ..scores.compare import Comparison, compare_seeds
+from ..scores.intervals import clustered_bootstrap, interval_text, points_text, seed_interval
+from ..scores.records import fingerprint
+from ..training.arms import FinetuneConfig, load_arm
+from ..training.checkpoints import read_log
+from ..training.consistency import SCRConfig
+from ..training.finetune import finetune
 from ..training.stream import DocumentSet, Mixture
 
 # %% ../../notebooks/library/12_runs/60_ablation.ipynb #1c035284
@@ -131,8 +132,8 @@ def run_cell(
             shutil.rmtree(folder / "checkpoints")
         if not path.is_file():
             with load_arm(bundle, arm):
-                records, _ = evaluate(bundle, asked, benchmark, batch_size=128, max_new_tokens=max_new_tokens, draws=2, progress=progress)
-            write_atomic(path, records.to_parquet(index=False))
+                found = evaluate(bundle, asked, benchmark, batch_size=128, max_new_tokens=max_new_tokens, draws=2, progress=progress)
+            write_atomic(path, found.records.to_parquet(index=False))
     return pd.read_parquet(path), read_log(folder)
 
 
@@ -176,26 +177,19 @@ def rate_cells(parts: Sequence[pd.DataFrame], draws: int = 10_000, seed: int = 0
     )
 
 
-def widest(comparison: Mapping[str, Any]) -> tuple[float | None, float | None]:
-    "Give the interval that holds those over seeds and over documents; a difference is resolved when it excludes zero."
-    low = [comparison[name] for name in ("low", "document_low") if comparison[name] is not None]
-    high = [comparison[name] for name in ("high", "document_high") if comparison[name] is not None]
-    return (min(low), max(high)) if len(low) == 2 else (None, None)
-
-
-def against(a: Sequence[pd.DataFrame], b: Sequence[pd.DataFrame], names: tuple[str, str], draws: int = 10_000, seed: int = 0) -> dict[str, Any]:
+def against(a: Sequence[pd.DataFrame], b: Sequence[pd.DataFrame], names: tuple[str, str], draws: int = 10_000, seed: int = 0) -> Comparison:
     "Compare two rows seed by seed; a baseline has one table of records for all seeds."
-    return compare_seeds(list(zip(a * len(b) if len(a) == 1 else a, b, strict=True)), names, draws, 0.95, seed)
+    return compare_seeds(list(zip(a * len(b) if len(a) == 1 else a, b, strict=True)), names, draws=draws, seed=seed)
 
 
-def difference_text(comparison: Mapping[str, Any]) -> dict[str, Any]:
+def difference_text(comparison: Comparison) -> dict[str, Any]:
     "Write a difference in points with its intervals, the p of McNemar's exact test of each seed, and whether it is resolved."
     return {
-        "difference, points": round(100 * comparison["difference"], 2),
-        "over seeds, points": points_text(comparison["low"], comparison["high"]),
-        "over documents, points": points_text(comparison["document_low"], comparison["document_high"]),
-        "p by seed": " ".join(f"{each['p']:.2g}" for each in comparison["seeds"]),
-        "said": resolved(comparison),
+        "difference, points": round(100 * comparison.difference, 2),
+        "over seeds, points": points_text(comparison.low, comparison.high),
+        "over documents, points": points_text(*comparison.over_documents),
+        "p by seed": " ".join(f"{each.changes.p:.2g}" for each in comparison.seeds),
+        "said": comparison.outcome,
     }
 
 
@@ -204,7 +198,7 @@ def ablation_table(
     rows: Mapping[str, Row],
     draws: int = 10_000,
     seed: int = 0,
-) -> tuple[pd.DataFrame, dict[str, dict]]:  # table, and the comparisons by row
+) -> tuple[pd.DataFrame, dict[str, Comparison]]:  # table, and the comparisons by row
     "Make a table of rows with a paired test against the row each is compared with, where that was made."
     table, found = [], {}
     for name in (name for name in records if name in rows or name == "baseline"):

@@ -8,23 +8,22 @@ __all__ = ['ARMS', 'REPORTED', 'LAYOUT', 'parameters_of', 'facts_of', 'place_of'
            'benchmark_of', 'models_of', 'arm_rates', 'against_control', 'published_table', 'categories', 'figures_of',
            'figure_index', 'configuration_name', 'printed_table', 'shared_facts']
 
-# %% ../../notebooks/library/12_runs/70_collect.ipynb #01124160
+# %% ../../notebooks/library/12_runs/70_collect.ipynb #e4a9603e
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from ..scores.compare import compare_seeds, interval_text, points_text
-from ..scores.intervals import seed_interval, wilson_interval
 from ..core.paths import REPOSITORY, exports_root
 from .results import FIGURES, finished_runs
+from ..scores.compare import compare_seeds
+from ..scores.intervals import interval_text, points, points_text, seed_interval, wilson_interval
 
 # %% ../../notebooks/library/12_runs/70_collect.ipynb #d2a69ec2
 def parameters_of(run: Path) -> dict[str, Any]:
@@ -222,9 +221,9 @@ def against_control(run: Path, arm: str) -> str:
     if not seeds:
         return "no control"
     found = compare_seeds([(parts["control"][seed], parts[arm][seed]) for seed in seeds], ("control", arm))
-    kinds = (("over seeds", found["low"], found["high"]), ("over documents", found["document_low"], found["document_high"]))
+    kinds = (("over seeds", found.low, found.high), ("over documents", *found.over_documents))
     over = [f"{points_text(low, high)} {what}" for what, low, high in kinds if low is not None]
-    return f"{100 * found['difference']:+.1f} ({'; '.join(over)})"
+    return f"{points(found.difference)} ({'; '.join(over)})"
 
 # %% ../../notebooks/library/12_runs/70_collect.ipynb #a10fab2b
 def published_table(

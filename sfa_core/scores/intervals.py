@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Interval', 'wilson_interval', 'check_level', 'cluster_means', 'percentile_interval', 'clustered_bootstrap',
-           'paired_bootstrap', 'McNemar', 'mcnemar', 'seed_interval']
+           'paired_bootstrap', 'McNemar', 'mcnemar', 'seed_interval', 'interval_text', 'points', 'points_text']
 
 # %% ../../notebooks/library/04_scores/15_intervals.ipynb #c76b46af
 from collections.abc import Sequence
@@ -145,3 +145,20 @@ def seed_interval(
         raise ValueError(f"got values {values.tolist()}, expected at least two finite values, one per seed")
     half = stats.t.ppf((1 + check_level(level)) / 2, values.size - 1) * values.std(ddof=1) / np.sqrt(values.size)
     return Interval(float(values.mean()), float(values.mean() - half), float(values.mean() + half))
+
+# %% ../../notebooks/library/04_scores/15_intervals.ipynb #aa11bb22
+def interval_text(low: float | None, high: float | None, signed: bool = False) -> str:
+    "Write an interval; a dash when there is none."
+    if low is None or high is None:
+        return "—"
+    return f"{low:+.3f} to {high:+.3f}" if signed else f"{low:.3f} to {high:.3f}"
+
+
+def points(share: float) -> str:
+    "Write a difference of shares in percentage points with its sign; nothing is written as minus zero."
+    return f"{round(100 * share, 1) or 0.0:+.1f}".replace("+0.0", "0.0")
+
+
+def points_text(low: float | None, high: float | None) -> str:
+    "Write an interval of a difference of shares in percentage points; a dash when there is none."
+    return "—" if low is None or high is None else f"{points(low)} to {points(high)}"

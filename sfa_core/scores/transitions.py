@@ -11,9 +11,9 @@ from typing import Any
 
 import pandas as pd
 
-from .compare import MIN_DOCUMENTS, interval_text, paired, points_text
+from .compare import MIN_DOCUMENTS, paired
+from .intervals import interval_text, mcnemar, paired_bootstrap, points_text
 from .grounding import CATEGORIES
-from .intervals import mcnemar, paired_bootstrap
 
 # %% ../../notebooks/library/04_scores/70_transitions.ipynb #1ea7ec8d
 def share_text(share: Mapping[str, Any]) -> str:

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['AREA', 'SUPPORTED', 'CONTROL', 'REMEMBERED', 'plan_geometry', 'area_attention', 'EmbeddingParts', 'embedding_parts',
-           'TokenControl', 'place_leaves', 'embed_tiles', 'run_tiles', 'language_tokens', 'attach_tokens',
-           'detach_tokens', 'adaptive_tokens']
+           'TokenControl', 'place_leaves', 'embed_tiles', 'LeafEmbedding', 'begin_tiles', 'finish_tiles',
+           'language_tokens', 'attach_tokens', 'detach_tokens', 'adaptive_tokens']
 
 # %% ../../notebooks/library/05_tokens/40_adaptive.ipynb #8e8d98e2
 import contextlib
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,10 +23,11 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import sdpa_mask
 
 from ..structure.inject import CHILD, set_geometry, structures_of, use_attention, vision_attention
-from .copies import drop_copies, token_origins
+from .copies import CopyHook, drop_copies, token_origins
 from .density import DensityEstimator, density_blocks, estimate_density
 from .embedding import embed_patches, regrid
 from ..core.families import Family
+from ..core.hooks import hooked_name
 from ..structure.kernels import combine_masks
 from .patches import PATCH, PatchConfig, PatchPlan, check_budget, is_kept, plan_patches
 from ..structure.bias import Geometry, grid_geometry, merge_cells, with_blocks
@@ -78,6 +79,7 @@ def area_attention(
 
 AttentionInterface.register("adat", area_attention)
 AttentionMaskInterface.register("adat", sdpa_mask)
+hooked_name("adat")
 
 # %% ../../notebooks/library/05_tokens/40_adaptive.ipynb #cef55d1b
 SUPPORTED = ("internvl", "llava_onevision")  # families whose encoder has a table of positions and patches of 14 px
@@ -128,9 +130,11 @@ class TokenControl:
     current: tuple[list[PatchPlan], int] = field(default=((), 0), repr=False)  # plans and length of the sequences under way
     base: Geometry | None = field(default=None, repr=False)  # of the uniform grid
     replaced: str = ""  # the encoder's attention before
-    keep_copies: Callable[[], None] | None = field(default=None, repr=False)  # undoes what drops copies; None: all tokens stay
+    keep_copies: CopyHook | None = field(default=None, repr=False)  # drops copies, until it is removed; None: all tokens stay
     last: list[PatchPlan] = field(default_factory=list, repr=False)  # plans of the tiles the tower ran on last
     seen: dict[str, tuple] = field(default_factory=dict, repr=False)
+    outputs: list[tuple] = field(default_factory=list, repr=False)  # of the pass under way: tiles, their plans, and what the tower returned
+    handles: tuple = field(default=(), repr=False)  # of the hooks on the tower
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -161,6 +165,18 @@ class TokenControl:
         plans, maps = zip(*found)
         return list(plans) if self.patches else None, None if maps[0] is None else torch.stack(maps)
 
+    def plans_of_tiles(self) -> list[PatchPlan]:
+        "Return the plans of the tiles that the tower ran on last."
+        return self.last
+
+    def begin(self, tower: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        "Place the tokens before the tower runs; a method, so that a copy of the model runs the control of the copy."
+        return begin_tiles(self, tower, args, kwargs)
+
+    def finish(self, tower: nn.Module, args: tuple, output: Any) -> Any | None:
+        "Return the output of the tower on the uniform raster."
+        return finish_tiles(self, output)
+
     def sequence_length(self, tokens: int) -> int:  # leaves
         "Round a sequence up to its bucket, but not beyond the uniform grid."
         special, cells = int(self.base.special.sum()), self.grid[0] * self.grid[1]
@@ -179,7 +195,7 @@ def place_leaves(control: TokenControl, geometry: Geometry) -> None:
             setattr(attention, AREA, area)
 
 
-def embed_tiles(control: TokenControl, pixel_values: Tensor, **options) -> Tensor:  # (B, length, D)
+def embed_tiles(control: TokenControl, pixel_values: Tensor) -> Tensor:  # (B, length, D)
     "Embed the leaves under way, in place of the encoder's own embedding."
     parts, (plans, length) = embedding_parts(control.model, control.family), control.current
     tokens = embed_patches(pixel_values.to(parts.convolution.weight.dtype), plans, parts.convolution, parts.positions, control.patches.embedding)
@@ -187,34 +203,63 @@ def embed_tiles(control: TokenControl, pixel_values: Tensor, **options) -> Tenso
     return getattr(parts.module, "dropout", nn.Identity())(pad(tokens, (0, 0, 0, length - tokens.shape[1])))
 
 
-def run_tiles(control: TokenControl, pixel_values: Tensor, **options) -> Any:  # the tower's output, on the uniform raster
-    "Run a tower on some tiles, sequences of one length together."
-    tower = control.family.tower_of(control.model)
-    stock = type(tower).forward
-    plans, density = control.read(pixel_values)
-    base = control.base
+class LeafEmbedding(nn.Module):
+    """Stands in for the embedding of an encoder: its parameters and parts under their own names, and leaves in place of the grid."""
+
+    def __init__(self, control: TokenControl, replaced: nn.Module):
+        """Share everything that the replaced module holds."""
+        super().__init__()
+        vars(self).update(vars(replaced))
+        vars(self).pop("forward", None)
+        vars(self)["control"], vars(self)["replaced"] = control, replaced  # not among the parts
+
+    def forward(self, pixel_values: Tensor, **options: Any) -> Tensor:  # (B, length, D)
+        """Embed the leaves under way."""
+        return embed_tiles(self.control, pixel_values)
+
+
+def begin_tiles(control: TokenControl, tower: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """Before a tower: place the tokens of its tiles.
+
+    Sequences of one length run together: all lengths but the longest run here, the pass itself is that of the longest.
+    """
+    pixels, options = args[0] if args else kwargs["pixel_values"], {name: value for name, value in kwargs.items() if name != "pixel_values"}
+    plans, density = control.read(pixels)
+    base, control.outputs = control.base, []
     if control.blocks:
         base = with_blocks(base, density_blocks(density, control.blocks), control.blocks)
     if plans is None:
-        set_geometry(control.model, control.family, base)
-        return stock(tower, pixel_values=pixel_values, **options)
+        return set_geometry(control.model, control.family, base)
     if not hasattr(control.family.attentions_of(control.model)[0], CHILD) and vision_attention(control.model) != "adat":
         raise ValueError(f"the encoder attends by {vision_attention(control.model)!r} and would ignore the areas of leaves: detach tokens before structure")
     control.last = plans
-    special, lengths = int(base.special.sum()), [control.sequence_length(len(plan)) for plan in plans]
+    lengths = [control.sequence_length(len(plan)) for plan in plans]
     lengths = [max(lengths)] * len(lengths) if getattr(tower, "is_activation_checkpointing", False) else lengths
-    layers: list[list[Tensor]] = [[] for _ in plans]
     for length in sorted(set(lengths)):
         members = [at for at, own in enumerate(lengths) if own == length]
         own = base if base.block is None else replace(base, block=base.block[members])
         control.current = [plans[at] for at in members], length
         place_leaves(control, plan_geometry(own, control.current[0], length))
-        output = stock(tower, pixel_values=pixel_values[members], **options)
-        kept = [output.last_hidden_state, *(output.hidden_states or ())]
-        rasters = [None if part is None else torch.cat([part[:, :special], regrid(part[:, special:], control.current[0])], dim=1) for part in kept]
+        if length < max(lengths):
+            control.outputs.append((members, control.current[0], tower.forward(pixel_values=pixels[members], **options)))
+    control.outputs.append((members, control.current[0], None))
+    return (), {"pixel_values": pixels[members], **options}
+
+
+def finish_tiles(control: TokenControl, output: Any) -> Any | None:  # the tower's output, on the uniform raster
+    """Behind a tower: put the leaves of all lengths back onto the raster, in the order of the tiles."""
+    if not control.outputs:
+        return None
+    special, outputs, control.outputs = int(control.base.special.sum()), control.outputs, []
+    layers: dict[int, list[Tensor | None]] = {}
+    for members, plans, own in outputs:
+        own = output if own is None else own
+        kept = [own.last_hidden_state, *(own.hidden_states or ())]
+        rasters = [None if part is None else torch.cat([part[:, :special], regrid(part[:, special:], plans)], dim=1) for part in kept]
         for place, at in enumerate(members):
             layers[at] = [None if raster is None else raster[place] for raster in rasters]
-    last, *hidden = (None if parts[0] is None else torch.stack(parts) for parts in zip(*layers))  # layers that nobody asked for are None
+    ordered = zip(*(layers[at] for at in sorted(layers)))
+    last, *hidden = (None if parts[0] is None else torch.stack(parts) for parts in ordered)  # layers that nobody asked for are None
     return type(output)(last_hidden_state=last, hidden_states=tuple(hidden) or None)
 
 # %% ../../notebooks/library/05_tokens/40_adaptive.ipynb #77c1d7f2
@@ -266,13 +311,14 @@ def attach_tokens(
     control.base = grid_geometry(grid.row, grid.column, grid.special, grid.height, grid.width).map(lambda part: part.float())
     control.replaced = vision_attention(model)
     setattr(tower, CONTROL, control)
-    tower.forward = lambda pixel_values, **options: run_tiles(control, pixel_values, **options)
+    before = tower.register_forward_pre_hook(control.begin, with_kwargs=True)
+    control.handles = before, tower.register_forward_hook(control.finish, prepend=True)
     if patches is not None:
-        parts.module.forward = lambda pixel_values, **options: embed_tiles(control, pixel_values, **options)
+        tower.embeddings = LeafEmbedding(control, parts.module)
         if not structured:
             use_attention(model, "adat")
         if drop:
-            control.keep_copies = drop_copies(model, family, lambda: control.last)
+            control.keep_copies = drop_copies(model, family, control.plans_of_tiles)
     return control
 
 
@@ -286,16 +332,19 @@ def detach_tokens(
     if control is None:
         raise ValueError("the model has no adaptive tokens: call attach_tokens first")
     delattr(tower, CONTROL)
-    del tower.forward
+    for handle in control.handles:
+        handle.remove()
     if control.patches is not None:
-        del tower.embeddings.forward
+        embedding = tower.embeddings
+        tower.embeddings = embedding.replaced
+        tower.embeddings.training = embedding.training
         for attention in attentions:
             if hasattr(attention, AREA):
                 delattr(attention, AREA)
         if vision_attention(model) == "adat":
             use_attention(model, control.replaced)
         if control.keep_copies is not None:
-            control.keep_copies()
+            control.keep_copies.remove()
     if hasattr(attentions[0], CHILD):
         set_geometry(model, family, control.base)
     return model

@@ -24,7 +24,8 @@ from ..structure.inject import CHILD
 from ..tokens.density import load_density, pseudo_label
 from ..documents.generate import Sample
 from ..models.images import tile_regions
-from ..attention.capture import Call, catching, logits_of, normalised, structural_factors
+from ..attention.capture import catching, logits_of, normalised, structural_factors
+from ..core.hooks import AttentionCall
 from ..models.load import Bundle
 from ..tokens.patches import PatchPlan
 from .second_view import second_view
@@ -76,13 +77,13 @@ class SCRConfig:
 class Placed:
     "An attention call, and where its tokens were when it was made."
 
-    call: Call
+    call: AttentionCall
     geometry: Any  # of the structural bias, None without
     area: Tensor | None  # (B, K) log areas of adaptive patches in an encoder without structure
     plans: tuple[PatchPlan, ...]  # of its tiles, empty on the uniform grid
 
     @classmethod
-    def now(cls, call: Call, control: TokenControl | None) -> "Placed":
+    def now(cls, call: AttentionCall, control: TokenControl | None) -> "Placed":
         "Take note of the places of a call that is being made."
         geometry = getattr(getattr(call.module, CHILD, None), "geometry", None)
         plans = tuple(control.current[0]) if control is not None and control.patches is not None else ()
@@ -119,10 +120,9 @@ def entropy_sums(
     "Add up the entropies of the attention rows of text-dense queries of one call."
     call, wanted = placed.call, dense.any(0).nonzero()[:, 0]
     logits, factors, keys = logits_of(call), placed.factors(), placed.keys
-    places = torch.arange(call.key.shape[2] - call.query.shape[2], call.key.shape[2], device=call.query.device).expand(len(call.query), -1)
 
     def some(query, chosen):
-        scores = logits(query, places[:, chosen], factors(chosen))
+        scores = logits(chosen, factors(chosen), query)
         if placed.area is not None:
             scores = scores + placed.area[:, None, None].to(scores)
         entropy, counted = normalised(scores)[1], dense[:, None, chosen].to(scores)  # (B, H, q), (B, 1, q)
@@ -232,7 +232,7 @@ def with_consistency(
     calls, states, features = [], [], []
     with ExitStack() as stack:
         if config.entropy:
-            stack.enter_context(catching(modules, lambda at, call: calls.append(Placed.now(call, control))))
+            stack.enter_context(catching(model, modules, lambda at, call: calls.append(Placed.now(call, control))))
         for part, kept, wanted in ((family.language_of(model), states, config.grounding), (tower, features, config.stability)):
             if wanted:
                 stack.enter_context(keeping(part, kept))

@@ -261,7 +261,7 @@ def evaluation(device: str, size: Size, folder: Path) -> dict[str, float]:
     evaluate(bundle, asked[:1], batch_size=1, max_new_tokens=2, tiles=size.tiles, draws=100)  # kernels are chosen at the first call
     for name, batch, some in (("single", 1, asked[: max(2, len(asked) // 8)]), ("batched", min(16, len(asked)), asked)):
         with Peak(device) as peak:
-            records, _ = evaluate(bundle, some, batch_size=batch, max_new_tokens=16, tiles=size.tiles, draws=100)
+            records = evaluate(bundle, some, batch_size=batch, max_new_tokens=16, tiles=size.tiles, draws=100).records
         assert len(records) == len(some) and not records["error"].any(), "every question has its record"
         found |= {f"{name}_questions_per_second": len(some) / peak.seconds, f"{name}_peak_gib": peak.bytes / GIB, f"{name}_batch": batch}
     return found | {"speed_up": found["batched_questions_per_second"] / found["single_questions_per_second"]}
