@@ -136,6 +136,8 @@ def on_this_machine(
     from distributed import Client
 
     from sfa_core.runs.cluster import ending, machine_cluster
+    if not tasks:
+        return
     with machine_cluster(environments[: len(tasks)]) as cluster, Client(cluster, set_as_default=False) as client:
         yield from events(client, tasks, ending=lambda worker: ending(cluster, worker))
 
