@@ -12,7 +12,8 @@ from typing import Any
 
 # %% ../notebooks/library/99_sfa_core.ipynb #f0000007
 PLACES = {  # module: names it offers here
-    "documents.generate": "make_document samples Sample",
+    "documents.samples": "samples Sample",
+    "documents.generate": "make_document",
     "documents.benchmarks": "load_benchmark",
     "scores.compare": "compare compare_seeds",
     "scores.grounding": "categorise grounding_report chance_floor",

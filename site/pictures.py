@@ -9,7 +9,8 @@ import json
 
 import plotly.graph_objects as go
 
-from sfa_core.documents.generate import documents, samples
+from sfa_core.documents.generate import documents
+from sfa_core.documents.samples import samples
 from sfa_core.models.load import load_model
 from sfa_core.core.paths import REPOSITORY
 from sfa_core.figures.style import ARM_COLOURS, ARM_NAMES, INK, in_style, save_figure

@@ -35,7 +35,7 @@ def main(folder: Path) -> None:
 
 
 def questions():
-    from sfa_core.documents.generate import samples
+    from sfa_core.documents.samples import samples
 
     return samples(documents(3, seed=6))
 

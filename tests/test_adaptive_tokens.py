@@ -17,7 +17,8 @@ from sfa_core.tokens.adaptive import CONTROL, attach_tokens, detach_tokens, lang
 from sfa_core.models.answers import answer, answer_loss, generate, training_batch
 from sfa_core.structure.inject import eject, inject, structures_of, visible_attention
 from sfa_core.tokens.density import density_blocks, estimate_density, load_density
-from sfa_core.documents.generate import documents, samples
+from sfa_core.documents.generate import documents
+from sfa_core.documents.samples import samples
 from sfa_core.models.embedded import EmbeddedConfig, train_tokenizer
 from sfa_core.tokens.embedding import embed_patches, regrid, resize_kernel
 from sfa_core.models.evaluate import evaluate

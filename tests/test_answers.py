@@ -13,7 +13,9 @@ from PIL import Image
 from sfa_core.models import answers
 from sfa_core.models.answers import IGNORE, SUFFIX, answer, answer_loss, answer_tokens
 from sfa_core.models.answers import end_token, image_inputs, image_tokens, pack, prompt_tokens, training_batch
-from sfa_core.documents.generate import Sample, as_seen, documents, samples
+from sfa_core.documents.generate import documents
+from sfa_core.core.pictures import as_seen
+from sfa_core.documents.samples import Sample, samples
 from sfa_core.models.embedded import EmbeddedConfig, build_processor, train_tokenizer
 from sfa_core.models.load import load_model, new_bundle
 

@@ -13,7 +13,8 @@ from sfa_core.structure.inject import eject, inject
 from sfa_core.training.checkpoints import TIMING
 from sfa_core.training.consistency import SCRConfig, consistency_table, dense_queries, entropy_loss, tile_density, with_consistency
 from sfa_core.tokens.density import load_density
-from sfa_core.documents.generate import documents, samples
+from sfa_core.documents.generate import documents
+from sfa_core.documents.samples import samples
 from sfa_core.models.embedded import train_tokenizer
 from sfa_core.training.finetune import finetune
 from sfa_core.training.arms import FinetuneConfig, load_arm

@@ -7,7 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sfa_core.documents.generate import PRESET_KINDS, PRESETS, SMALLEST, Sample, decode, documents, make_document, samples
+from sfa_core.documents.generate import PRESET_KINDS, PRESETS, SMALLEST, documents, make_document
+from sfa_core.core.pictures import decode
+from sfa_core.documents.samples import Sample, samples
 from sfa_core.documents.drawing import Text, paint, text_box
 from sfa_core.documents.questions import DOCUMENT_KINDS, KINDS, READ_KINDS, YES_NO
 

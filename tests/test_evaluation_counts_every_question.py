@@ -15,7 +15,7 @@ from scipy import stats
 
 from sfa_core.core.families import FAMILIES
 from sfa_core.documents.benchmarks import BENCHMARKS, SHORT, with_choices
-from sfa_core.documents.generate import Sample
+from sfa_core.documents.samples import Sample
 from sfa_core.scores.compare import compare, compare_seeds
 from sfa_core.scores.records import COLUMNS, SCORERS, fingerprint, kind_table, make_records, summarise, summary_table
 from sfa_core.models.evaluate import evaluate

@@ -14,7 +14,8 @@ from PIL import Image
 
 from sfa_core.figures import views
 from sfa_core.structure.inject import eject, inject, structures_of
-from sfa_core.documents.generate import documents, samples
+from sfa_core.documents.generate import documents
+from sfa_core.documents.samples import samples
 from sfa_core.models.embedded import EmbeddedConfig, build_processor
 from sfa_core.figures.explorer import AttentionExplorer
 from sfa_core.training.finetune import finetune
@@ -163,7 +164,7 @@ def test_a_picture_is_written_while_everything_else_goes_on(bundle, asked, tmp_p
 
 CELLS = """import sys
 sys.path.insert(0, {root!r})
-from sfa_core.documents.generate import documents, samples
+from sfa_core.documents.generate import documents
 from sfa_core.figures.explorer import AttentionExplorer
 from sfa_core.models.load import load_model
 explorer = AttentionExplorer(load_model("embedded"), samples(documents(2, seed=11)), folder={folder!r}, max_new_tokens=4)

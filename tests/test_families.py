@@ -21,7 +21,7 @@ from sfa_core.models.evaluate import tiles_of
 from sfa_core.models.answers import answer, answer_loss, answer_tokens, prompt_tokens, training_batch
 from sfa_core.structure.inject import eject, inject, set_blocks, set_geometry, structures_of, use_attention, vision_attention
 from sfa_core.structure.store import load_structure, save_structure
-from sfa_core.documents.generate import Sample
+from sfa_core.documents.samples import Sample
 from sfa_core.core.families import FAMILIES, split_windows
 from sfa_core.models.images import describe_views, image_batch, image_features, tile_regions
 from sfa_core.models.miniatures import miniature

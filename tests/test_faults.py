@@ -13,7 +13,8 @@ import sfa_core.runs.runs
 from PIL import Image
 from sfa_core.documents.benchmarks import load_benchmark
 from sfa_core.runs.commands import main
-from sfa_core.documents.generate import Sample, decode
+from sfa_core.core.pictures import decode
+from sfa_core.documents.samples import Sample
 from sfa_core.models.evaluate import evaluate
 from sfa_core.runs.grids import run_grid
 from sfa_core.models.load import load_model

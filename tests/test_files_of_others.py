@@ -18,11 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from sfa_core.documents.benchmarks import load_benchmark
-from sfa_core.documents.generate import Sample, decode
+from sfa_core.core.pictures import MOST_PIXELS, TURNS, as_seen, decode, decode_page
+from sfa_core.documents.samples import Sample
 from sfa_core.core.escape import figure_text, html_text
 from sfa_core.scores.facts import chartqa_release, read_ocr
 from sfa_core.core.reading import MARK, answers_of, is_hub_id, json_lines
-from sfa_core.core.pictures import MOST_PIXELS, TURNS, as_seen, decode_page
 
 ROOT = Path(__file__).resolve().parents[1]
 LINE = {"image": "a.png", "question": "?", "answers": ["1"]}

@@ -17,7 +17,8 @@ from sfa_core.structure.inject import eject, inject
 from sfa_core.structure.store import load_structure
 from sfa_core.training.checkpoints import TIMING, read_folder
 from sfa_core.training.consistency import SCRConfig
-from sfa_core.documents.generate import documents, samples
+from sfa_core.documents.generate import documents
+from sfa_core.documents.samples import samples
 from sfa_core.models.embedded import train_tokenizer
 from sfa_core.core.families import family_of
 from sfa_core.training.finetune import finetune, prepared

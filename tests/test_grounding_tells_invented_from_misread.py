@@ -12,7 +12,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from sfa_core.documents.generate import Evidence, Sample, TextBox, documents, samples
+from sfa_core.documents.generate import documents
+from sfa_core.documents.samples import Evidence, Sample, TextBox, samples
 from sfa_core.scores.facts import chartqa_evidence, chartqa_release, facts, read_ocr, with_texts
 from sfa_core.scores.grounding import CATEGORIES, categorise, chance_floor, classify, grounding_report, label_audit, source_rule
 from sfa_core.scores.metrics import relaxed_accuracy

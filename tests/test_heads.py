@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from tiny_decoders import BUILDERS, PROMPTS, tiny
 
 from sfa_core.models.answers import answer_loss, training_batch
-from sfa_core.documents.generate import documents, make_document, samples
+from sfa_core.documents.generate import documents, make_document
+from sfa_core.documents.samples import samples
 from sfa_core.models.embedded import EmbeddedConfig, train_tokenizer
 from sfa_core.interventions.heads import VHRConfig, both_outputs, head_divergence, head_hooks, head_importance, head_table, reinforced_layers, vision_heads
 from sfa_core.models.load import new_bundle

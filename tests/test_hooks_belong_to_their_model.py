@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from sfa_core.attention.capture import catching
 from sfa_core.attention.probes import record
 from sfa_core.core.families import FAMILIES
-from sfa_core.documents.generate import Evidence, Sample, TextBox
+from sfa_core.documents.samples import Evidence, Sample, TextBox
 from sfa_core.interventions.heads import VHRConfig
 from sfa_core.interventions.redistribution import VARConfig
 from sfa_core.interventions.sink_places import KnockoutConfig

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from sfa_core.models.answers import answer
-from sfa_core.documents.generate import Sample
+from sfa_core.documents.samples import Sample
 from sfa_core.core.families import FAMILIES
 from sfa_core.interventions.heads import VHRConfig
 from sfa_core.models.images import image_batch

@@ -5,7 +5,8 @@ import pytest
 from sfa_core.runs import ablation as cells
 from sfa_core.documents.benchmarks import load_benchmark
 from sfa_core.runs.ablation import TABLE_1, mixture_of, named_benchmark, run_rows, source_documents
-from sfa_core.documents.generate import documents, samples
+from sfa_core.documents.generate import documents
+from sfa_core.documents.samples import samples
 from sfa_core.training.arms import FinetuneConfig
 from sfa_core.models.load import load_model
 

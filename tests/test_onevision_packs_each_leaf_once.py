@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from sfa_core.tokens.adaptive import CONTROL, adaptive_tokens, language_tokens
 from sfa_core.models.answers import answer_loss, generate, training_batch
 from sfa_core.tokens.copies import token_origins
-from sfa_core.documents.generate import Sample
+from sfa_core.documents.samples import Sample
 from sfa_core.models.images import image_batch, image_features
 from sfa_core.models.miniatures import miniature
 from sfa_core.tokens.patches import PatchConfig, PatchPlan, is_kept

@@ -18,7 +18,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from sfa_core.models.answers import answer, prompt_tokens
 from sfa_core.structure.inject import inject
-from sfa_core.documents.generate import Evidence, Sample, TextBox, documents, make_document, samples
+from sfa_core.documents.generate import documents, make_document
+from sfa_core.documents.samples import Evidence, Sample, TextBox, samples
 from sfa_core.models.embedded import EmbeddedConfig, build_processor, train_tokenizer
 from sfa_core.core.families import FAMILIES, uniform_grid
 from sfa_core.models.images import image_batch, image_features, image_inputs, image_tokens, tile_regions

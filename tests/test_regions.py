@@ -5,7 +5,8 @@ import pandas as pd
 import pytest
 from scipy.stats import ttest_rel
 
-from sfa_core.documents.generate import documents, samples
+from sfa_core.documents.generate import documents
+from sfa_core.documents.samples import samples
 from sfa_core.models.load import load_model
 from sfa_core.attention.probes import record
 from sfa_core.attention.regions import by_region, paired_contrast, text_map, token_regions

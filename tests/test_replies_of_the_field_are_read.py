@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sfa_core.documents.benchmarks import with_choices
-from sfa_core.documents.generate import Evidence, Sample, TextBox
+from sfa_core.documents.samples import Evidence, Sample, TextBox
 from sfa_core.scores.records import make_records, odd_replies, summarise, summary_table
 from sfa_core.scores.facts import facts
 from sfa_core.scores.grounding import categorise, classify, source_rule

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_decoders import BUILDERS, IMAGE, PROMPTS, tiny, token_ids
 
-from sfa_core.documents.generate import documents, make_document, samples
+from sfa_core.documents.generate import documents, make_document
+from sfa_core.documents.samples import samples
 from sfa_core.models.embedded import EmbeddedConfig, build_processor, train_tokenizer
 from sfa_core.models.evaluate import evaluate
 from sfa_core.interventions.heads import VHRConfig

@@ -3,7 +3,8 @@ import nbformat
 
 PICKER = """
 import pandas as pd
-from sfa_core.documents.generate import documents, samples
+from sfa_core.documents.generate import documents
+from sfa_core.documents.samples import samples
 from sfa_core.scores.grounding import categorise
 from sfa_core.figures.verdicts import VerdictPicker
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..tokens.adaptive import CONTROL
 from ..models.answers import end_token, generate, prompt_tokens
-from ..documents.generate import Sample, samples
+from ..documents.samples import Sample, samples
 from ..core.families import TokenGrid, modules_at
 from ..models.images import ImageBatch, image_batch, image_features, images_of, tile_regions
 from .capture import catching, followed, measure_layer, measure_word, place_tokens

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import norm, t
 
-from ..documents.generate import Sample
+from ..documents.samples import Sample
 from .places import box_mask, box_means
 from .records import UNITS, AttentionRecord, known_mean
 

@@ -24,7 +24,8 @@ import pandas as pd
 
 from ..core.reading import answers_of, check_cache, inside, is_folder, is_hub_id, read_json, text_value
 from .folders import folder_rows
-from .generate import Sample, documents, samples
+from .generate import documents
+from .samples import Sample, samples
 from .chartqa import chartqa_rows, find_split
 
 # %% ../../notebooks/library/02_documents/55_benchmarks.ipynb #78c1b467

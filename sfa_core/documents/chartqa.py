@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.reading import answers_of, inside, read_json, text_value
-from .generate import Evidence, TextBox
+from .samples import Evidence, TextBox
 
 # %% ../../notebooks/library/02_documents/45_chartqa.ipynb #cd57461a
 # name of a part -> role of its texts

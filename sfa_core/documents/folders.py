@@ -9,7 +9,7 @@ __all__ = ['folder_rows', 'folder_evidence']
 from collections.abc import Iterator
 from pathlib import Path
 
-from .generate import Evidence, TextBox
+from .samples import Evidence, TextBox
 from ..core.reading import answers_of, box_of_edges, inside, json_lines, text_value
 
 # %% ../../notebooks/library/02_documents/50_folders.ipynb #896c04bb

@@ -16,7 +16,8 @@ import ipywidgets as widgets
 import plotly.graph_objects as go
 
 from ..core.escape import html_text
-from ..documents.generate import Sample, decode, samples
+from ..core.pictures import decode
+from ..documents.samples import Sample, samples
 from ..models.load import Bundle
 from ..core.paths import exports_root
 from .style import ARM_NAMES, save_figure

@@ -17,7 +17,7 @@ import plotly.graph_objects as go
 from PIL import Image, ImageDraw
 
 from ..core.escape import figure_text, html_text
-from ..documents.generate import Evidence, Sample
+from ..documents.samples import Evidence, Sample
 from ..scores.facts import Place
 from .charts import document_gallery
 from ..scores.grounding import CATEGORIES

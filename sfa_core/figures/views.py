@@ -20,7 +20,7 @@ from PIL import Image
 from plotly.subplots import make_subplots
 
 from ..structure.inject import CHILD, structures_of
-from ..documents.generate import Sample
+from ..documents.samples import Sample
 from ..training.arms import load_arm
 from ..models.load import Bundle
 from ..attention.places import cells_of, spread

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..models.answers import IGNORE, answer_loss, training_batch
-from ..documents.generate import Sample, samples
+from ..documents.samples import Sample, samples
 from ..models.load import Bundle
 from ..attention.capture import row_probabilities, widened
 from .prompts import Prompt, aside_inputs, attending, decoder_layers, following, read_prompts, text_inputs

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.hooks import HOOKS, Hook, attention_hooks, replaced_name, without_hooks
-from ..documents.generate import Sample
+from ..documents.samples import Sample
 from ..models.answers import generate
 from ..models.images import images_of
 from ..models.load import Bundle

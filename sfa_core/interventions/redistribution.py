@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..documents.generate import Sample
+from ..documents.samples import Sample
 from ..models.load import Bundle
 from ..attention.capture import row_probabilities, watching, widened
 from ..core.hooks import AttentionCall

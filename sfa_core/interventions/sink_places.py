@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..documents.generate import Sample, samples
+from ..documents.samples import Sample, samples
 from ..models.images import tile_regions
 from ..attention.capture import row_probabilities, watching, widened
 from ..models.load import Bundle

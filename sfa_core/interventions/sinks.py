@@ -20,7 +20,7 @@ import torch
 from scipy.stats import norm
 from torch import Tensor, nn
 
-from ..documents.generate import Sample, samples
+from ..documents.samples import Sample, samples
 from ..models.load import Bundle
 from ..attention.capture import watching, widened
 from .prompts import Prompt, decoder_layers, following, middle_layers, read_prompts

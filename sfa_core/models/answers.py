@@ -20,8 +20,8 @@ from torch.nn.functional import cross_entropy, pad
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from ..core.pictures import decode_page
-from ..documents.generate import Sample, decode, samples
+from ..core.pictures import decode, decode_page
+from ..documents.samples import Sample, samples
 from .images import ImageBatch, check_shape, check_tiles, image_batch, image_features, image_inputs, image_tokens, pixel_table  # noqa: F401
 from .load import Bundle
 from ..documents.replies import is_mark, opened_by

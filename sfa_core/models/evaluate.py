@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from ..documents.benchmarks import find_benchmark
-from ..documents.generate import Sample, samples
+from ..documents.samples import Sample, samples
 from .answers import Answer, answer
 from .images import most_tiles
 from .load import Bundle

@@ -24,7 +24,8 @@ from safetensors.torch import load_file, save_file
 
 from ..models.answers import answer_loss, answer_tokens, pack, prompt_tokens, training_batch
 from .dense import DenseHeads, dense_losses, dense_targets, heads_of_size, patch_features
-from ..documents.generate import decode, documents, generator_version
+from ..documents.generate import documents, generator_version
+from ..core.pictures import decode
 from ..documents.words import SHORT_WORDS
 from ..training.loop import LoopConfig, train
 from ..models.images import image_tokens, pixel_table

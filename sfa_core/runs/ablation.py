@@ -23,7 +23,8 @@ import sfa_core
 from ..core.files import locked
 from ..core.paths import exports_root
 from ..documents.benchmarks import BENCHMARKS, choose, find_benchmark, load_benchmark
-from ..documents.generate import Sample, documents
+from ..documents.generate import documents
+from ..documents.samples import Sample
 from ..documents.questions import DOCUMENT_KINDS
 from ..models.evaluate import evaluate
 from ..models.load import Bundle

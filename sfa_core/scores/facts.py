@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from ..core.reading import answers_of, box_of_edges, inside, json_lines, read_json, read_text, text_value
 from ..documents.chartqa import question_list
-from ..documents.generate import Evidence, Sample, TextBox
+from ..documents.samples import Evidence, Sample, TextBox
 from ..documents.numbers import Number, plain, read_numbers, rounds_to, same
 from .operations import Results, results
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from ..documents.generate import Sample
+from ..documents.samples import Sample
 from .facts import Facts, Place, bare, facts
 from .metrics import as_answers, relaxed_accuracy
 from .intervals import clustered_bootstrap, wilson_interval

@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 
 from ..documents.benchmarks import choices_of
-from ..documents.generate import Sample
+from ..documents.samples import Sample
 from ..documents.replies import count_thoughts, split_reply
 from .intervals import Interval, clustered_bootstrap, interval_text, wilson_interval
 from .metrics import PROFILES, anls, exact_match, ocrbench_score, relaxed_accuracy, vqa_accuracy

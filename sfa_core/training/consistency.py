@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from ..tokens.adaptive import AREA, CONTROL, TokenControl
 from ..structure.inject import CHILD
 from ..tokens.density import load_density, pseudo_label
-from ..documents.generate import Sample
+from ..documents.samples import Sample
 from ..models.images import tile_regions
 from ..attention.capture import catching, logits_of, normalised, structural_factors
 from ..core.hooks import AttentionCall

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..core.pictures import decode
 from ..models.answers import IGNORE, answer_tokens
 from ..tokens.copies import token_origins
-from ..documents.generate import Sample
+from ..documents.samples import Sample
 from ..models.load import Bundle
 from ..tokens.patches import PatchPlan, is_kept
 from ..attention.places import language_boxes

@@ -21,7 +21,8 @@ from transformers import GenerationConfig, InternVLForConditionalGeneration
 
 from sfa_core.models.answers import answer_loss, training_batch
 from sfa_core.structure.inject import dense_attention, inject, structural_attention
-from sfa_core.documents.generate import documents, samples
+from sfa_core.documents.generate import documents
+from sfa_core.documents.samples import samples
 from sfa_core.models.embedded import EmbeddedConfig, build_processor, model_config, train_tokenizer
 from sfa_core.models.evaluate import evaluate
 from sfa_core.core.families import family_of
