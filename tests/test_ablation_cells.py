@@ -6,7 +6,8 @@ import sys
 CELL = """
 import os
 import sfa_core.runs.ablation as ablation
-from sfa_core.documents.generate import documents, samples
+from sfa_core.documents.generate import documents
+from sfa_core.documents.samples import samples
 from sfa_core.models.load import load_model
 from sfa_core.training.finetune import FinetuneConfig
 from sfa_core.training.stream import DocumentSet

@@ -141,7 +141,7 @@ def finished(exports, study, run, *, seeds=(None,), place="runs", dirty=False, s
 @pytest.mark.parametrize("seeds", [(None,), (0, 1)], ids=["one training", "two seeds"])
 def test_an_arm_stands_beside_the_control_of_its_own_run(exports, seeds):
     table = arm_rates([finished(exports, "30_finetune", "0123456789ab", seeds=seeds)]).set_index("arm")
-    assert re.match(r"[+-]\d+\.\d \(", table.loc["vision", "minus control, points"]) and table.loc["vision", "benchmark"] == "—"
+    assert re.match(r"([+-]\d+\.\d|0\.0) \(", table.loc["vision", "minus control, points"]) and table.loc["vision", "benchmark"] == "—"
 
 
 def test_references_of_uncommitted_code_are_left_out_and_the_newest_counts(exports):
