@@ -162,7 +162,7 @@ def test_the_release_of_chartqa_brings_its_evidence(release):
     assert first.document == third.document != second.document and second.image.getpixel((0, 0))[0] == 1
     assert first.evidence.table == (("Year", "Share of adults"), ("2019", "14"), ("2020", "1,550")) == second.evidence.table
     assert [(t.text, t.box, t.role) for t in first.evidence.texts] == [
-        ("Shares", (0, 0, 5, 1), "title"), ("2019", (0, 5, 2, 6), "tick"), ("2020", (4, 5, 6, 6), "tick"), ("adults", (1, 2, 4, 6), "legend")]
+        ("Shares", (0, 0, 5, 1), "title"), ("2019", (0, 5, 2, 6), "label"), ("2020", (4, 5, 6, 6), "label"), ("adults", (1, 2, 4, 6), "legend")]
     assert second.evidence.texts == () and first.evidence is third.evidence
     assert len(load_benchmark("chartqa", source=release / "ChartQA Dataset" / "test", limit=2)) == 2
     assert {s.id for s in load_benchmark("chartqa", source=release, limit=2, seed=1)} < {first.id, second.id, third.id}
@@ -175,7 +175,9 @@ def test_the_release_of_chartqa_brings_its_evidence(release):
     ("test_augmented.json", None, FileNotFoundError, "no .*test_augmented.json; expected the human and the augmented"),
     ("test_human.json", '[{"imgname": "multi_2.png", "query": "?"}]', ValueError, "question 0 of test_human.json has no field label; it has imgname, query"),
     ("annotations/two_col_1.json", "{", ValueError, "two_col_1.json cannot be read"),
-    ("annotations/two_col_1.json", '{"text": "a", "bbox": {"x": 1}}', ValueError, "two_col_1.json cannot be read .*expected ChartQA's annotation"),
+    ("annotations/two_col_1.json", '{"text": "a", "bbox": {"x": 1}}', ValueError, "two_col_1.json cannot be read .*it has bbox, text.*expected ChartQA's annotation"),
+    ("annotations/two_col_1.json", '{"models": [{"text": "a", "text_bbox": {"x": 1}}]}', ValueError, "two_col_1.json cannot be read .*boxes of x, y, w, h"),
+    ("annotations/two_col_1.json", "[]", ValueError, "two_col_1.json cannot be read .*expected ChartQA's annotation"),
     ("tables/two_col_1.csv", b"\xff\xfe\xff", ValueError, "two_col_1.csv cannot be read")])
 def test_what_is_wrong_in_a_release_is_named(release, file, content, kind, words):
     path = release / "ChartQA Dataset" / "test" / file

@@ -14,7 +14,12 @@ from hypothesis import strategies as st
 
 from sfa_core.documents.generate import documents
 from sfa_core.documents.samples import Evidence, Sample, TextBox, samples
-from sfa_core.scores.facts import chartqa_evidence, chartqa_release, facts, read_ocr, with_texts
+from sfa_core.scores.facts import facts
+from sfa_core.core.paths import REPOSITORY
+from sfa_core.documents.benchmarks import load_benchmark
+from sfa_core.documents.chartqa import chart_evidence
+from sfa_core.runs.ablation import source_documents
+from sfa_core.documents.ocr import read_ocr, with_texts
 from sfa_core.scores.grounding import CATEGORIES, categorise, chance_floor, classify, grounding_report, label_audit, source_rule
 from sfa_core.scores.metrics import relaxed_accuracy
 from sfa_core.scores.intervals import mcnemar
@@ -421,11 +426,11 @@ def release(tmp_path):
 
 
 def test_chartqa_release_is_read_with_its_evidence(release):
-    asked = chartqa_release(release)
+    asked = load_benchmark("chartqa", source=release)
     assert [(s.document, s.kind, s.answers) for s in asked] == [
         ("one.png", "human", ("3.4",)),
         ("two.png", "human", ("7",)),
-        ("one.png", "augmented", ("1041",)),
+        ("one.png", "machine", ("1041",)),
     ]
     evidence = asked[0].evidence
     assert evidence.table == (("Year", "Users, million"), ("2015", "3.4"), ("2016", "1,041")) and evidence is asked[2].evidence
@@ -441,20 +446,36 @@ def test_chartqa_release_is_read_with_its_evidence(release):
     ]
     assert evidence.texts[0].box == (1, 2, 31, 10) and [facts(s.evidence).level for s in asked] == ["A", "B", "A"]
     assert classify(asked[0].question, "3.4", "1041", facts(evidence)).category == "misread_cell"
+    assert classify(asked[0].question, "3.4", "3.1", facts(evidence)).category == "ungrounded", "3.4 is printed: nothing is left to estimate"
+
+
+def test_every_way_to_the_release_of_chartqa_gives_the_same_samples(release):
+    "The loader, a mixture and the data cell of the study see one release: kind, document, roles, printed values and evidence are equal."
+    asked = load_benchmark("chartqa", source=release)
+    assert load_benchmark("chartqa", source=release / "test") == asked
+    assert source_documents(f"chartqa/test@{release}", 2, seed=0) == asked
+    cells = ["".join(cell["source"]) for cell in json.loads((REPOSITORY / "notebooks/studies/50_grounding.ipynb").read_text())["cells"]]
+    of_study = dict(source=str(release), ocr="", evaluation_documents=0, seed=0)
+    exec("\n".join(line for cell in cells for line in cell.splitlines() if line.startswith(("from sfa_core.documents", "from sfa_core.core"))), of_study)
+    exec(next(cell for cell in cells if cell.startswith("if source:")), of_study)
+    assert of_study["asked"] == asked
+    of_study["evaluation_documents"] = 2
+    exec(next(cell for cell in cells if cell.startswith("if source:")), of_study)
+    assert of_study["asked"] == asked[:2]
 
 
 def test_damaged_or_missing_parts_of_a_release_are_named(release):
     (release / "test" / "annotations" / "two.json").write_text("[1")
-    with pytest.raises(ValueError, match="two.json: no ChartQA annotation"):
-        chartqa_evidence(release / "test", "two")
+    with pytest.raises(ValueError, match="two.json cannot be read .*expected ChartQA's annotation"):
+        chart_evidence(release / "test", "two")
     (release / "test" / "annotations" / "two.json").unlink()
     (release / "test" / "tables" / "two.csv").unlink()
-    assert facts(chartqa_evidence(release / "test", "two")).level == "D"
+    assert facts(chart_evidence(release / "test", "two")).level == "D"
     (release / "test" / "png" / "one.png").unlink()
-    with pytest.raises(FileNotFoundError, match="question 0 names .*one.png, which is missing"):
-        chartqa_release(release)
-    with pytest.raises(FileNotFoundError, match="no .*val.*; expected val/ with png/, tables/"):
-        chartqa_release(release, "val")
+    with pytest.raises(FileNotFoundError, match="question 0 of test_human.json names .*one.png, which is missing"):
+        load_benchmark("chartqa", source=release)
+    with pytest.raises(FileNotFoundError, match="no val_human.json or val_augmented.json in .*; it has test"):
+        load_benchmark("chartqa", "val", release)
 
 
 def test_ocr_lines_join_the_evidence_and_weak_ones_are_counted(tmp_path):

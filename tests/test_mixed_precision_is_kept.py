@@ -1,4 +1,5 @@
-"""What accelerate is told about precision holds in training, and a model in bfloat16 computes in bfloat16 whoever trains it."""
+"""Training computes in the precision that accelerate is told; a model in bfloat16 computes in bfloat16."""
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -13,7 +14,11 @@ from sfa_core.training.arms import FinetuneConfig
 from sfa_core.training.finetune import finetune
 from sfa_core.training.placement import LanguageSide, encode
 
-PRECISIONS = [(torch.float32, "no", None), (torch.float32, "bf16", torch.bfloat16), (torch.bfloat16, "no", torch.bfloat16)]
+PRECISIONS = [
+    (torch.float32, "no", None),
+    (torch.float32, "bf16", torch.bfloat16),
+    (torch.bfloat16, "no", torch.bfloat16),
+]
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +68,16 @@ def test_the_language_side_of_a_cut_computes_as_accelerate_says(charts, monkeypa
     assert seen == [expected]
 
 
-@pytest.mark.parametrize("config, name", [
-    (None, None), (BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"), "nf4"),
-    (BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4"), "fp4"), (BitsAndBytesConfig(load_in_8bit=True), "int8"),
-    (BitsAndBytesConfig(load_in_8bit=True).to_dict(), "int8"), ({"quant_method": "gptq", "bits": 4}, "gptq")])
+@pytest.mark.parametrize(
+    "config, name",
+    [
+        (None, None),
+        (BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"), "nf4"),
+        (BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4"), "fp4"),
+        (BitsAndBytesConfig(load_in_8bit=True), "int8"),
+        (BitsAndBytesConfig(load_in_8bit=True).to_dict(), "int8"),
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+    ],
+)
 def test_the_format_of_quantised_weights_has_its_name(config, name):
     assert stored_as(config) == name

@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['SUFFIX', 'IGNORE', 'SHORT', 'LONG', 'prompt_suffix', 'chat_template', 'first_tokens', 'prompt_tokens', 'end_token',
            'answer_tokens', 'pack', 'grouped', 'spatial_positions', 'training_batch', 'answer_loss', 'document_losses',
-           'Answer', 'stop_tokens', 'spatial_inputs', 'generate', 'reply_text', 'answer_batch', 'answer']
+           'Answer', 'stop_tokens', 'spatial_inputs', 'generate', 'reply_text', 'answer_batch', 'halving', 'answer']
 
 # %% ../../notebooks/library/06_models/50_answers.ipynb #d665017c
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from PIL import Image
 from torch.nn.functional import cross_entropy, pad
 from tqdm import tqdm
@@ -22,6 +23,7 @@ from transformers import GenerationConfig
 
 from ..core.pictures import decode, decode_page
 from ..documents.samples import Sample, samples
+from .footprint import patches_at_once, plan_answers
 from .images import ImageBatch, check_shape, check_tiles, image_batch, image_features, image_inputs, image_tokens, pixel_table  # noqa: F401
 from .load import Bundle
 from ..documents.replies import is_mark, opened_by
@@ -227,6 +229,7 @@ class Answer:
     error: str | None = None  # why there is no prediction
     tokens: tuple[int, ...] = ()  # generated ids without the end token
     note: str = ""  # what of the image was left out, such as further pages
+    batch: int = 0  # most questions that were answered together when this one was; 0: not known
 
 
 def stop_tokens(
@@ -256,7 +259,7 @@ def generate(
 ) -> list[tuple[list[int], bool]]:  # generated ids without the end token, and whether it came
     "Generate greedily for questions about images in one left-padded batch, each image encoded once."
     model, language, batch = bundle.model, bundle.devices[1], image_batch(bundle, images, tiles)
-    encoded = image_features(bundle, batch).choose([image for image, _ in questions])
+    encoded = image_features(bundle, batch, patches_at_once=patches_at_once(bundle)).choose([image for image, _ in questions])
     parts = [(prompt_tokens(bundle, question, suffix), batch.tokens[image]) for image, question in questions]
     prompts = [before + block + after for (before, after), block in parts]
     width, filler, stops = max(map(len, prompts)), bundle.tokenizer.pad_token_id or 0, stop_tokens(bundle)
@@ -322,10 +325,35 @@ def answer_batch(
     return answers
 
 
+def halving(
+    run: Callable[[int], Any],  # goes on from where it was when it is called again
+    batch_size: int,  # questions of the first try
+) -> Any:
+    """Run with a batch size, and with half of it each time that memory runs out; MemoryError for a single question.
+
+    This is accelerate's `find_executable_batch_size` with two differences: the failed batch is let go before the next
+    is tried, and no garbage is collected before the first.
+    """
+    while True:
+        try:
+            return run(batch_size)
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and not should_reduce_batch_size(error):
+                raise
+            said = str(error).splitlines()[0]
+        if batch_size == 1:
+            expected = "fewer tiles, bfloat16, language_bits, or a device with more memory"
+            raise MemoryError(f"out of memory with a single question ({said}); expected {expected}")
+        half = batch_size // 2
+        tqdm.write(f"out of memory with {batch_size} questions together, going on with {half}; replies already given stay")
+        batch_size = half
+        clear_device_cache(garbage_collection=True)
+
+
 def answer(
     bundle: Bundle,
     data: Any,  # a dataset of documents, or samples
-    batch_size: int = 32,  # questions
+    batch_size: int = 32,  # most questions that are answered together; halved until they fit the memory
     max_new_tokens: int = 100,
     suffix: str | None = None,  # None: the model's own
     tiles: int | None = None,  # most tiles per image
@@ -336,21 +364,35 @@ def answer(
         raise ValueError(f"batch_size {batch_size}, max_new_tokens {max_new_tokens}; expected at least 1 for both")
     asked, answers, waiting, training = samples(data), [], [], bundle.model.training
     limit = min(SHORT, max_new_tokens) if batch_size > 1 else max_new_tokens
+    plan = plan_answers(bundle, asked, batch_size, max_new_tokens=max_new_tokens, tiles=tiles)
+    if progress:
+        tqdm.write(f"{bundle.name}: about {plan}")
+
+    def go_on(size):
+        nonlocal limit
+
+        def ask(part, most):
+            return [replace(reply, batch=size) for reply in answer_batch(bundle, part, most, suffix, tiles)]
+
+        while len(answers) < len(asked):
+            start = len(answers)
+            part = ask(asked[start : start + size], limit)
+            late = [start + place for place, reply in enumerate(part) if reply.truncated and limit < max_new_tokens]
+            answers.extend(part)
+            waiting.extend(late)
+            bar.update(len(part) - len(late))
+            limit = max_new_tokens if len(late) > LONG * len(part) else limit
+        while waiting:
+            places = waiting[:size]
+            for place, reply in zip(places, ask([asked[place] for place in places], max_new_tokens), strict=True):
+                answers[place] = replace(reply, seconds=answers[place].seconds + reply.seconds)
+            del waiting[: len(places)]
+            bar.update(len(places))
+
     bundle.model.eval()
     try:
         with tqdm(total=len(asked), disable=not progress, desc="answers", unit="question") as bar:
-            for start in range(0, len(asked), batch_size):
-                part = answer_batch(bundle, asked[start : start + batch_size], limit, suffix, tiles)
-                late = [start + place for place, reply in enumerate(part) if reply.truncated and limit < max_new_tokens]
-                answers += part
-                waiting += late
-                bar.update(len(part) - len(late))
-                limit = max_new_tokens if len(late) > LONG * len(part) else limit
-            for start in range(0, len(waiting), batch_size):
-                places = waiting[start : start + batch_size]
-                for place, reply in zip(places, answer_batch(bundle, [asked[place] for place in places], max_new_tokens, suffix, tiles), strict=True):
-                    answers[place] = replace(reply, seconds=answers[place].seconds + reply.seconds)
-                bar.update(len(places))
+            halving(go_on, batch_size if plan.questions == min(batch_size, len(asked)) else plan.questions)
     finally:
         bundle.model.train(training)
     return answers

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Box', 'pixel_table', 'image_tokens', 'shortened', 'image_blocks', 'most_tiles', 'image_inputs', 'grid_boxes',
            'check_tiles', 'tile_regions', 'check_shape', 'images_of', 'describe_views', 'ImageBatch', 'image_batch',
-           'check_leaves', 'placeholder', 'ImageFeatures', 'image_features']
+           'check_leaves', 'placeholder', 'ImageFeatures', 'cut_inputs', 'image_features']
 
 # %% ../../notebooks/library/06_models/40_images.ipynb #18d10934
 from collections.abc import Sequence
@@ -252,7 +252,8 @@ def placeholder(bundle: Bundle, text: str) -> list[int]:
 @dataclass(frozen=True, eq=False)
 class ImageFeatures:
     "The features of some images, to be used by any number of questions."
-    output: Any  # as `get_image_features` returned it
+    kind: type  # of what `get_image_features` returns
+    stacked: bool  # whether it has the features of all images in one tensor
     images: list[Tensor]  # (N, D) of each image
     deeper: list[Sequence[Tensor]] = field(default_factory=list)  # of each injected layer: (N, D) of each image
 
@@ -262,19 +263,52 @@ class ImageFeatures:
     ) -> Any:  # for `mm_encoder_outputs["image"]`
         "Return the features of the images of some questions, one after the other."
         chosen = [self.images[number] for number in order]
-        stacked = torch.is_tensor(self.output.pooler_output)
         deeper = {"deepstack_features": [[layer[number] for number in order] for layer in self.deeper]} if self.deeper else {}
-        return type(self.output)(pooler_output=torch.cat(chosen) if stacked else chosen, **deeper)
+        return self.kind(pooler_output=torch.cat(chosen) if self.stacked else chosen, **deeper)
+
+
+def cut_inputs(
+    bundle: Bundle,
+    batch: ImageBatch,
+    patches: int,  # most patches of a part, unless one tile or image has more
+) -> list[dict[str, Tensor]]:  # arguments of `get_image_features` for each part
+    "Cut the inputs of the encoder between tiles, or between images where the model packs their tiles or takes them at their own size."
+    family, inputs = bundle.family, batch.inputs
+    if family.native:
+        sizes = inputs["image_grid_thw"].prod(-1).tolist()
+    else:
+        tile = len(family.grid(bundle.model))
+        sizes = [tile * count for count in batch.views] if family.views == "anyres" else [tile] * len(inputs["pixel_values"])
+    starts, filled = [0], 0
+    for place, size in enumerate(sizes):
+        if filled and filled + size > patches:
+            starts, filled = [*starts, place], 0
+        filled += size
+    row = np.cumsum([0, *sizes]).tolist()
+    parts = []
+    for start, end in zip(starts, [*starts[1:], len(sizes)], strict=True):
+        own = {name: value[start:end] if len(value) == len(sizes) else value for name, value in inputs.items()}
+        parts.append(own | {"pixel_values": inputs["pixel_values"][row[start] : row[end]]} if family.native else own)
+    return parts
 
 
 def image_features(
     bundle: Bundle,
     batch: ImageBatch,
+    *,
+    patches_at_once: int | None = None,  # most patches that are encoded together, at least one tile or image; None: all
 ) -> ImageFeatures:
     "Encode images, on the device of the encoder."
-    device = bundle.devices[0]
-    output = bundle.model.get_image_features(**{name: value.to(device) for name, value in batch.inputs.items()})
-    features = output.pooler_output
-    if torch.is_tensor(features):  # tokens of all images in a row, as many as stand for each in the prompt
-        features = features.flatten(0, 1).split([tokens.count(bundle.model.config.image_token_id) for tokens in batch.tokens])
-    return ImageFeatures(output, list(features), getattr(output, "deepstack_features", None) or [])
+    device, outputs = bundle.devices[0], []
+    for inputs in [batch.inputs] if patches_at_once is None else cut_inputs(bundle, batch, patches_at_once):
+        output = bundle.model.get_image_features(**{name: value.to(device) for name, value in inputs.items()})
+        outputs.append((type(output), output.pooler_output, getattr(output, "deepstack_features", None) or []))
+        del output  # with the states of the encoder
+    kinds, features, deeper = zip(*outputs, strict=True)
+    stacked = torch.is_tensor(features[0])
+    if stacked:  # tokens of all images in a row, as many as stand for each in the prompt
+        image = bundle.model.config.image_token_id
+        images = torch.cat([part.flatten(0, 1) for part in features]).split([tokens.count(image) for tokens in batch.tokens])
+    else:
+        images = [own for part in features for own in part]
+    return ImageFeatures(kinds[0], stacked, list(images), [[own for part in layer for own in part] for layer in zip(*deeper, strict=True)])
