@@ -456,7 +456,7 @@ def test_every_way_to_the_release_of_chartqa_gives_the_same_samples(release):
     assert source_documents(f"chartqa/test@{release}", 2, seed=0) == asked
     cells = ["".join(cell["source"]) for cell in json.loads((REPOSITORY / "notebooks/studies/50_grounding.ipynb").read_text())["cells"]]
     of_study = dict(source=str(release), ocr="", evaluation_documents=0, seed=0)
-    exec("\n".join(line for cell in cells for line in cell.splitlines() if line.startswith(("from sfa_core.documents.generate", "from sfa_core.core"))), of_study)
+    exec("\n".join(line for cell in cells for line in cell.splitlines() if line.startswith(("from sfa_core.documents", "from sfa_core.core"))), of_study)
     exec(next(cell for cell in cells if cell.startswith("if source:")), of_study)
     assert of_study["asked"] == asked
     of_study["evaluation_documents"] = 2
