@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_internvl import pixels, tiny_internvl
+from tiny_internvl import bundle_of, pixels, tiny_internvl
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
 import sfa_core.tokens.adaptive as adaptive_module
-import sfa_core.training.finetune as finetune_module
+import sfa_core.training.arms as arms_module
 from sfa_core.tokens.adaptive import CONTROL, attach_tokens, detach_tokens, language_tokens, plan_geometry
 from sfa_core.models.answers import answer, answer_loss, generate, training_batch
 from sfa_core.structure.inject import eject, inject, structures_of, visible_attention
@@ -98,16 +98,16 @@ def internvl(shared):
 def test_a_plan_of_pretrained_patches_is_the_stock_encoder(internvl, structured):
     model, family = internvl
     if structured:
-        inject(model, family)
+        inject(bundle_of(model))
     expected = tower(model, family, pages())
     features = model.model.get_image_features(pages()).pooler_output
-    attach_tokens(model, family, MEAN, STD, patches=PatchConfig(sizes=(14,), coarse=None))
+    attach_tokens(bundle_of(model, MEAN, STD), patches=PatchConfig(sizes=(14,), coarse=None))
     assert torch.allclose(tower(model, family, pages()), expected, atol=1e-5)
     again = model.model.get_image_features(pages()).pooler_output
     assert torch.allclose(again.reshape(features.shape), features, atol=1e-5)
-    detach_tokens(model, family)
+    detach_tokens(bundle_of(model))
     if structured:
-        eject(model, family)
+        eject(bundle_of(model))
 
 
 def test_a_plan_of_pretrained_patches_is_the_stock_encoder_of_llava_onevision():
@@ -115,14 +115,14 @@ def test_a_plan_of_pretrained_patches_is_the_stock_encoder_of_llava_onevision():
     given = pages(4, 62)
     expected, sizes = tower(model, family, given), torch.tensor([[62, 62], [62, 62]])
     features = torch.cat(model.model.get_image_features(given, image_sizes=sizes).pooler_output)
-    attach_tokens(model, family, MEAN, STD, patches=PatchConfig(sizes=(14,), coarse=None))
+    attach_tokens(bundle_of(model, MEAN, STD), patches=PatchConfig(sizes=(14,), coarse=None))
     assert torch.allclose(tower(model, family, given), expected, atol=1e-5)
     assert torch.allclose(torch.cat(model.model.get_image_features(given, image_sizes=sizes).pooler_output), features, atol=1e-4)
-    detach_tokens(model, family)
-    control = attach_tokens(model, family, MEAN, STD, patches=GUARDED)
+    detach_tokens(bundle_of(model))
+    control = attach_tokens(bundle_of(model, MEAN, STD), patches=GUARDED)
     fewer = torch.cat(model.model.get_image_features(given, image_sizes=sizes).pooler_output)
-    assert len(fewer) == sum(language_tokens(model, family, given.split(2), sizes.tolist())) < len(features) and min(map(len, control.last)) < 16
-    detach_tokens(model, family)
+    assert len(fewer) == sum(language_tokens(bundle_of(model), given.split(2), sizes.tolist())) < len(features) and min(map(len, control.last)) < 16
+    detach_tokens(bundle_of(model))
     assert torch.equal(tower(model, family, given), expected)
 
 
@@ -137,7 +137,7 @@ def test_merging_equal_tokens_is_exact_with_log_area_and_wrong_without(internvl,
         embeddings.position_embeddings[:, 1:] = kept[:, 1:2]  # one place for all cells: cells of plain paper become equal tokens
     given = pages()
     expected = tower(model, family, given)
-    control = attach_tokens(model, family, MEAN, STD, patches=GUARDED)
+    control = attach_tokens(bundle_of(model, MEAN, STD), patches=GUARDED)
     found = tower(model, family, given)
     assert max(map(len, control.last)) < 16 and (found - expected).abs().max() < 2e-6 * expected.abs().max().clamp(min=1)
     model.set_attn_implementation({"vision_config": "sdpa"})
@@ -147,7 +147,7 @@ def test_merging_equal_tokens_is_exact_with_log_area_and_wrong_without(internvl,
     monkeypatch.setattr(adaptive_module, "plan_geometry", lambda *a: replace((g := plan_geometry(*a)), log_area=g.log_area.clamp(max=0)))
     unweighted = tower(model, family, given)
     assert (unweighted - expected).abs().max() > 0.01
-    detach_tokens(model, family)
+    detach_tokens(bundle_of(model))
     with torch.no_grad():
         embeddings.position_embeddings.copy_(kept)
 
@@ -163,9 +163,9 @@ def test_a_split_cell_weighs_as_much_as_a_whole_one():
 
 def test_the_bias_of_a_leaf_is_the_mean_over_its_cells(internvl):
     model, family = internvl
-    biases = inject(model, family, blocks=4)
+    biases = inject(bundle_of(model), blocks=4)
     estimator, _ = load_density()
-    control = attach_tokens(model, family, MEAN, STD, estimator, patches=PatchConfig(bucket=8), blocks=True, drop=False)
+    control = attach_tokens(bundle_of(model, MEAN, STD), estimator=estimator, patches=PatchConfig(bucket=8), blocks=True, drop=False)
     given = pages()
     tower(model, family, given)
     plan, geometry = control.current[0][0], biases[0].geometry
@@ -176,7 +176,7 @@ def test_the_bias_of_a_leaf_is_the_mean_over_its_cells(internvl):
     mean = member / member.sum(1, keepdim=True)
     leaves = biases[0].dense(geometry)[0, :, 1 : 1 + len(plan), 1 : 1 + len(plan)] - geometry.log_area[0, 1 : 1 + len(plan)]
     assert torch.allclose(leaves, mean @ full[:, 1:, 1:] @ mean.T, atol=1e-6)
-    eject(detach_tokens(model, family), family)
+    eject(detach_tokens(bundle_of(model)))
 
 
 # Batches and order
@@ -187,30 +187,30 @@ def test_the_bias_of_a_leaf_is_the_mean_over_its_cells(internvl):
 def test_a_result_depends_neither_on_batch_mates_nor_on_their_order(seed, order):
     model = tiny_internvl()
     family, given = family_of(model), pages(4, seed=seed)
-    attach_tokens(model, family, MEAN, STD, patches=GUARDED)
+    attach_tokens(bundle_of(model, MEAN, STD), patches=GUARDED)
     together = tower(model, family, given)
     alone = torch.cat([tower(model, family, given[i : i + 1]) for i in range(4)])
     assert torch.allclose(together, alone, atol=1e-5) and torch.allclose(tower(model, family, given[list(order)]), together[list(order)], atol=1e-5)
-    counts = language_tokens(model, family, given[:, None])
-    assert language_tokens(model, family, given[list(order), None]) == [counts[i] for i in order]
+    counts = language_tokens(bundle_of(model), given[:, None])
+    assert language_tokens(bundle_of(model), given[list(order), None]) == [counts[i] for i in order]
 
 
 def test_the_order_of_leaves_changes_nothing(internvl):
     model, family = internvl
-    control, given = attach_tokens(model, family, MEAN, STD, patches=GUARDED, drop=False), pages(1)
+    control, given = attach_tokens(bundle_of(model, MEAN, STD), patches=GUARDED, drop=False), pages(1)
     expected = tower(model, family, given)
     [(key, (plan, density))] = control.seen.items()
     order = np.random.default_rng(0).permutation(len(plan))
     control.seen[key] = PatchPlan(plan.grid, plan.y[order], plan.x[order], plan.size[order]), density
     shuffled = tower(model, family, given)
     assert torch.allclose(shuffled, expected, atol=1e-5)
-    detach_tokens(model, family)
+    detach_tokens(bundle_of(model))
 
 
 def test_plans_that_are_used_again_are_kept_longest(internvl, monkeypatch):
     model, family = internvl
     monkeypatch.setattr(adaptive_module, "REMEMBERED", 2)
-    control, given = attach_tokens(model, family, MEAN, STD, patches=GUARDED, drop=False), pages(3)
+    control, given = attach_tokens(bundle_of(model, MEAN, STD), patches=GUARDED, drop=False), pages(3)
     for at in (0, 1, 0, 2):
         control.read(given[at : at + 1])
     kept = dict(control.seen)
@@ -218,24 +218,24 @@ def test_plans_that_are_used_again_are_kept_longest(internvl, monkeypatch):
     assert dict(control.seen) == kept, "the tile that was looked at once is the one that went"
     control.read(given)
     assert len(control.seen) == 2
-    detach_tokens(model, family)
+    detach_tokens(bundle_of(model))
 
 
 def test_padding_changes_nothing(internvl):
     model, family = internvl
     found = []
     for bucket in (1, 8, 64):
-        attach_tokens(model, family, MEAN, STD, patches=replace(GUARDED, bucket=bucket))
+        attach_tokens(bundle_of(model, MEAN, STD), patches=replace(GUARDED, bucket=bucket))
         found.append(tower(model, family, pages()))
-        detach_tokens(model, family)
+        detach_tokens(bundle_of(model))
     assert torch.allclose(found[0], found[1], atol=1e-5) and torch.allclose(found[0], found[2], atol=1e-5)
 
 
 def test_gradients_reach_the_encoder_and_checkpointing_gives_the_same(internvl):
     model, family = internvl
-    inject(model, family)
-    attach_tokens(model, family, MEAN, STD, patches=GUARDED)
-    weights = [family.tower_of(model).embeddings.patch_embeddings.projection.weight, structures_of(model, family)[0].row]
+    inject(bundle_of(model))
+    attach_tokens(bundle_of(model, MEAN, STD), patches=GUARDED)
+    weights = [family.tower_of(model).embeddings.patch_embeddings.projection.weight, structures_of(bundle_of(model))[0].row]
     grads = []
     for checkpointing in (False, True):
         if checkpointing:
@@ -244,7 +244,7 @@ def test_gradients_reach_the_encoder_and_checkpointing_gives_the_same(internvl):
         grads.append(torch.autograd.grad(loss, weights))
     model.eval().activation_checkpointing_disable()
     assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) and a.abs().sum() > 0 for a, b in zip(*grads))
-    eject(detach_tokens(model, family), family)
+    eject(detach_tokens(bundle_of(model)))
 
 
 # Replication and language tokens
@@ -253,14 +253,14 @@ def test_gradients_reach_the_encoder_and_checkpointing_gives_the_same(internvl):
 @pytest.mark.parametrize("merge", [1, 2])
 def test_dropped_language_tokens_are_copies_of_kept_ones(merge):
     model = new_bundle(replace(SHAPE, downsample_ratio=1 / merge), train_tokenizer(["1"], 300)).model
-    family, given = family_of(model), pages(4, 112, seed=5)
-    control = attach_tokens(model, family, MEAN, STD, patches=GUARDED, drop=False)
+    given = pages(4, 112, seed=5)
+    control = attach_tokens(bundle_of(model, MEAN, STD), patches=GUARDED, drop=False)
     with torch.no_grad():
         whole = model.model.get_image_features(given).pooler_output
-        detach_tokens(model, family)
-        control = attach_tokens(model, family, MEAN, STD, patches=GUARDED)
+        detach_tokens(bundle_of(model))
+        control = attach_tokens(bundle_of(model, MEAN, STD), patches=GUARDED)
         kept = model.model.get_image_features(given).pooler_output
-    marks, counts = [plan.kept(merge) for plan in control.last], language_tokens(model, family, given[:, None])
+    marks, counts = [plan.kept(merge) for plan in control.last], language_tokens(bundle_of(model), given[:, None])
     assert kept.shape[:2] == (1, sum(counts)) and sum(counts) < whole.shape[0] * whole.shape[1]
     for tokens, mark, own in zip(whole, marks, kept[0].split(counts)):
         assert torch.allclose(tokens[mark], own, atol=1e-5)
@@ -318,23 +318,23 @@ def test_what_cannot_be_attached_is_named(internvl):
         "a budget of 5 leaves cannot be met": dict(patches=PatchConfig(coarse=None, budget=5)),
     }.items():
         with pytest.raises(ValueError, match=message):
-            attach_tokens(model, family, MEAN, STD, **options)
+            attach_tokens(bundle_of(model, MEAN, STD), **options)
         assert not hasattr(family.tower_of(model), CONTROL)
     with pytest.raises(ValueError, match="call attach_tokens first"):
-        detach_tokens(model, family)
-    attach_tokens(model, family, MEAN, STD, patches=PatchConfig(sizes=(7, 14), coarse=None))
+        detach_tokens(bundle_of(model))
+    attach_tokens(bundle_of(model, MEAN, STD), patches=PatchConfig(sizes=(7, 14), coarse=None))
     with pytest.raises(ValueError, match="adaptive tokens already"):
-        attach_tokens(model, family, MEAN, STD, patches=GUARDED)
+        attach_tokens(bundle_of(model, MEAN, STD), patches=GUARDED)
     with pytest.raises(ValueError, match="source of at least 1.5 times"):
         tower(model, family, pages())
     assert tower(model, family, pages(side=112)).shape[1] == 17
-    detach_tokens(model, family)
+    detach_tokens(bundle_of(model))
 
 
 def test_other_families_are_refused():
     model = tiny_llava(LlavaForConditionalGeneration, 56)
     with pytest.raises(ValueError, match="got family llava; expected internvl or llava_onevision"):
-        attach_tokens(model, FAMILIES["llava"], MEAN, STD, patches=GUARDED)
+        attach_tokens(bundle_of(model, MEAN, STD, FAMILIES["llava"]), GUARDED)
 
 
 # The same training and evaluation
@@ -377,7 +377,7 @@ def test_arms_with_density_train_and_evaluate_like_the_others(bundle, charts, tm
 def test_an_arm_of_another_estimator_is_refused(bundle, charts, tmp_path, monkeypatch):
     result = finetune(bundle, charts, FinetuneConfig("adat", **FORTY), tmp_path, progress=False)
     estimator, card = load_density()
-    monkeypatch.setattr(finetune_module, "load_density", lambda: (estimator, card | {"sha256": "0" * 64}))
+    monkeypatch.setattr(arms_module, "load_density", lambda: (estimator, card | {"sha256": "0" * 64}))
     with pytest.raises(ValueError, match="trained with the density estimator"):
         load_arm(bundle, result.arm)
     assert not hasattr(bundle.family.tower_of(bundle.model), CONTROL)
@@ -385,46 +385,45 @@ def test_an_arm_of_another_estimator_is_refused(bundle, charts, tmp_path, monkey
 
 def test_blocks_of_a_batch_are_those_of_each_image(bundle):
     model, family, data = bundle.model, bundle.family, documents(3, seed=8)
-    biases, (estimator, _) = inject(model, family), load_density()
+    biases, (estimator, _) = inject(bundle_of(model)), load_density()
     with torch.no_grad():
         for bias in biases:
             bias.block.normal_(generator=torch.Generator().manual_seed(1))
     given, _ = image_inputs(bundle, list(data["image"]))
-    attach_tokens(model, family, *([c] * 3 for c in (0.9, 0.25)), estimator, blocks=True)
+    attach_tokens(bundle_of(model, [0.9] * 3, [0.25] * 3), estimator=estimator, blocks=True)
     together = tower(model, family, given)
     alone = torch.cat([tower(model, family, page[None]) for page in given])
     swapped = tower(model, family, given[[2, 0, 1]])
     assert torch.allclose(together, alone, atol=1e-5) and torch.allclose(swapped, together[[2, 0, 1]], atol=1e-5)
     expected = density_blocks(estimate_density(estimator, (given * 0.25 + 0.9).clamp(0, 1), (8, 8)), 16)[[2, 0, 1]]
     assert torch.equal(biases[0].geometry.block[:, 1:].argmax(-1), expected) and len({tuple(row) for row in expected.tolist()}) == 3
-    eject(detach_tokens(model, family), family)
+    eject(detach_tokens(bundle_of(model)))
 
 
 def test_the_prompt_has_as_many_image_tokens_as_the_model_gives(bundle):
     data, image = documents(4, seed=3), bundle.model.config.image_token_id
-    processor = bundle.processor.image_processor
-    attach_tokens(bundle.model, bundle.family, processor.image_mean, processor.image_std, patches=GUARDED)
+    attach_tokens(bundle, patches=GUARDED)
     given, counts = image_inputs(bundle, list(data["image"]))
     blocks = image_blocks(bundle, given, counts)
-    expected = language_tokens(bundle.model, bundle.family, given[:, None])
+    expected = language_tokens(bundle, given[:, None])
     assert [block.count(image) for block in blocks] == expected and max(expected) < 64 and len(set(expected)) > 1
     batch = training_batch(bundle, [data[i] for i in range(4)])
     assert (batch["input_ids"] == image).sum(1).tolist() == expected
     questions = [(i, "What is the value of oak?") for i in (0, 1, 1, 3)]
     together = generate(bundle, list(data["image"]), questions, 4)
     assert together == [generate(bundle, [data[i]["image"]], [(0, text)], 4)[0] for i, text in questions]
-    detach_tokens(bundle.model, bundle.family)
+    detach_tokens(bundle)
     assert all(block.count(image) == 64 for block in image_blocks(bundle, given, counts))
 
 
 def test_fine_leaves_read_pages_of_twice_the_pixels(bundle):
     fine = at_resolution(bundle, 224, bundle.processor.image_seq_length)
-    data, processor = documents(2, seed=4, size=224), bundle.processor.image_processor
+    data = documents(2, seed=4, size=224)
     estimator, _ = load_density()
     rule = PatchConfig(sizes=(7, 14, 28), coarse=0.1, fine=0.3, bucket=8)
-    control = attach_tokens(bundle.model, bundle.family, processor.image_mean, processor.image_std, estimator, rule)
+    control = attach_tokens(bundle, rule, estimator=estimator)
     answers = answer(fine, data, max_new_tokens=2)
-    detach_tokens(bundle.model, bundle.family)
+    detach_tokens(bundle)
     assert all(a.error is None for a in answers) and any((plan.size == 7).any() for plan in control.last)
 
 
@@ -440,32 +439,32 @@ def test_a_smaller_page_gives_fewer_tokens_and_keeps_the_model(bundle):
 
 def test_attention_of_leaves_sums_to_one(internvl):
     model, family = internvl
-    inject(model, family)
-    control = attach_tokens(model, family, MEAN, STD, patches=replace(GUARDED, bucket=64), drop=False)
+    inject(bundle_of(model))
+    control = attach_tokens(bundle_of(model, MEAN, STD), patches=replace(GUARDED, bucket=64), drop=False)
     seen = []
     hook = family.attentions_of(model)[0].register_forward_hook(lambda module, arguments, output: seen.append(output[1]))
-    with visible_attention(model):
+    with visible_attention(bundle_of(model)):
         tower(model, family, pages(1))
     hook.remove()
     weights, tokens = seen[0], len(control.last[0]) + 1
     assert torch.allclose(weights[..., :tokens].sum(-1), torch.ones(()), atol=1e-5) and (weights[..., tokens:] == 0).all()
-    eject(detach_tokens(model, family), family)
+    eject(detach_tokens(bundle_of(model)))
 
 
 def test_the_kernel_may_be_resized_instead_of_the_page(internvl):
     model, family = internvl
     found = {}
     for embedding in ("pyramid", "pseudo_inverse"):
-        attach_tokens(model, family, MEAN, STD, patches=replace(GUARDED, embedding=embedding))
+        attach_tokens(bundle_of(model, MEAN, STD), patches=replace(GUARDED, embedding=embedding))
         found[embedding] = tower(model, family, pages())
-        detach_tokens(model, family)
+        detach_tokens(bundle_of(model))
     apart, size = (found["pyramid"] - found["pseudo_inverse"]).abs().mean(), found["pyramid"].abs().mean()
     assert 0 < apart < 0.2 * size, "two ways to nearly the same token"
 
 
 def test_random_pixels_are_never_merged(internvl):
     model, family = internvl
-    control = attach_tokens(model, family, MEAN, STD, patches=GUARDED)
+    control = attach_tokens(bundle_of(model, MEAN, STD), patches=GUARDED)
     tower(model, family, pixels(2))
     assert [len(plan) for plan in control.last] == [16, 16]
-    detach_tokens(model, family)
+    detach_tokens(bundle_of(model))

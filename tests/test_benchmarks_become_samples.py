@@ -175,7 +175,8 @@ def test_the_release_of_chartqa_brings_its_evidence(release):
     ("test_augmented.json", None, FileNotFoundError, "no .*test_augmented.json; expected the human and the augmented"),
     ("test_human.json", '[{"imgname": "multi_2.png", "query": "?"}]', ValueError, "question 0 of test_human.json has no field label; it has imgname, query"),
     ("annotations/two_col_1.json", "{", ValueError, "two_col_1.json cannot be read"),
-    ("annotations/two_col_1.json", '{"text": "a", "bbox": {"x": 1}}', ValueError, "two_col_1.json cannot be read .*it has bbox, text.*expected ChartQA's annotation"),
+    ("annotations/two_col_1.json", '{"text": "a", "bbox": {"x": 1}}', ValueError,
+     "two_col_1.json cannot be read .*it has bbox, text.*expected ChartQA's annotation"),
     ("annotations/two_col_1.json", '{"models": [{"text": "a", "text_bbox": {"x": 1}}]}', ValueError, "two_col_1.json cannot be read .*boxes of x, y, w, h"),
     ("annotations/two_col_1.json", "[]", ValueError, "two_col_1.json cannot be read .*expected ChartQA's annotation"),
     ("tables/two_col_1.csv", b"\xff\xfe\xff", ValueError, "two_col_1.csv cannot be read")])

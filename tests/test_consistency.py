@@ -53,13 +53,12 @@ def run(bundle, rows, config, learn=True):
 
 def attached(bundle, what):
     "Attach structure, adaptive patches, or both, as the arms do."
-    normalise = bundle.processor.image_processor
     if "structure" in what:
-        inject(bundle.model, bundle.family)
+        inject(bundle)
         with torch.no_grad():
             [p.mul_(20) for name, p in bundle.model.named_parameters() if ".structure." in name]
     if "patches" in what:
-        attach_tokens(bundle.model, bundle.family, normalise.image_mean, normalise.image_std, load_density()[0], PatchConfig(bucket=8), "blocks" in what)
+        attach_tokens(bundle, PatchConfig(bucket=8), estimator=load_density()[0], blocks="blocks" in what)
 
 
 # The formulas
@@ -91,7 +90,7 @@ def test_adaptive_rows_count_their_areas_and_no_padding(bundle, charts):
     rows = list(charts)[:4]
     attached(bundle, ("patches",))
     plain = float(run(bundle, rows, ALONE["entropy"], learn=False)[1]["entropy"])
-    detach_tokens(bundle.model, bundle.family)
+    detach_tokens(bundle)
     attached(bundle, ("structure", "patches"))
     with torch.no_grad():
         [p.zero_() for name, p in bundle.model.named_parameters() if ".structure." in name]
@@ -181,8 +180,8 @@ def test_losses_leave_the_model_as_it_was(bundle, charts):
     known = hooks()  # those of adaptive patches, and what a model adds itself when it first runs
     run(bundle, rows, SCRConfig())
     assert float(answer_loss(bundle.model, batch)[0]) == before and hooks() == known
-    detach_tokens(bundle.model, bundle.family)
-    eject(bundle.model, bundle.family)
+    detach_tokens(bundle)
+    eject(bundle)
 
 
 # Nothing to look at

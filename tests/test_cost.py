@@ -5,10 +5,10 @@ import gc
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from tiny_internvl import bundle_of
 
 from sfa_core.structure.inject import inject
 from sfa_core.models.cost import WAYS, costs, in_turns, operations, random_model
-from sfa_core.core.families import family_of
 from sfa_core.core.memory import MemoryProbe, held_bytes, saved_bytes
 
 SMALL = dict(hidden_size=64, intermediate_size=256, num_attention_heads=1, num_hidden_layers=2)
@@ -18,7 +18,7 @@ SMALL = dict(hidden_size=64, intermediate_size=256, num_attention_heads=1, num_h
 def table():
     "Both passes of an encoder with 1,025 tokens and heads as wide as InternViT's."
     model = random_model(32, SMALL)
-    inject(model, family_of(model))
+    inject(bundle_of(model))
     return {kind: costs(model, torch.randn(1, 3, 448, 448), 1, training=kind == "training") for kind in ("training", "inference")}
 
 

@@ -63,7 +63,7 @@ def test_two_arms_their_difference_and_the_bias(bundle, arms, both, asked):
             if folder:
                 assert np.allclose(view.bias, structural_maps(bundle, 3, token, head=2)["combined"], atol=1e-6) and np.abs(view.bias).max() > 1e-3
     with pytest.raises(ValueError, match="call inject first"):
-        structures_of(bundle.model, bundle.family)
+        structures_of(bundle)
     figure = view_figure(view)
     maps = [trace for trace in figure.data if isinstance(trace, go.Heatmap)]
     assert len(maps) == 5 and np.allclose(maps[3].z, view.maps["vision"] - view.maps["baseline"]) and np.abs(maps[3].z).max() > 1e-4
@@ -135,13 +135,13 @@ def test_own_questions_and_images(bundle, asked, tmp_path):
 
 
 def test_the_structure_of_a_model_that_carries_one_is_shown(bundle, asked):
-    inject(bundle.model, bundle.family, seed=3)
+    inject(bundle, seed=3)
     try:
         recorder = Recorder(bundle)
         view = look(recorder, recorder.page(asked[0]), Choice(layer=1, place=(5, 5)))
         assert np.allclose(view.bias, structural_maps(bundle, 1, 1)["combined"], atol=1e-6)
     finally:
-        eject(bundle.model, bundle.family)
+        eject(bundle)
 
 
 def test_a_picture_is_written_while_everything_else_goes_on(bundle, asked, tmp_path, monkeypatch):

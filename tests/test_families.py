@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import Qwen2_5_VLConfig
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
+from tiny_internvl import bundle_of
 
 from sfa_core.attention.probes import record
 from sfa_core.figures.views import Recorder
@@ -59,7 +60,7 @@ def features(bundle, images=IMAGES, blocks=None, tiles=None):
     "Features of some images, as one tensor of all tokens in order; block ids per view are set first."
     batch = image_batch(bundle, images, tiles)
     if blocks is not None:
-        set_blocks(bundle.model, bundle.family, blocks(bundle, batch))
+        set_blocks(bundle, blocks(bundle, batch))
     return torch.cat([part.flatten(0, -2) for part in image_features(bundle, batch).images])
 
 
@@ -74,7 +75,7 @@ def random_blocks(bundle, batch):
 def attached(name, factor=30.0, **options):
     bundle = fresh(name)
     with torch.no_grad():
-        for bias in inject(bundle.model, bundle.family, blocks=4, **options):
+        for bias in inject(bundle, blocks=4, **options):
             for weight in bias.parameters():
                 weight.mul_(factor)
     return bundle
@@ -300,7 +301,7 @@ def test_several_images_of_one_sample_go_through_the_stock_pipeline(name):
         use_attention(bundle.model, function)
         logits[function] = bundle.model(**inputs).logits
     use_attention(bundle.model, "sfa")
-    for bias in structures_of(bundle.model, bundle.family):
+    for bias in structures_of(bundle):
         for weight in bias.parameters():
             weight.zero_()
     stock = shared(name).model(**inputs).logits
@@ -312,7 +313,7 @@ def test_several_images_of_one_sample_go_through_the_stock_pipeline(name):
 def test_eject_gives_the_model_back_and_copies_are_independent(name):
     bundle = attached(name)
     with_bias, twin = features(bundle), copy.deepcopy(bundle)
-    eject(bundle.model, bundle.family)
+    eject(bundle)
     assert vision_attention(bundle.model) == "sdpa" and torch.equal(features(bundle), features(shared(name)))
     left = [(type(m).__name__, m._forward_pre_hooks, m._forward_hooks) for m in bundle.family.tower_of(bundle.model).modules()]
     own = [(type(m).__name__, m._forward_pre_hooks, m._forward_hooks) for m in shared(name).family.tower_of(shared(name).model).modules()]
@@ -325,29 +326,29 @@ def test_eject_gives_the_model_back_and_copies_are_independent(name):
 def test_a_folder_with_structure_comes_back_through_load_model(name, tmp_path):
     bundle = fresh(name)
     folder = save_model(bundle, tmp_path / "model")
-    inject(bundle.model, bundle.family, seed=3)
-    save_structure(bundle.model, tmp_path / "structure")
+    inject(bundle, seed=3)
+    save_structure(bundle, tmp_path / "structure")
     again = load_model(folder, placement="cpu", structure=tmp_path / "structure")
     assert type(again.model) is type(bundle.model) and torch.equal(features(again), features(bundle))
     assert not torch.equal(features(again), features(shared(name)))
     other = fresh("llava" if name != "llava" else "internvl")
     with pytest.raises(ValueError, match=f"encoder family is {name}"):
-        load_structure(other.model, other.family, tmp_path / "structure")
+        load_structure(other, tmp_path / "structure")
 
 
 @each_native
 def test_what_does_not_fit_a_native_tower_is_refused(name):
     bundle = attached(name, 1.0)
     with pytest.raises(ValueError, match="places their tokens at every forward pass"):
-        set_geometry(bundle.model, bundle.family, uniform_geometry(4, 4))
+        set_geometry(bundle, uniform_geometry(4, 4))
     wrong = ([torch.zeros(4)], "torch.float32, expected .* integers"), ([torch.zeros(2, 2).long()], r"\(2, 2\)"), ([torch.full((4,), 9)], "from 9 to 9")
     for ids, words in wrong:
         with pytest.raises(ValueError, match=words):
-            set_blocks(bundle.model, bundle.family, ids)
-    set_blocks(bundle.model, bundle.family, [torch.zeros(4, dtype=torch.long)])
+            set_blocks(bundle, ids)
+    set_blocks(bundle, [torch.zeros(4, dtype=torch.long)])
     with pytest.raises(ValueError, match=r"the block ids \(set_blocks\) are for \[4\]"):
         features(bundle)
-    set_blocks(bundle.model, bundle.family, None)
+    set_blocks(bundle, None)
     features(bundle)
     module = bundle.family.attentions_of(bundle.model)[0]
     calls = module.structure.geometry
@@ -456,7 +457,7 @@ def test_only_the_language_model_is_quantised(name, options, dtype, saved):
     assert not any(quantized_layers(part) for part in (family.tower_of(model), family.projector_of(model), model.lm_head))
     layers = len(quantized_layers(family.language_of(model)))
     assert layers == (14 if "language_bits" in options else 0)
-    biases = inject(model, family)
+    biases = inject(bundle_of(model))
     assert {weight.dtype for bias in biases for weight in bias.parameters()} == {torch.float32}
     assert all(reply.error is None for reply in answer(bundle, asked()[:2], max_new_tokens=2))
 
@@ -531,7 +532,7 @@ def test_the_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     text = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
     (block,) = [part for part in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if "structure=folder" in part]
     monkeypatch.chdir(tmp_path)
-    Path("example.py").write_text(block.replace("steps=20, batch_size=16", "steps=1, batch_size=2").replace("documents(200", "documents(2"), encoding="utf-8")
+    Path("example.py").write_text(block.replace("steps=20, batch_size=16", "steps=1, batch_size=2").replace("generate(200", "generate(2"), encoding="utf-8")
     runpy.run_path("example.py")
     assert (tmp_path / "my_sfa" / "arm" / "structure.safetensors").is_file() and capsys.readouterr().out.strip()
 

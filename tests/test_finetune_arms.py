@@ -20,7 +20,6 @@ from sfa_core.training.consistency import SCRConfig
 from sfa_core.documents.generate import documents
 from sfa_core.documents.samples import samples
 from sfa_core.models.embedded import train_tokenizer
-from sfa_core.core.families import family_of
 from sfa_core.training.finetune import finetune, prepared
 from sfa_core.training.arms import ARMS, FinetuneConfig, load_arm, read_arm, trainable
 from sfa_core.models.load import new_bundle
@@ -28,7 +27,7 @@ from sfa_core.tokens.adaptive import CONTROL
 from sfa_core.tokens.patches import PatchConfig
 from sfa_core.training.stream import DocumentSet, batches, steps_in
 from sfa_core.structure.bias import StructuralBias
-from tiny_internvl import SMALLEST
+from tiny_internvl import SMALLEST, bundle_of
 
 QUICK = dict(steps=4, batch_size=4, questions=3, learning_rate=5e-3, structure_rate=5e-3, checkpoint_every=2)
 
@@ -132,11 +131,10 @@ def test_the_arms_of_the_real_model_have_the_known_sizes():
     }
     with torch.device("meta"):
         model = InternVLForConditionalGeneration(InternVLConfig(vision_config=vision, text_config=text))
-    family = family_of(model)
     with pytest.raises(ValueError, match="trains structural weights"):
-        trainable(model, family, "sfa")
-    inject(model, family)
-    sizes = {arm: sum(p.numel() for p in trainable(model, family, arm).values()) for arm in ARMS}
+        trainable(bundle_of(model), "sfa")
+    inject(bundle_of(model))
+    sizes = {arm: sum(p.numel() for p in trainable(bundle_of(model), arm).values()) for arm in ARMS}
     known = dict(sfa=7_296, control=337_583_104, vision=337_590_400, projector=33_570_816)
     assert sizes == known | dict(vision_blocks=known["vision"], adat=known["control"], vision_adat=known["vision"], full=known["vision"])
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == sizes["full"]  # of the last call, nothing is left awake
@@ -271,9 +269,9 @@ def test_the_structure_of_an_arm_can_be_used_alone(bundle, charts, tmp_path):
     result = run(bundle, charts, "sfa", tmp_path)
     with load_arm(bundle, result.arm):
         expected = outputs(bundle, charts)
-    load_structure(bundle.model, bundle.family, result.arm)
+    load_structure(bundle, result.arm)
     assert torch.equal(outputs(bundle, charts), expected)
-    eject(bundle.model, bundle.family)
+    eject(bundle)
 
 
 def test_another_arm_data_or_base_does_not_go_on_in_the_same_folder(bundle, charts, tmp_path):
@@ -315,7 +313,7 @@ def test_an_arm_of_another_base_or_a_damaged_one_is_refused_and_changes_nothing(
 
 def test_a_model_with_structure_is_not_a_base(charts, tmp_path):
     given = tiny()
-    inject(given.model, given.family)
+    inject(given)
     with pytest.raises(ValueError, match="plain base model is expected"):
         run(given, charts, "control", tmp_path)
     with pytest.raises(ValueError, match="plain base model is expected"):
@@ -415,4 +413,4 @@ def test_data_that_cannot_be_trained_on_is_refused_and_the_model_given_back(bund
         run(bundle, broken, "vision", tmp_path / "image")
     assert not (tmp_path / "image" / "arm").exists()
     with pytest.raises(ValueError, match="trains structural weights"):
-        trainable(tiny().model, bundle.family, "vision")
+        trainable(tiny(), "vision")

@@ -61,8 +61,7 @@ def state(model):
 
 
 def attached(bundle):
-    processor = bundle.processor.image_processor
-    return adaptive_tokens(bundle.model, bundle.family, processor.image_mean, processor.image_std, patches=GUARDED)
+    return adaptive_tokens(bundle, patches=GUARDED)
 
 
 @pytest.fixture(scope="module", params=["internvl", "llava_onevision"])
@@ -88,7 +87,7 @@ def test_a_copy_with_adaptive_tokens_runs_its_own_control(adaptive):
         with torch.no_grad():
             next(other.family.tower_of(other.model).parameters()).add_(1)
         assert not torch.equal(features(other), expected) and torch.equal(features(adaptive), expected)
-    detach_tokens(other.model, other.family)
+    detach_tokens(other)
     assert not torch.equal(features(other), features(adaptive)) and "forward" not in vars(other.family.tower_of(other.model))
 
 
@@ -99,7 +98,7 @@ def test_a_model_with_adaptive_tokens_can_be_pickled(adaptive):
         whole = replace(fresh, model=other, cache={})
         assert torch.equal(features(whole), features(fresh))
         assert sorted(other.state_dict()) == sorted(fresh.model.state_dict())
-    detach_tokens(other, fresh.family)
+    detach_tokens(replace(fresh, model=other))
     assert torch.equal(features(whole), features(fresh)) and torch.equal(features(fresh), features(adaptive))
 
 
@@ -208,14 +207,14 @@ def test_structure_can_be_attached_and_ejected_while_a_model_is_watched(small):
     before, seen = state(small.model), []
     with catching(small.model, small.family.attentions_of(small.model), lambda at, call: seen.append(at)):
         plain = features(small)
-        for bias in inject(small.model, small.family):
+        for bias in inject(small):
             torch.nn.init.normal_(next(bias.parameters()), std=2)
         assert vision_attention(small.model) == "sfa"
         structured = features(small)
         use_attention(small.model, "sdpa")
         assert torch.equal(features(small), plain) and vision_attention(small.model) == "sdpa"
         use_attention(small.model, "sfa")
-        eject(small.model, small.family)
+        eject(small)
         assert torch.equal(features(small), plain)
     assert not torch.equal(structured, plain) and len(seen) == 4 * len(small.family.attentions_of(small.model))
     assert state(small.model) == before
@@ -227,7 +226,7 @@ def test_watching_changes_no_number_in_any_family_and_kernel(name):
     modules = bundle.family.attentions_of(bundle.model)
     for kernel in ("sdpa", "eager", "sfa"):
         if kernel == "sfa":
-            for bias in inject(bundle.model, bundle.family):
+            for bias in inject(bundle):
                 torch.nn.init.normal_(next(bias.parameters()), std=2)
         else:
             use_attention(bundle.model, kernel)
@@ -235,6 +234,6 @@ def test_watching_changes_no_number_in_any_family_and_kernel(name):
         with catching(bundle.model, modules, lambda at, call, seen=seen: seen.append(call.result)):
             assert torch.equal(features(bundle), plain), kernel
         assert {result for result in seen} == {None} and state(bundle.model) == before
-        with visible_attention(bundle.model):
+        with visible_attention(bundle):
             assert torch.allclose(features(bundle), plain, atol=1e-4), kernel
         assert state(bundle.model) == before

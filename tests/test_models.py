@@ -276,8 +276,8 @@ def test_a_processor_can_cut_an_image_into_tiles():
 
 def test_structural_weights_are_attached_in_float32(saved, tmp_path):
     trained = load_model(saved, placement="cpu")
-    inject(trained.model, trained.family, seed=5)
-    save_structure(trained.model, tmp_path / "structure")
+    inject(trained, seed=5)
+    save_structure(trained, tmp_path / "structure")
     with pytest.raises(ValueError, match="save_structure"):
         save_model(trained, tmp_path / "model")
     again, plain = load_model(saved, placement="cpu", structure=tmp_path / "structure"), load_model(saved, placement="cpu")
@@ -286,6 +286,6 @@ def test_structural_weights_are_attached_in_float32(saved, tmp_path):
     ours, theirs, bare = (bundle.model.get_image_features(pixel_values=pixels).pooler_output for bundle in (again, trained, plain))
     assert torch.equal(ours, theirs) and not torch.equal(ours, bare)
     low = load_model(saved, placement="cpu", precision="bfloat16", structure=tmp_path / "structure")
-    biases = structures_of(low.model, low.family)
+    biases = structures_of(low)
     assert low.model.dtype == torch.bfloat16 and {weight.dtype for bias in biases for weight in bias.parameters()} == {torch.float32}
     refused(saved, "nowhere", error=FileNotFoundError, structure=tmp_path / "nowhere")

@@ -58,8 +58,7 @@ def encoded(bundle, images, tiles=None):
 
 
 def attached(bundle, patches=GUARDED, **options):
-    processor = bundle.processor.image_processor
-    return adaptive_tokens(bundle.model, bundle.family, processor.image_mean, processor.image_std, patches=patches, **options)
+    return adaptive_tokens(bundle, patches=patches, **options)
 
 
 def count(bundle, batch):
@@ -109,7 +108,7 @@ def test_tokens_of_a_shrunk_picture_all_stay(bundle):
 @pytest.mark.parametrize("budget", [10, 22, 34])
 def test_leaves_of_all_sizes_are_read_once(bundle, budget):
     "Random trees over four tiles and the whole image, from pixels twice as fine; a cell of four leaves of 7 px is one token."
-    image, family = page((124, 110)), bundle.family
+    image = page((124, 110))
     batch = image_batch(bundle, [image])
     tiles = torch.nn.functional.interpolate(batch.inputs["pixel_values"][0], scale_factor=2)
     given, sizes = {"pixel_values": tiles, "image_sizes": batch.inputs["image_sizes"]}, batch.inputs["image_sizes"].tolist()
@@ -119,7 +118,7 @@ def test_leaves_of_all_sizes_are_read_once(bundle, budget):
             [every] = bundle.model.get_image_features(**given).pooler_output
         with attached(bundle, rule):
             [fewer] = bundle.model.get_image_features(**given).pooler_output
-            assert language_tokens(bundle.model, family, [tiles], sizes) == [len(fewer)]
+            assert language_tokens(bundle, [tiles], sizes) == [len(fewer)]
     expected = firsts(every, np.isnan(language_boxes(bundle, image.size)).any(1))
     assert {7, 14} <= set(np.concatenate([plan.size for plan in control.last])) and len(tiles) == 5
     assert expected.sum() < len(every) and torch.allclose(fewer, every[torch.from_numpy(expected)], atol=1e-5)

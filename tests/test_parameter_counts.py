@@ -2,6 +2,7 @@
 import pytest
 import torch
 from transformers import InternVLConfig, InternVLForConditionalGeneration
+from tiny_internvl import bundle_of
 
 from sfa_core.structure.inject import inject
 from sfa_core.core.families import family_of
@@ -39,7 +40,7 @@ def test_counts_of_internvl_with_structure(model):
     assert count(tower) == 304_012_288 == 24 * 12_598_272 + 1_653_760
     assert count(projector) == 33_570_816
     assert count(family.language_of(model)) + count(model.lm_head) == 8_190_735_360
-    biases = inject(model, family)
+    biases = inject(bundle_of(model))
     assert sum(count(bias) for bias in biases) == 7_296 and all(weight.is_meta for bias in biases for weight in bias.parameters())
     model.requires_grad_(False)
     for part in (tower, projector):

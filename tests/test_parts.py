@@ -20,7 +20,7 @@ def bundle():
 
 def test_parts_add_up_and_name_what_is_trained(bundle):
     plain, names = model_parts(bundle), [name for name, _ in bundle.model.named_parameters()]
-    inject(bundle.model, bundle.family, terms=("row", "block"), blocks=8)
+    inject(bundle, terms=("row", "block"), blocks=8)
     table = model_parts(bundle, [name for name, _ in bundle.model.named_parameters() if "structure" in name])
     assert plain["parameters"].sum() == bundle.model.num_parameters() - 3 * (4 + 8 * 4) and not plain["trained"].any()
     assert table["parameters"].sum() == bundle.model.num_parameters()
@@ -34,9 +34,9 @@ def test_parts_add_up_and_name_what_is_trained(bundle):
 
 @pytest.mark.parametrize("terms", [("row", "column", "distance", "block"), ("column",)])
 def test_maps_of_the_bias_are_its_rows(bundle, terms):
-    biases = inject(bundle.model, bundle.family, terms=terms)
+    biases = inject(bundle, terms=terms)
     ids = torch.randint(16, (2, 64), generator=torch.Generator().manual_seed(0))
-    set_blocks(bundle.model, bundle.family, ids)
+    set_blocks(bundle, ids)
     dense = biases[1].dense(biases[1].geometry).detach().numpy()  # (2, H, N, N)
     for image in range(2):
         maps = structural_maps(bundle, 1, query=20, head=2, image=image)
@@ -50,6 +50,6 @@ def test_maps_of_the_bias_are_its_rows(bundle, terms):
 def test_bias_maps_of_what_does_not_exist_are_refused(bundle):
     with pytest.raises(ValueError, match="the model has no structural attention"):
         structural_maps(bundle, 0, 1)
-    inject(bundle.model, bundle.family)
+    inject(bundle)
     with pytest.raises(ValueError, match="no structural bias of layer 3, query 1, head None: expected a layer below 3, a token below 65 and a head below 4"):
         structural_maps(bundle, 3, 1)

@@ -47,7 +47,7 @@ def assert_same(ours, whole):
 
 
 def with_structure(bundle):
-    inject(bundle.model, bundle.family, seed=3)
+    inject(bundle, seed=3)
     return bundle
 
 

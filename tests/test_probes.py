@@ -86,7 +86,7 @@ def test_norms_of_queries_and_keys_are_applied(bundle, asked):
 @pytest.mark.parametrize("terms", [("row", "column", "distance", "block"), ("distance",), ("block",)])
 def test_recorded_maps_hold_the_structural_bias(bundle, asked, terms):
     plain = record(bundle, asked, queries="all")
-    for bias in inject(bundle.model, bundle.family, terms=terms):
+    for bias in inject(bundle, terms=terms):
         nn.init.normal_(next(bias.parameters()), std=2)
     seen = record(bundle, asked, queries="all")
     assert np.allclose(seen.maps, returned(bundle, asked, "sfa_eager"), atol=1e-5)

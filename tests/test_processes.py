@@ -92,7 +92,7 @@ def test_what_cannot_be_shared_is_refused():
         share(5, 2, 2, 2)
     bundle = tiny()
     with pytest.raises(RuntimeError, match="this process was started alone"):
-        shard(bundle.model, bundle.family)
+        shard(bundle)
     assert not torch.distributed.is_initialized()
     layer = type("Linear4bit", (torch.nn.Linear,), {"__module__": "bitsandbytes.nn"})(2, 2)
     with pytest.raises(ValueError, match="layer 0 is quantised"):

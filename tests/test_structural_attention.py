@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_internvl import pixels, tiny_internvl
+from tiny_internvl import bundle_of, pixels, tiny_internvl
 from torch.nn.functional import scaled_dot_product_attention
 
 import sfa_core.structure.inject as attention_module
@@ -227,7 +227,7 @@ def test_chunks_of_queries_change_nothing(monkeypatch):
 
 def test_wide_heads_take_the_chunked_way(monkeypatch):
     model = tiny_internvl(layers=1, heads=1, width=256)
-    inject(model, INTERNVL)
+    inject(bundle_of(model))
     called = []
     monkeypatch.setattr(attention_module, "chunked_attention", lambda *a: called.append(1) or chunked_attention(*a))
     ours = model.model.vision_tower(pixels()).last_hidden_state
@@ -277,7 +277,7 @@ def hidden(model, images=3):
 def strengthen(model, factor=50):
     "Raise the initial weights to order one."
     with torch.no_grad():
-        for bias in structures_of(model, INTERNVL):
+        for bias in structures_of(bundle_of(model)):
             for weight in bias.parameters():
                 weight.mul_(factor)
 
@@ -295,7 +295,7 @@ def test_zero_weights_are_stock_attention(grad):
     model = tiny_internvl()
     with torch.no_grad():
         before = hidden(model)
-    inject(model, INTERNVL)
+    inject(bundle_of(model))
     strengthen(model, 0)
     with torch.set_grad_enabled(grad):
         assert torch.allclose(hidden(model), before, atol=1e-5)
@@ -305,14 +305,14 @@ def test_zero_weights_are_stock_attention(grad):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_model_with_low_rank_equals_model_with_dense_bias(kind, dtype):
     model = tiny_internvl()
-    inject(model, INTERNVL, blocks=4)
+    inject(bundle_of(model), blocks=4)
     strengthen(model)
     model.to(dtype)
     geometry = geometry_of("blocks" if "blocks" in kind else kind, 1, height=4, width=4)
     if kind.startswith("merged"):  # 17 tokens stay 17 tokens: pairs of cells, padded
         assignment = random_assignment(17, 1, torch.Generator().manual_seed(1), 3, 15)
         geometry = merge_cells(geometry, assignment)
-    set_geometry(model, INTERNVL, geometry)
+    set_geometry(bundle_of(model), geometry)
     model.requires_grad_(True)
     results = {}
     for name in ("sfa", "sfa_dense", "sfa_eager"):
@@ -328,8 +328,8 @@ def test_model_with_low_rank_equals_model_with_dense_bias(kind, dtype):
 
 def test_every_structural_weight_gets_a_gradient():
     model = tiny_internvl()
-    inject(model, INTERNVL, blocks=4)
-    set_blocks(model, INTERNVL, torch.arange(48).reshape(3, 16) % 4)
+    inject(bundle_of(model), blocks=4)
+    set_blocks(bundle_of(model), torch.arange(48).reshape(3, 16) % 4)
     _, gradients = step(model)
     ours = {name: gradient for name, gradient in gradients.items() if ".structure." in name}
     assert len(ours) == 2 * 4 and all((gradient != 0).all() for gradient in ours.values())
@@ -339,29 +339,29 @@ def test_every_structural_weight_gets_a_gradient():
 def test_blocks_are_per_image():
     "A batch with different blocks equals its images one by one, and not the batch with the blocks of the first."
     model = tiny_internvl()
-    inject(model, INTERNVL, blocks=4)
+    inject(bundle_of(model), blocks=4)
     strengthen(model)
     ids = torch.randint(4, (3, 16), generator=torch.Generator().manual_seed(0))
     images = pixels()
     with torch.no_grad():
-        set_blocks(model, INTERNVL, ids)
+        set_blocks(bundle_of(model), ids)
         together = tower_of(model)(images).last_hidden_state
         for image in range(3):
-            set_blocks(model, INTERNVL, ids[[image]])
+            set_blocks(bundle_of(model), ids[[image]])
             assert torch.allclose(tower_of(model)(images[[image]]).last_hidden_state[0], together[image], atol=1e-5)
-        set_blocks(model, INTERNVL, ids[[0, 0, 0]])
+        set_blocks(bundle_of(model), ids[[0, 0, 0]])
         first = tower_of(model)(images).last_hidden_state
         assert torch.allclose(first[0], together[0], atol=1e-5) and not torch.allclose(first[1], together[1], atol=1e-2)
-        set_blocks(model, INTERNVL, None)
+        set_blocks(bundle_of(model), None)
         cleared = tower_of(model)(images).last_hidden_state
-        set_blocks(model, INTERNVL, torch.zeros(3, 16, dtype=torch.long))
+        set_blocks(bundle_of(model), torch.zeros(3, 16, dtype=torch.long))
         assert torch.allclose(tower_of(model)(images).last_hidden_state, cleared, atol=1e-5)
 
 
 def test_the_language_model_is_left_alone():
     model = tiny_internvl()
     language = model.config.text_config._attn_implementation
-    inject(model, INTERNVL)
+    inject(bundle_of(model))
     assert model.config.text_config._attn_implementation == language and vision_attention(model) == "sfa"
     assert not [name for name, _ in model.model.language_model.named_parameters() if "structure" in name]
     text = torch.tensor([[1, 5, 5, 5, 5, 2, 3]])
@@ -370,7 +370,7 @@ def test_the_language_model_is_left_alone():
 
 def test_gradient_checkpointing_changes_nothing():
     model = tiny_internvl()
-    inject(model, INTERNVL)
+    inject(bundle_of(model))
     strengthen(model)
     model.train()
     output, gradients = step(model)
@@ -384,10 +384,10 @@ def test_gradient_checkpointing_changes_nothing():
 @pytest.mark.parametrize("blocks", [False, True], ids=["shared", "blocks"])
 def test_the_tower_compiles_into_one_graph(blocks):
     model = tiny_internvl(layers=1)
-    inject(model, INTERNVL, blocks=4)
+    inject(bundle_of(model), blocks=4)
     strengthen(model)
     if blocks:
-        set_blocks(model, INTERNVL, torch.arange(48).reshape(3, 16) % 4)
+        set_blocks(bundle_of(model), torch.arange(48).reshape(3, 16) % 4)
     torch._dynamo.reset()
     compiled = torch.compile(tower_of(model), fullgraph=True, backend="aot_eager")
     output, gradients = step(model)
@@ -408,10 +408,10 @@ CASTS = {"bfloat16": lambda m: m.to(torch.bfloat16), "half": lambda m: m.half(),
 def test_structural_weights_stay_float32(cast):
     "Whether the model was cast before or after."
     model = tiny_internvl()
-    inject(model, INTERNVL)
-    before = [weight.clone() for bias in structures_of(model, INTERNVL) for weight in bias.parameters()]
+    inject(bundle_of(model))
+    before = [weight.clone() for bias in structures_of(bundle_of(model)) for weight in bias.parameters()]
     cast(model)
-    biases = structures_of(model, INTERNVL)
+    biases = structures_of(bundle_of(model))
     assert all(weight.dtype == torch.float32 for bias in biases for weight in bias.parameters())
     assert all(torch.equal(a, b) for a, b in zip(before, (w for bias in biases for w in bias.parameters()), strict=True))
     assert all(bias.geometry.row.dtype == torch.float32 for bias in biases)
@@ -420,10 +420,10 @@ def test_structural_weights_stay_float32(cast):
 
 def test_a_bfloat16_model_trains_float32_structure():
     model = tiny_internvl().to(torch.bfloat16)
-    biases = inject(model, INTERNVL)
+    biases = inject(bundle_of(model))
     assert all(weight.dtype == torch.float32 for bias in biases for weight in bias.parameters())
     exact = tiny_internvl()
-    inject(exact, INTERNVL)
+    inject(bundle_of(exact))
     output, gradients = step(model)
     reference, wanted = step(exact)
     assert output.dtype == torch.bfloat16 and torch.allclose(output.float(), reference, atol=0.15)
@@ -434,7 +434,7 @@ def test_a_bfloat16_model_trains_float32_structure():
 
 def test_autocast_does_not_touch_the_factors(monkeypatch):
     model = tiny_internvl(layers=1)
-    bias = inject(model, INTERNVL)[0]
+    bias = inject(bundle_of(model))[0]
     exact, seen = bias.factors(bias.geometry), []
     original = attention_module.low_rank_attention
     monkeypatch.setattr(attention_module, "low_rank_attention", lambda *arguments: seen.append(arguments) or original(*arguments))
@@ -454,7 +454,7 @@ def caches(model):
 @torch.no_grad()
 def test_cached_mask_equals_low_rank_and_follows_the_weights():
     model = tiny_internvl()
-    inject(model, INTERNVL)
+    inject(bundle_of(model))
     strengthen(model)
     masked = hidden(model)
     masks = [cache.built[2] for cache in caches(model)]
@@ -462,7 +462,7 @@ def test_cached_mask_equals_low_rank_and_follows_the_weights():
     use_attention(model, "sfa_dense")
     assert torch.allclose(hidden(model), masked, atol=1e-5)
     use_attention(model, "sfa")
-    for bias in structures_of(model, INTERNVL):
+    for bias in structures_of(bundle_of(model)):
         bias.row.data.add_(3.0)  # a write that autograd's version counter does not see
     changed = hidden(model)
     use_attention(model, "sfa_dense")
@@ -471,14 +471,14 @@ def test_cached_mask_equals_low_rank_and_follows_the_weights():
 
 def test_no_mask_while_training_with_blocks_or_without_memory():
     model = tiny_internvl()
-    biases = inject(model, INTERNVL, blocks=4)
+    biases = inject(bundle_of(model), blocks=4)
     hidden(model)
     assert all(cache.built is None for cache in caches(model))
     with torch.no_grad():
-        set_blocks(model, INTERNVL, torch.zeros(3, 16, dtype=torch.long))
+        set_blocks(bundle_of(model), torch.zeros(3, 16, dtype=torch.long))
         hidden(model)
         assert all(cache.built is None for cache in caches(model))
-        set_blocks(model, INTERNVL, None)
+        set_blocks(bundle_of(model), None)
         for cache in caches(model):
             cache.budget = 4 * 2 * 17**2 - 1
         hidden(model)
@@ -490,7 +490,7 @@ def test_no_mask_while_training_with_blocks_or_without_memory():
 def test_frozen_structure_under_a_training_encoder_gets_exact_gradients():
     "A mask built in inference mode serves a later backward pass."
     model = tiny_internvl()
-    for bias in inject(model, INTERNVL):
+    for bias in inject(bundle_of(model)):
         bias.requires_grad_(False)
     strengthen(model)
     with torch.inference_mode():
@@ -508,12 +508,12 @@ def test_frozen_structure_under_a_training_encoder_gets_exact_gradients():
 def test_visible_attention_returns_weights_with_and_without_structure():
     model = tiny_internvl()
     plain = hidden(model)
-    with visible_attention(model):
+    with visible_attention(bundle_of(model)):
         result = tower_of(model)(pixels(), output_attentions=True)
     assert vision_attention(model) == "sdpa" and torch.allclose(result.last_hidden_state, plain, atol=1e-5)
-    inject(model, INTERNVL)
+    inject(bundle_of(model))
     strengthen(model)
-    with visible_attention(model):
+    with visible_attention(bundle_of(model)):
         changed = tower_of(model)(pixels(), output_attentions=True)
     assert vision_attention(model) == "sfa" and torch.allclose(changed.last_hidden_state, hidden(model), atol=1e-5)
     for before, after in zip(result.attentions, changed.attentions, strict=True):
@@ -527,17 +527,17 @@ def test_eject_is_the_inverse_of_inject(implementation):
     model = tiny_internvl()
     use_attention(model, implementation)
     names, before = list(model.state_dict()), hidden(model)
-    inject(model, INTERNVL)
+    inject(bundle_of(model))
     assert not torch.equal(hidden(model), before)
-    assert eject(model, INTERNVL) is model
+    assert eject(bundle_of(model)).model is model
     assert list(model.state_dict()) == names and vision_attention(model) == implementation and torch.equal(hidden(model), before)
     assert not [name for attention in INTERNVL.attentions_of(model) for name in vars(attention) if "structure" in name]
-    inject(model, INTERNVL)
+    inject(bundle_of(model))
 
 
 def test_layers_and_seeds_start_differently_and_repeatably():
     models = [tiny_internvl() for _ in range(3)]
-    one, same, other = (inject(model, INTERNVL, seed=seed) for model, seed in zip(models, (0, 0, 1), strict=True))
+    one, same, other = (inject(bundle_of(model), seed=seed) for model, seed in zip(models, (0, 0, 1), strict=True))
     assert torch.equal(one[1].block, same[1].block) and not torch.equal(one[0].block, one[1].block)
     assert not any(torch.equal(a.block, b.block) for a in one for b in other)
 
@@ -545,24 +545,24 @@ def test_layers_and_seeds_start_differently_and_repeatably():
 @torch.no_grad()
 def test_save_load_round_trip(tmp_path):
     model = tiny_internvl()
-    inject(model, INTERNVL, terms=["distance", "row"], blocks=4, seed=3)
+    inject(bundle_of(model), terms=["distance", "row"], blocks=4, seed=3)
     strengthen(model)
     expected = hidden(model)
-    folder = save_structure(model, tmp_path / "new" / "folder")
+    folder = save_structure(bundle_of(model), tmp_path / "new" / "folder")
     assert sorted(path.name for path in folder.iterdir()) == ["structure.json", "structure.safetensors"]
     fresh = tiny_internvl()
-    assert [bias.terms for bias in load_structure(fresh, INTERNVL, folder)] == [("row", "distance")] * 2
+    assert [bias.terms for bias in load_structure(bundle_of(fresh), folder)] == [("row", "distance")] * 2
     assert torch.equal(hidden(fresh), expected)
     attached = tiny_internvl()
-    biases = inject(attached, INTERNVL, terms=["row", "distance"], blocks=4, seed=9)
-    assert load_structure(attached, INTERNVL, folder) == biases and torch.equal(hidden(attached), expected)
+    biases = inject(bundle_of(attached), terms=["row", "distance"], blocks=4, seed=9)
+    assert load_structure(bundle_of(attached), folder) == biases and torch.equal(hidden(attached), expected)
     half = tiny_internvl().to(torch.bfloat16)
-    assert all(weight.dtype == torch.float32 for bias in load_structure(half, INTERNVL, folder) for weight in bias.parameters())
+    assert all(weight.dtype == torch.float32 for bias in load_structure(bundle_of(half), folder) for weight in bias.parameters())
 
 
 def test_a_copied_model_is_independent():
     model = tiny_internvl()
-    inject(model, INTERNVL)
+    inject(bundle_of(model))
     twin = copy.deepcopy(model)
     strengthen(twin)
     assert not torch.allclose(hidden(model), hidden(twin), atol=1e-3)
@@ -576,10 +576,10 @@ def test_a_copied_model_is_independent():
 ])
 def test_weights_of_another_encoder_are_refused(tmp_path, change, words):
     model, other = tiny_internvl(), tiny_internvl(**change)
-    inject(model, INTERNVL)
-    save_structure(model, tmp_path)
+    inject(bundle_of(model))
+    save_structure(bundle_of(model), tmp_path)
     with pytest.raises(ValueError, match=words):
-        load_structure(other, INTERNVL, tmp_path)
+        load_structure(bundle_of(other), tmp_path)
     assert vision_attention(other) == "sdpa" and "structure" not in "".join(other.state_dict())
 
 
@@ -589,13 +589,13 @@ def test_weights_of_another_encoder_are_refused(tmp_path, change, words):
 ])
 def test_weights_with_other_terms_are_refused(tmp_path, change, words):
     model = tiny_internvl()
-    inject(model, INTERNVL, blocks=4)
-    save_structure(model, tmp_path)
-    eject(model, INTERNVL)
-    biases = inject(model, INTERNVL, **{"blocks": 4, **change})
+    inject(bundle_of(model), blocks=4)
+    save_structure(bundle_of(model), tmp_path)
+    eject(bundle_of(model))
+    biases = inject(bundle_of(model), **{"blocks": 4, **change})
     before = [weight.clone() for weight in biases[0].parameters()]
     with pytest.raises(ValueError, match=words):
-        load_structure(model, INTERNVL, tmp_path)
+        load_structure(bundle_of(model), tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(before, biases[0].parameters(), strict=True))
 
 
@@ -623,12 +623,12 @@ def edit(**changes):
 ])
 def test_damaged_folders_are_refused_in_one_line(tmp_path, damage, error, words):
     model = tiny_internvl()
-    inject(model, INTERNVL)
-    save_structure(model, tmp_path)
+    inject(bundle_of(model))
+    save_structure(bundle_of(model), tmp_path)
     damage(tmp_path)
     fresh = tiny_internvl()
     with pytest.raises(error, match=words) as caught:
-        load_structure(fresh, INTERNVL, tmp_path)
+        load_structure(bundle_of(fresh), tmp_path)
     assert "\n" not in str(caught.value) and vision_attention(fresh) == "sdpa"
 
 
@@ -636,9 +636,9 @@ def test_damaged_folders_are_refused_in_one_line(tmp_path, damage, error, words)
 def test_an_interrupted_save_is_never_half_read(tmp_path, monkeypatch, fails_at):
     "The rename of either file fails: no stray file stays, and what is loaded is the old state or refused."
     model = tiny_internvl()
-    inject(model, INTERNVL)
-    save_structure(model, tmp_path)
-    old = structures_of(model, INTERNVL)[0].row.detach().clone()
+    inject(bundle_of(model))
+    save_structure(bundle_of(model), tmp_path)
+    old = structures_of(bundle_of(model))[0].row.detach().clone()
     strengthen(model)
     calls, rename = [], os.replace
 
@@ -650,21 +650,21 @@ def test_an_interrupted_save_is_never_half_read(tmp_path, monkeypatch, fails_at)
 
     monkeypatch.setattr(os, "replace", failing)
     with pytest.raises(OSError, match="No space left"):
-        save_structure(model, tmp_path)
+        save_structure(bundle_of(model), tmp_path)
     monkeypatch.setattr(os, "replace", rename)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["structure.json", "structure.safetensors"]
     if fails_at == 1:
-        assert torch.equal(load_structure(tiny_internvl(), INTERNVL, tmp_path)[0].row, old)
+        assert torch.equal(load_structure(bundle_of(tiny_internvl()), tmp_path)[0].row, old)
     else:
         with pytest.raises(ValueError, match="does not match the checksum"):
-            load_structure(tiny_internvl(), INTERNVL, tmp_path)
+            load_structure(bundle_of(tiny_internvl()), tmp_path)
 
 
 # --- errors name what was given and what was expected -----------------------------------------------------------------
 
 def attached():
     model = tiny_internvl()
-    inject(model, INTERNVL, blocks=4)
+    inject(bundle_of(model), blocks=4)
     return model
 
 
@@ -683,16 +683,16 @@ def attached():
     (lambda: merge_cells(uniform_geometry(2, 2), torch.full((2, 4), 0.5)), "other than 0 and 1"),
     (lambda: merge_cells(uniform_geometry(2, 2, 1), torch.ones(1, 5)), "special token is merged with others"),
     (lambda: StructuralBias(2, blocks=8).factors(geometry_of("blocks", 1)), "geometry has 4 blocks, the bias 8"),
-    (lambda: inject(tiny_internvl(), INTERNVL, terms=["diagonal"]), "'diagonal', expected one or more of"),
-    (lambda: inject(tiny_internvl(), INTERNVL, blocks=0), "blocks is 0, expected at least 1"),
-    (lambda: inject(tiny_internvl().model.language_model, INTERNVL), "model type 'qwen3' is not supported, expected one of: .*internvl"),
-    (lambda: inject(tiny_internvl().model, INTERNVL), "has nothing at 'model.vision_tower"),
+    (lambda: inject(bundle_of(tiny_internvl()), terms=["diagonal"]), "'diagonal', expected one or more of"),
+    (lambda: inject(bundle_of(tiny_internvl()), blocks=0), "blocks is 0, expected at least 1"),
+    (lambda: inject(bundle_of(tiny_internvl().model.language_model, family=INTERNVL)), "model type 'qwen3' is not supported, expected one of: .*internvl"),
+    (lambda: inject(bundle_of(tiny_internvl().model, family=INTERNVL)), "has nothing at 'model.vision_tower"),
     (lambda: family_of(torch.nn.Linear(1, 1)), "model type 'Linear' is not supported"),
-    (lambda: inject(attached(), INTERNVL), "already: call eject first"),
-    (lambda: eject(tiny_internvl(), INTERNVL), "no structural attention: call inject first"),
-    (lambda: set_blocks(tiny_internvl(), INTERNVL, None), "no structural attention: call inject first"),
-    (lambda: set_blocks(attached(), INTERNVL, torch.zeros(16).long()), r"shape \(16,\), expected \(images, 16\)"),
-    (lambda: save_structure(tiny_internvl(), "unused"), "no structural attention: call inject first"),
+    (lambda: inject(bundle_of(attached())), "already: call eject first"),
+    (lambda: eject(bundle_of(tiny_internvl())), "no structural attention: call inject first"),
+    (lambda: set_blocks(bundle_of(tiny_internvl()), None), "no structural attention: call inject first"),
+    (lambda: set_blocks(bundle_of(attached()), torch.zeros(16).long()), r"shape \(16,\), expected \(images, 16\)"),
+    (lambda: save_structure(bundle_of(tiny_internvl()), "unused"), "no structural attention: call inject first"),
     (lambda: tower_of(attached())(pixels(1, 84)), "the encoder sees 37 tokens, the geometry places 17 on a grid of 4 x 4"),
 ])
 def test_wrong_input_is_one_clear_line(act, words):
@@ -703,6 +703,6 @@ def test_wrong_input_is_one_clear_line(act, words):
 
 def test_blocks_of_another_batch_are_refused():
     model = attached()
-    set_blocks(model, INTERNVL, torch.zeros(2, 16, dtype=torch.long))
+    set_blocks(bundle_of(model), torch.zeros(2, 16, dtype=torch.long))
     with pytest.raises(ValueError, match=r"got 3 images, the geometry \(set_blocks\) is for \(2,\)"):
         hidden(model)

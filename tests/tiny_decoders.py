@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from sfa_core.core.families import Family
-from sfa_core.models.load import Bundle
+from sfa_core.core.bundle import Bundle
 
 IMAGE, START, WORDS, TOKENS = 5, 6, 64, 4  # image token, token before an image, vocabulary, image tokens per image
 TEXT = {"vocab_size": WORDS, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 2,

@@ -1,7 +1,11 @@
 """A random InternVL of the real class, small enough for tests in seconds."""
+from types import SimpleNamespace
+
 import torch
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
+from sfa_core.core.bundle import Bundle
+from sfa_core.core.families import family_of
 from sfa_core.models.embedded import EmbeddedConfig
 
 SMALLEST = EmbeddedConfig(vision_width=32, vision_layers=2, vision_heads=2, vision_hidden=32, language_width=32, language_layers=2, language_heads=2,
@@ -34,3 +38,9 @@ def tiny_internvl(
 def pixels(images: int = 3, image: int = 56, seed: int = 1) -> torch.Tensor:
     """Draw random pixel values, (images, 3, image, image)."""
     return torch.randn(images, 3, image, image, generator=torch.Generator().manual_seed(seed))
+
+
+def bundle_of(model, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), family=None) -> Bundle:
+    """Return a bundle around a model that has no processor but for its normalisation."""
+    scaling = SimpleNamespace(image_mean=list(mean), image_std=list(std))
+    return Bundle(model, SimpleNamespace(image_processor=scaling), family or family_of(model), "tiny")

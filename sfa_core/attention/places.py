@@ -13,7 +13,7 @@ import numpy as np
 
 from ..core.families import TokenGrid
 from ..models.images import Box, tile_regions
-from ..models.load import Bundle
+from ..core.bundle import Bundle
 
 # %% ../../notebooks/library/07_attention/10_places.ipynb #6c104eb3
 def token_boxes(

@@ -19,7 +19,7 @@ from ..documents.samples import Sample, samples
 from ..core.families import TokenGrid, modules_at
 from ..models.images import ImageBatch, image_batch, image_features, images_of, tile_regions
 from .capture import catching, followed, measure_layer, measure_word, place_tokens
-from ..models.load import Bundle
+from ..core.bundle import Bundle
 from .places import box_mask, box_means, cells_of, language_boxes
 from .records import STORED, AttentionRecord, join, known_mean, padded
 

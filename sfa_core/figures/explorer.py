@@ -18,7 +18,7 @@ import plotly.graph_objects as go
 from ..core.escape import html_text
 from ..core.pictures import decode
 from ..documents.samples import Sample, samples
-from ..models.load import Bundle
+from ..core.bundle import Bundle
 from ..core.paths import exports_root
 from .style import ARM_NAMES, save_figure
 from .views import Choice, Recorder, View, look, page_limits, trace_values, view_figure, view_limits

@@ -22,7 +22,7 @@ from plotly.subplots import make_subplots
 from ..structure.inject import CHILD, structures_of
 from ..documents.samples import Sample
 from ..training.arms import load_arm
-from ..models.load import Bundle
+from ..core.bundle import Bundle
 from ..attention.places import cells_of, spread
 from ..attention.probes import record
 from ..attention.records import AttentionRecord
@@ -66,7 +66,7 @@ class Recorder:
             with self.attached(arm):
                 if hasattr(attentions[0], CHILD) and not bundle.family.native:  # a native tower places its tokens anew for every image
                     with torch.no_grad():
-                        pairs = [bias.factors(bias.geometry) for bias in structures_of(bundle.model, bundle.family)]
+                        pairs = [bias.factors(bias.geometry) for bias in structures_of(bundle)]
                     self.factors[arm] = [tuple(factor.reshape(-1, *factor.shape[-3:])[0].float().cpu().numpy() for factor in pair) for pair in pairs]
 
     def attached(self, arm: str):

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ..models.answers import IGNORE, answer_loss, training_batch
 from ..documents.samples import Sample, samples
-from ..models.load import Bundle
+from ..core.bundle import Bundle
 from ..attention.capture import row_probabilities, widened
 from .prompts import Prompt, aside_inputs, attending, decoder_layers, following, read_prompts, text_inputs
 from .sinks import check_layers

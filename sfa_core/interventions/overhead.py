@@ -17,7 +17,8 @@ from PIL import Image
 
 from ..models.answers import image_inputs, image_tokens, prompt_tokens
 from ..models.embedded import EmbeddedConfig
-from ..models.load import Bundle, new_bundle
+from ..models.load import new_bundle
+from ..core.bundle import Bundle
 
 # %% ../../notebooks/library/08_interventions/80_overhead.ipynb #05c28ec7
 QUESTION = "What is the value of the largest bar in this chart?"

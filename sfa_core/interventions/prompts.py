@@ -19,7 +19,7 @@ from ..core.hooks import HOOKS, Hook, attention_hooks, replaced_name, without_ho
 from ..documents.samples import Sample
 from ..models.answers import generate
 from ..models.images import images_of
-from ..models.load import Bundle
+from ..core.bundle import Bundle
 
 # %% ../../notebooks/library/08_interventions/10_prompts.ipynb #34995477
 def decoder_layers(

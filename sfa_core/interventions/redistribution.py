@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..documents.samples import Sample
-from ..models.load import Bundle
+from ..core.bundle import Bundle
 from ..attention.capture import row_probabilities, watching, widened
 from ..core.hooks import AttentionCall
 from .prompts import Prompt, attending, decoder_layers, following, middle_layers, read_prompts

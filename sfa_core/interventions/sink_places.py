@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ..documents.samples import Sample, samples
 from ..models.images import tile_regions
 from ..attention.capture import row_probabilities, watching, widened
-from ..models.load import Bundle
+from ..core.bundle import Bundle
 from ..attention.places import coverage
 from .prompts import Prompt, aside_inputs, attending, decoder_layers, following, middle_layers, read_prompts
 from .sinks import SHARE, check_layers, sink_threshold, sink_values

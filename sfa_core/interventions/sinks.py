@@ -21,7 +21,7 @@ from scipy.stats import norm
 from torch import Tensor, nn
 
 from ..documents.samples import Sample, samples
-from ..models.load import Bundle
+from ..core.bundle import Bundle
 from ..attention.capture import watching, widened
 from .prompts import Prompt, decoder_layers, following, middle_layers, read_prompts
 

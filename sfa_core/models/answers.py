@@ -25,7 +25,7 @@ from ..core.pictures import decode, decode_page
 from ..documents.samples import Sample, samples
 from .footprint import patches_at_once, plan_answers
 from .images import ImageBatch, check_shape, check_tiles, image_batch, image_features, image_inputs, image_tokens, pixel_table  # noqa: F401
-from .load import Bundle
+from ..core.bundle import Bundle
 from ..documents.replies import is_mark, opened_by
 
 # %% ../../notebooks/library/06_models/50_answers.ipynb #ca7c1099

@@ -7,7 +7,7 @@ __all__ = ['WAYS', 'INTERNVIT', 'QWEN3_8B', 'SMALLEST', 'flash_forward', 'flash_
            'in_turns', 'random_model', 'encoder_call', 'costs', 'quantise_language', 'page_batch', 'peak_of',
            'whole_model']
 
-# %% ../../notebooks/library/06_models/70_cost.ipynb #fb406b70
+# %% ../../notebooks/library/06_models/70_cost.ipynb #5a29b0a0
 import time
 from collections.abc import Callable
 
@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, bmm_flop, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import AutoModelForImageTextToText, InternVLConfig, PreTrainedModel
 
-from .answers import answer_loss, pack
-from ..structure.inject import inject, structures_of, use_attention
+from ..core.bundle import Bundle
 from ..core.families import family_of
 from ..core.memory import MemoryProbe, held_bytes, saved_bytes
+from .answers import answer_loss, pack
 from .quantization import BLOCK, keep_differentiable
+from ..structure.inject import inject, structures_of, use_attention
 
 # %% ../../notebooks/library/06_models/70_cost.ipynb #e2ea8e42
 def flash_forward(query, key, value, *args, out_shape=None, **kwargs) -> int:
@@ -150,7 +151,7 @@ def costs(
     table = pd.DataFrame(rows).T.join(in_turns(calls, rounds, pixels.device))
     for name in ("operations", "peak_bytes") + (("kept_bytes",) if training else ()):
         table[f"{name.removesuffix('_bytes')}_ratio"] = table[name] / table[name].iloc[0]
-    structure = sum(weight.numel() for bias in structures_of(model, family_of(model)) for weight in bias.parameters())
+    structure = sum(weight.numel() for bias in structures_of(Bundle(model, None, family_of(model), "random model")) for weight in bias.parameters())
     encoder = sum(weight.numel() for weight in tower.parameters()) - structure
     table["parameters"] = [encoder + (structure if way != "plain" else 0) for way in ways]
     return table
@@ -221,7 +222,7 @@ def whole_model(
     for part in (family.tower_of(model), family.projector_of(model)):
         part.float()
     model.lm_head.requires_grad_(False)
-    inject(model, family)
+    inject(Bundle(model, None, family, "random model"))
     model.activation_checkpointing_enable()
     rows = {}
 

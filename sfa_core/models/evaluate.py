@@ -19,7 +19,7 @@ from ..documents.benchmarks import find_benchmark
 from ..documents.samples import Sample, samples
 from .answers import Answer, answer
 from .images import most_tiles
-from .load import Bundle
+from ..core.bundle import Bundle
 from .quantization import stored_as
 from ..scores.metrics import PROFILES
 from ..scores.records import SCORERS, Evaluation, fingerprint, make_records, summarise, validate_choice

@@ -21,7 +21,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optim
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from ..tokens.adaptive import CONTROL, language_tokens
-from .load import Bundle
+from ..core.bundle import Bundle
 
 # %% ../../notebooks/library/06_models/40_images.ipynb #9f0a5e50
 def pixel_table(
@@ -66,7 +66,7 @@ def image_blocks(
     counts: Sequence[int],  # tiles of each image
 ) -> list[list[int]]:  # token ids of each image
     "Return the token ids that stand for each image, as many as the model will give features for."
-    kept = language_tokens(bundle.model, bundle.family, pixels.split(list(counts))) or [None] * len(counts)
+    kept = language_tokens(bundle, pixels.split(list(counts))) or [None] * len(counts)
     return [image_tokens(bundle, count, own) for count, own in zip(counts, kept, strict=True)]
 
 
@@ -229,7 +229,7 @@ def image_batch(
     if views == "anyres":
         counts = counts if single else [len(tile_regions(bundle, image.size)) for image in images]
         shown = [own[:count] for own, count in zip(inputs["pixel_values"], counts, strict=True)]  # tiles of each image, without padding
-        kept = language_tokens(bundle.model, bundle.family, shown, inputs["image_sizes"].tolist())
+        kept = language_tokens(bundle, shown, inputs["image_sizes"].tolist())
         blocks = blocks if kept is None else [shortened(bundle, block, own) for block, own in zip(blocks, kept, strict=True)]
     return ImageBatch(inputs, counts, blocks)
 

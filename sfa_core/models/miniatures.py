@@ -31,7 +31,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from .embedded import CHAT_TEMPLATE, IMAGE_TOKENS, image_only, train_tokenizer
 from ..core.families import FAMILIES, family_of
-from .load import Bundle
+from ..core.bundle import Bundle
 
 # %% ../../notebooks/library/06_models/35_miniatures.ipynb #b155dbe0
 SYSTEM = "{% if loop.first and message['role'] != 'system' %}{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}"

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from ..structure.inject import CHILD, structures_of
-from .load import Bundle
+from ..core.bundle import Bundle
 from .quantization import BLOCK, narrow_layers
 from ..structure.bias import StructuralBias
 
@@ -104,7 +104,7 @@ def structural_maps(
     image: int = 0,  # of the batch, where blocks are set per image
 ) -> dict[str, np.ndarray]:  # term -> (h, w) float32 logits; the last one, "combined", is their sum
     """Return the structural bias of one query, term by term; ValueError for a model without structure or a place that does not exist."""
-    grid, biases = bundle.family.grid(bundle.model), structures_of(bundle.model, bundle.family)
+    grid, biases = bundle.family.grid(bundle.model), structures_of(bundle)
     if not (0 <= layer < len(biases) and 0 <= query < len(grid) and (head is None or 0 <= head < biases[0].heads)):
         limits = f"a layer below {len(biases)}, a token below {len(grid)} and a head below {biases[0].heads}"
         raise ValueError(f"no structural bias of layer {layer}, query {query}, head {head}: expected {limits}")

@@ -14,7 +14,7 @@ from transformers.image_processing_utils import select_best_resolution
 from transformers.image_utils import SizeDict
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
-from .load import Bundle
+from ..core.bundle import Bundle
 from ..tokens.patches import PATCH
 
 # %% ../../notebooks/library/06_models/45_resolution.ipynb #5b0c9e11

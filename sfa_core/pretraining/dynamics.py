@@ -24,7 +24,8 @@ from .dense import HEADS, PAGE_HEADS, DenseHeads, dense_binding, dense_losses, h
 from ..documents.generate import PRESET_KINDS, PRESETS, make_document
 from ..models.embedded import EmbeddedConfig
 from ..training.loop import LoopConfig, train
-from ..models.load import Bundle, new_bundle
+from ..models.load import new_bundle
+from ..core.bundle import Bundle
 from .recipe import TrainingSet, pixel_values, targets_at
 from ..structure.bias import check_terms
 
@@ -51,7 +52,7 @@ class DenseConfig:
 def structural_weights(bundle: Bundle) -> pd.DataFrame:  # layer, term, head, weight
     "List the structural weights of a model layer by layer; of the block table its first row, in which all patches are without density blocks."
     rows = []
-    for layer, bias in enumerate(structures_of(bundle.model, bundle.family)):
+    for layer, bias in enumerate(structures_of(bundle)):
         for term in bias.terms:
             values = getattr(bias, term).detach()
             rows += [dict(layer=layer, term=term, head=head, weight=float(value)) for head, value in enumerate(values[0] if term == "block" else values)]
@@ -124,7 +125,7 @@ def load_encoder(
         about, weights = json.loads(file.metadata()["about"]), {name: file.get_tensor(name) for name in file.keys()}
     bundle = new_bundle(EmbeddedConfig(**about["architecture"]), tokenizer, about["dense"]["seed"], name=Path(path).parent.name)
     if about["dense"]["terms"]:
-        inject(bundle.model, bundle.family, about["dense"]["terms"])
+        inject(bundle, about["dense"]["terms"])
     heads = DenseHeads(weights["heads.read.weight"].shape[1], heads_of_size(len(weights["heads.read.weight"])))
     for module, prefix in ((bundle.family.tower_of(bundle.model), "tower."), (heads, "heads.")):
         module.load_state_dict({name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)})
@@ -158,7 +159,7 @@ def learn_dense(
     bundle = new_bundle(architecture, tokenizer, config.seed, name="from nothing")
     tower = bundle.family.tower_of(bundle.model)
     if config.terms:
-        inject(bundle.model, bundle.family, config.terms, seed=config.seed)
+        inject(bundle, config.terms, seed=config.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         heads = DenseHeads(architecture.vision_width, classes_of(data))

@@ -30,7 +30,8 @@ from ..documents.words import SHORT_WORDS
 from ..training.loop import LoopConfig, train
 from ..models.images import image_tokens, pixel_table
 from ..models.embedded import EmbeddedConfig, train_tokenizer
-from ..models.load import Bundle, new_bundle
+from ..models.load import new_bundle
+from ..core.bundle import Bundle
 from ..core.paths import exports_root
 from ..documents.questions import KINDS, MARK, READ_KINDS, WORDING
 

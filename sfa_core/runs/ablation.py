@@ -27,7 +27,7 @@ from ..documents.generate import documents
 from ..documents.samples import Sample
 from ..documents.questions import DOCUMENT_KINDS
 from ..models.evaluate import evaluate
-from ..models.load import Bundle
+from ..core.bundle import Bundle
 from .results import content_hash, write_atomic
 from ..scores.compare import Comparison, compare_seeds
 from ..scores.intervals import clustered_bootstrap, interval_text, points_text, seed_interval

@@ -10,15 +10,12 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..core.paths import exports_root
 from .results import command_output
 from .runs import StudyFailed, identify, run_study
 from .studies import studies_root
-
-if TYPE_CHECKING:
-    from distributed import Client, Future
 
 # %% ../../notebooks/library/12_runs/40_workers.ipynb #1ca5050e
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ def slots(
 # %% ../../notebooks/library/12_runs/40_workers.ipynb #b022dbe9
 def event_of(
     task: Task,
-    future: "Future",  # done
+    future: Any,  # of Dask, done
     ending: Callable[[str], str],  # address of a worker that is gone -> how it ended
 ) -> Event:  # finished, failed or unfinished
     "Return what became of a task."
@@ -98,7 +95,7 @@ def event_of(
 
 
 def events(
-    client: "Client",
+    client: Any,  # of Dask
     tasks: list[Task],
     *,
     resources: dict[str, int] | None = None,  # of a worker, that one task takes

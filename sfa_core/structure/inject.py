@@ -7,7 +7,7 @@ __all__ = ['CHILD', 'FUNCTIONS', 'placed_bias', 'structural_attention', 'dense_a
            'structures_of', 'vision_attention', 'use_attention', 'visible_weights', 'visible_attention', 'set_geometry',
            'set_blocks']
 
-# %% ../../notebooks/library/03_structure/40_inject.ipynb #14f5334c
+# %% ../../notebooks/library/03_structure/40_inject.ipynb #2cc488a2
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -19,7 +19,8 @@ from torch.nn.functional import dropout as drop, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from ..core.families import Family, family_of
+from ..core.bundle import Bundle
+from ..core.families import family_of
 from ..core.hooks import PREFIX, AttentionCall, attention_hooks, hooked_name, replaced_name
 from .bias import TERMS, Geometry, StructuralBias, check_terms, grid_geometry, with_blocks
 from .kernels import MASK_BYTES, WIDEST, MaskCache, chunked_attention, combine_masks, constant_mask
@@ -118,15 +119,16 @@ for name, (function, mask_function) in FUNCTIONS.items():
 
 # %% ../../notebooks/library/03_structure/40_inject.ipynb #bb09518f
 def inject(
-    model: PreTrainedModel,  # loaded, on its device and in its dtype
-    family: Family,
+    bundle: Bundle,  # its model loaded, on its device and in its dtype
     terms: Sequence[str] = TERMS,
+    *,
     blocks: int = 16,  # size of the block table
-    seed: int = 0,  # of the initial weights
+    seed: int = 0,  # seed of the initial weights
 ) -> list[StructuralBias]:  # one per encoder layer that the projector depends on, first to last
     """Attach structural attention to a model's encoder; ValueError for an unsupported model, unknown terms or one that has it already."""
+    model, family = bundle.model, bundle.family
     if family_of(model) != family:
-        raise ValueError(f"the model is of family {family_of(model).name}, got the row of family {family.name}")
+        raise ValueError(f"the model is of family {family_of(model).name}, its bundle says {family.name}")
     terms, attentions = check_terms(terms), family.attentions_of(model)
     if any(hasattr(attention, CHILD) for attention in attentions):
         raise ValueError("the model has structural attention already: call eject first")
@@ -140,17 +142,15 @@ def inject(
     if family.native:
         follow_sizes(family.tower_of(model), attentions, family)
     else:
-        set_geometry(model, family, grid_geometry(grid.row, grid.column, grid.special, grid.height, grid.width))
+        set_geometry(bundle, grid_geometry(grid.row, grid.column, grid.special, grid.height, grid.width))
     use_attention(model, "sfa")
     return biases
 
 
-def eject(
-    model: PreTrainedModel,
-    family: Family,
-) -> PreTrainedModel:
-    """Detach structural attention and return the model as it was before `inject`; ValueError when it has none."""
-    structures_of(model, family)
+def eject(bundle: Bundle) -> Bundle:
+    """Detach structural attention: the model is what it was before `inject`; ValueError when it has none."""
+    structures_of(bundle)
+    model, family = bundle.model, bundle.family
     if family.native:
         stop_following(family.tower_of(model))
     for attention in family.attentions_of(model):
@@ -158,15 +158,12 @@ def eject(
         for name in (CHILD, "structure_cache", "structure_replaced"):
             delattr(attention, name)
     use_attention(model, replaced)
-    return model
+    return bundle
 
 
-def structures_of(
-    model: PreTrainedModel,
-    family: Family,
-) -> list[StructuralBias]:
+def structures_of(bundle: Bundle) -> list[StructuralBias]:
     """Return the attached biases, first layer to last; ValueError when there are none."""
-    found = [getattr(attention, CHILD, None) for attention in family.attentions_of(model)]
+    found = [getattr(attention, CHILD, None) for attention in bundle.family.attentions_of(bundle.model)]
     if any(bias is None for bias in found):
         raise ValueError("the model has no structural attention: call inject first")
     return found
@@ -198,25 +195,23 @@ def visible_weights(
 
 
 @contextlib.contextmanager
-def visible_attention(
-    model: PreTrainedModel,
-) -> Iterator[PreTrainedModel]:
+def visible_attention(bundle: Bundle) -> Iterator[Bundle]:
     """Make the encoder return its attention weights (`output_attentions=True`) for as long as the context lasts."""
-    modules = dict(enumerate(family_of(model).attentions_of(model)))
-    with attention_hooks(model, modules, before=visible_weights, name="visible"):
-        yield model
+    modules = dict(enumerate(bundle.family.attentions_of(bundle.model)))
+    with attention_hooks(bundle.model, modules, before=visible_weights, name="visible"):
+        yield bundle
 
 # %% ../../notebooks/library/03_structure/40_inject.ipynb #372a017a
 def set_geometry(
-    model: PreTrainedModel,
-    family: Family,
+    bundle: Bundle,
     geometry: Geometry,
 ) -> None:
-    """Give every attached bias the places of the tokens to come; stays until changed. ValueError for a tower that places its tokens itself."""
-    if family.native:
-        raise ValueError(f"{family.name} sees images at their own size and places their tokens at every forward pass; expected a family with fixed tiles")
+    """Set the places of the tokens to come for every attached bias; stays until changed. ValueError for a tower that places its tokens itself."""
+    if bundle.family.native:
+        name = bundle.family.name
+        raise ValueError(f"{name} sees images at their own size and places their tokens at every forward pass; expected a family with fixed tiles")
     ready: dict[tuple, Geometry] = {}
-    for bias in structures_of(model, family):
+    for bias in structures_of(bundle):
         weight = next(bias.parameters())
         kind = weight.device, weight.dtype
         if kind not in ready:
@@ -225,15 +220,14 @@ def set_geometry(
 
 
 def set_blocks(
-    model: PreTrainedModel,
-    family: Family,
+    bundle: Bundle,
     block_ids: Tensor | Sequence[Tensor] | None,  # (B, cells) int, a row per image (tile), cells row by row; for native sizes a list of (cells,); None: block 0
 ) -> None:
     """Assign blocks to the patches of the images of the next batch; ValueError for a wrong shape, dtype or id."""
-    bias = structures_of(model, family)[0]
-    if family.native:
-        return set_image_blocks(family.tower_of(model), block_ids)
+    bias = structures_of(bundle)[0]
+    if bundle.family.native:
+        return set_image_blocks(bundle.family.tower_of(bundle.model), block_ids)
     plain = replace(bias.geometry, block=None)
     if block_ids is not None and block_ids.ndim != 2:
         raise ValueError(f"block ids have shape {tuple(block_ids.shape)}, expected (images, {int((~plain.special).sum(-1).max())})")
-    set_geometry(model, family, plain if block_ids is None else with_blocks(plain, block_ids, bias.blocks))
+    set_geometry(bundle, plain if block_ids is None else with_blocks(plain, block_ids, bias.blocks))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WEIGHTS_FILE', 'CARD_FILE', 'structure_card', 'write_whole', 'save_structure', 'read_structure', 'load_structure']
 
-# %% ../../notebooks/library/03_structure/50_store.ipynb #db37c382
+# %% ../../notebooks/library/03_structure/50_store.ipynb #bae31938
 import hashlib
 import json
 import os
@@ -17,9 +17,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from ..core.families import Family, family_of
+from ..core.bundle import Bundle
 from .bias import StructuralBias, check_terms
 from .inject import CHILD, inject, structures_of
 
@@ -28,12 +27,12 @@ WEIGHTS_FILE, CARD_FILE = "structure.safetensors", "structure.json"
 
 
 def structure_card(
-    model: PreTrainedModel,
-    family: Family,
+    bundle: Bundle,
     terms: Sequence[str],
     blocks: int,
 ) -> dict:
     """Describe structural weights and the encoder they fit."""
+    model, family = bundle.model, bundle.family
     attentions, grid = family.attentions_of(model), None if family.native else family.grid(model)
     encoder = {"family": family.name, "layers": len(attentions), "heads": attentions[0].num_heads, "width": model.config.vision_config.hidden_size,
                "grid": [grid.height, grid.width] if grid else family.views}
@@ -59,14 +58,13 @@ def write_whole(
 
 
 def save_structure(
-    model: PreTrainedModel,
+    bundle: Bundle,
     folder: str | Path,  # made if missing
 ) -> Path:
     """Write the structural weights and what they fit; ValueError when the model has none."""
-    folder, family = Path(folder), family_of(model)
-    biases = structures_of(model, family)
+    folder, biases = Path(folder), structures_of(bundle)
     tensors = {f"{layer}.{name}": weight.detach().cpu().contiguous() for layer, bias in enumerate(biases) for name, weight in bias.named_parameters()}
-    card, data = structure_card(model, family, biases[0].terms, biases[0].blocks), save(tensors)
+    card, data = structure_card(bundle, biases[0].terms, biases[0].blocks), save(tensors)
     card["sha256"] = hashlib.sha256(data).hexdigest()
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / WEIGHTS_FILE, data)
@@ -100,8 +98,7 @@ def read_structure(
 
 
 def load_structure(
-    model: PreTrainedModel,
-    family: Family,
+    bundle: Bundle,
     folder: str | Path,  # as written by `save_structure`
 ) -> list[StructuralBias]:
     """Attach structural weights to a model, or replace those of an attached one; nothing is changed unless everything fits.
@@ -109,15 +106,15 @@ def load_structure(
     FileNotFoundError for a missing file; ValueError for damaged files, another encoder, other terms or another number of blocks.
     """
     card, tensors = read_structure(folder)
-    attached = hasattr(family.attentions_of(model)[0], CHILD)
-    present = structures_of(model, family)[0] if attached else None
+    attached = hasattr(bundle.family.attentions_of(bundle.model)[0], CHILD)
+    present = structures_of(bundle)[0] if attached else None
     terms, blocks = (present.terms, present.blocks) if attached else (check_terms(card["terms"]), card["blocks"])
-    ours = structure_card(model, family, terms, blocks)
+    ours = structure_card(bundle, terms, blocks)
     for what, mine, saved in [(f"encoder {key}", mine, card["encoder"].get(key)) for key, mine in ours["encoder"].items()] + [
         ("terms", ours["terms"], list(check_terms(card["terms"]))), ("blocks", blocks, card["blocks"])]:
         if mine != saved:
             raise ValueError(f"structural weights in {folder} do not fit this model: {what} is {saved}, expected {mine}")
-    biases = structures_of(model, family) if attached else inject(model, family, terms, blocks)
+    biases = structures_of(bundle) if attached else inject(bundle, terms, blocks=blocks)
     with torch.no_grad():
         for layer, bias in enumerate(biases):
             for name, weight in bias.named_parameters():

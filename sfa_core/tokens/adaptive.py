@@ -7,7 +7,7 @@ __all__ = ['AREA', 'SUPPORTED', 'CONTROL', 'REMEMBERED', 'plan_geometry', 'area_
            'TokenControl', 'place_leaves', 'embed_tiles', 'LeafEmbedding', 'begin_tiles', 'finish_tiles',
            'language_tokens', 'attach_tokens', 'detach_tokens', 'adaptive_tokens']
 
-# %% ../../notebooks/library/05_tokens/40_adaptive.ipynb #8e8d98e2
+# %% ../../notebooks/library/05_tokens/40_adaptive.ipynb #21ccb7db
 import contextlib
 import hashlib
 import math
@@ -22,15 +22,16 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
+from ..core.bundle import Bundle
+from ..core.families import Family
+from ..core.hooks import hooked_name
+from ..structure.bias import Geometry, grid_geometry, merge_cells, with_blocks
 from ..structure.inject import CHILD, set_geometry, structures_of, use_attention, vision_attention
+from ..structure.kernels import combine_masks
 from .copies import CopyHook, drop_copies, token_origins
 from .density import DensityEstimator, density_blocks, estimate_density
 from .embedding import embed_patches, regrid
-from ..core.families import Family
-from ..core.hooks import hooked_name
-from ..structure.kernels import combine_masks
 from .patches import PATCH, PatchConfig, PatchPlan, check_budget, is_kept, plan_patches
-from ..structure.bias import Geometry, grid_geometry, merge_cells, with_blocks
 
 # %% ../../notebooks/library/05_tokens/40_adaptive.ipynb #be22480a
 def plan_geometry(
@@ -137,6 +138,11 @@ class TokenControl:
     handles: tuple = field(default=(), repr=False)  # of the hooks on the tower
 
     @property
+    def bundle(self) -> Bundle:
+        "Return the model with its family; of a copy of the model, the copy."
+        return Bundle(self.model, None, self.family, "adaptive tokens")
+
+    @property
     def grid(self) -> tuple[int, int]:
         "Return h and w of the uniform grid."
         return self.base.size
@@ -188,7 +194,7 @@ def place_leaves(control: TokenControl, geometry: Geometry) -> None:
     "Give all attention modules the geometry of the sequences to come."
     attentions = control.family.attentions_of(control.model)
     if hasattr(attentions[0], CHILD):
-        set_geometry(control.model, control.family, geometry)
+        set_geometry(control.bundle, geometry)
     else:
         area = geometry.log_area.to(next(attentions[0].parameters()).device, torch.float32)
         for attention in attentions:
@@ -229,7 +235,7 @@ def begin_tiles(control: TokenControl, tower: nn.Module, args: tuple, kwargs: di
     if control.blocks:
         base = with_blocks(base, density_blocks(density, control.blocks), control.blocks)
     if plans is None:
-        return set_geometry(control.model, control.family, base)
+        return set_geometry(control.bundle, base)
     if not hasattr(control.family.attentions_of(control.model)[0], CHILD) and vision_attention(control.model) != "adat":
         raise ValueError(f"the encoder attends by {vision_attention(control.model)!r} and would ignore the areas of leaves: detach tokens before structure")
     control.last = plans
@@ -264,26 +270,23 @@ def finish_tiles(control: TokenControl, output: Any) -> Any | None:  # the tower
 
 # %% ../../notebooks/library/05_tokens/40_adaptive.ipynb #77c1d7f2
 def language_tokens(
-    model: PreTrainedModel,
-    family: Family,
+    bundle: Bundle,
     images: Sequence[Tensor],  # of each image: (T, 3, Y, X) normalised tiles
     sizes: Sequence[Sequence[int]] | None = None,  # height and width of each image, pixels; where the model packs tiles together
 ) -> list[int] | None:  # language tokens of each image; None where all of them stay
     "Say how many tokens of each image the language model will see."
-    control = getattr(family.tower_of(model), CONTROL, None)
+    control = getattr(bundle.family.tower_of(bundle.model), CONTROL, None)
     if control is None or control.keep_copies is None:
         return None
     plans = control.read(torch.cat(list(images)))[0]
-    return [int(is_kept(own).sum()) for own in token_origins(model, family, plans, [len(tiles) for tiles in images], sizes)]
+    return [int(is_kept(own).sum()) for own in token_origins(bundle.model, bundle.family, plans, [len(tiles) for tiles in images], sizes)]
 
 # %% ../../notebooks/library/05_tokens/40_adaptive.ipynb #06cb7374
 def attach_tokens(
-    model: PreTrainedModel,
-    family: Family,
-    mean: Sequence[float],  # of the processor's normalisation: image_mean and image_std
-    std: Sequence[float],
-    estimator: DensityEstimator | None = None,  # needed for blocks, and for patches that look at density
+    bundle: Bundle,
     patches: PatchConfig | None = None,  # the rule; None: the uniform grid
+    *,
+    estimator: DensityEstimator | None = None,  # needed for blocks, and for patches that look at density
     blocks: bool = False,  # density blocks for the structural bias, which must be attached (inject)
     drop: bool = True,  # leave out copies of language tokens
 ) -> TokenControl:
@@ -291,6 +294,7 @@ def attach_tokens(
 
     ValueError for an unsupported family, a second control, a missing estimator, blocks without structural bias, or nothing to do.
     """
+    model, family, normalisation = bundle.model, bundle.family, bundle.processor.image_processor
     parts, tower, attentions = embedding_parts(model, family), family.tower_of(model), family.attentions_of(model)
     structured = hasattr(attentions[0], CHILD)
     looks = blocks or patches is not None and patches.coarse is not None and patches.random is None
@@ -307,7 +311,8 @@ def attach_tokens(
         check_budget(patches, (grid.height, grid.width))
     if grid.special.sum() != len(parts.special):
         raise ValueError(f"the encoder has {len(parts.special)} special tokens, its family says {int(grid.special.sum())}")
-    control = TokenControl(model, family, tuple(mean), tuple(std), estimator, patches, structures_of(model, family)[0].blocks if blocks else 0)
+    mean, std = tuple(normalisation.image_mean), tuple(normalisation.image_std)
+    control = TokenControl(model, family, mean, std, estimator, patches, structures_of(bundle)[0].blocks if blocks else 0)
     control.base = grid_geometry(grid.row, grid.column, grid.special, grid.height, grid.width).map(lambda part: part.float())
     control.replaced = vision_attention(model)
     setattr(tower, CONTROL, control)
@@ -322,11 +327,9 @@ def attach_tokens(
     return control
 
 
-def detach_tokens(
-    model: PreTrainedModel,
-    family: Family,
-) -> PreTrainedModel:
+def detach_tokens(bundle: Bundle) -> Bundle:
     "Give a model its uniform grid back; ValueError when it has it."
+    model, family = bundle.model, bundle.family
     tower, attentions = family.tower_of(model), family.attentions_of(model)
     control = getattr(tower, CONTROL, None)
     if control is None:
@@ -346,15 +349,15 @@ def detach_tokens(
         if control.keep_copies is not None:
             control.keep_copies.remove()
     if hasattr(attentions[0], CHILD):
-        set_geometry(model, family, control.base)
-    return model
+        set_geometry(bundle, control.base)
+    return bundle
 
 
 @contextlib.contextmanager
-def adaptive_tokens(model: PreTrainedModel, family: Family, *arguments, **options) -> Iterator[TokenControl]:
+def adaptive_tokens(bundle: Bundle, patches: PatchConfig | None = None, **options) -> Iterator[TokenControl]:
     "Attach for as long as a `with` lasts; arguments as in `attach_tokens`."
-    control = attach_tokens(model, family, *arguments, **options)
+    control = attach_tokens(bundle, patches, **options)
     try:
         yield control
     finally:
-        detach_tokens(model, family)
+        detach_tokens(bundle)

@@ -6,7 +6,7 @@
 __all__ = ['ARMS', 'Arm', 'find_arm', 'FinetuneConfig', 'trainable', 'parameters_of', 'put_back', 'plain_model', 'attach_density',
            'save_arm', 'LoadedArm', 'read_arm', 'load_arm']
 
-# %% ../../notebooks/library/09_training/50_arms.ipynb #f2009bad
+# %% ../../notebooks/library/09_training/50_arms.ipynb #0253c6b6
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..core.families import Family
-from ..models.load import Bundle
+from ..core.bundle import Bundle
 from ..structure.bias import TERMS, StructuralBias, check_terms
 from ..structure.inject import CHILD, eject
 from ..structure.store import load_structure, save_structure
@@ -115,12 +114,11 @@ class FinetuneConfig:
 
 # %% ../../notebooks/library/09_training/50_arms.ipynb #358b4e3c
 def trainable(
-    model: torch.nn.Module,
-    family: Family,
+    bundle: Bundle,
     arm: str,  # one of ARMS; with structure the model must have it attached
 ) -> dict[str, Parameter]:  # in the order of the model, all of them requiring a gradient
     "Freeze a model but for what an arm trains, and give that by name; ValueError for an unknown arm or missing structure."
-    parts = find_arm(arm).parts
+    model, family, parts = bundle.model, bundle.family, find_arm(arm).parts
     of = lambda modules: {id(p) for module in modules for p in module.parameters()}
     structure = of(module for module in model.modules() if isinstance(module, StructuralBias))
     if "structure" in parts and not structure:
@@ -157,9 +155,9 @@ def plain_model(bundle: Bundle) -> torch.nn.Module:
 
 def attach_density(bundle: Bundle, arm: str, patches: PatchConfig) -> None:
     "Let density decide what an arm says it does; structural attention is attached before."
-    uses, processor = ARMS[arm].density, bundle.processor.image_processor
+    uses = ARMS[arm].density
     rule, estimator = patches if "patches" in uses else None, load_density()[0].to(bundle.devices[0])
-    attach_tokens(bundle.model, bundle.family, processor.image_mean, processor.image_std, estimator, rule, "blocks" in uses)
+    attach_tokens(bundle, rule, estimator=estimator, blocks="blocks" in uses)
 
 # %% ../../notebooks/library/09_training/50_arms.ipynb #bab09432
 def save_arm(bundle: Bundle, parameters: dict[str, Parameter], config: FinetuneConfig, training: dict, folder: Path) -> Path:
@@ -173,7 +171,7 @@ def save_arm(bundle: Bundle, parameters: dict[str, Parameter], config: FinetuneC
         base=dict(name=bundle.name, revision=bundle.revision, family=bundle.family.name),
         density=load_density()[1]["sha256"] if ARMS[config.arm].density else None,
     )
-    structure = (lambda unfinished: save_structure(bundle.model, unfinished)) if "structure" in ARMS[config.arm].parts else None
+    structure = (lambda unfinished: save_structure(bundle, unfinished)) if "structure" in ARMS[config.arm].parts else None
     return write_folder(folder, dict(weights=plain) if plain else {}, dict(arm=about), structure)
 
 
@@ -188,9 +186,9 @@ class LoadedArm:
         if not self.attached:
             return
         if ARMS[self.about["arm"]].density:
-            detach_tokens(self.bundle.model, self.bundle.family)
+            detach_tokens(self.bundle)
         if "structure" in ARMS[self.about["arm"]].parts:
-            eject(self.bundle.model, self.bundle.family)
+            eject(self.bundle)
         put_back(self.bundle.model, self.before)
         self.attached = False
 
@@ -231,15 +229,15 @@ def load_arm(
     before = {name: p.detach().to("cpu", copy=True) for name, p in expected.items()}
     try:
         if "structure" in ARMS[about["arm"]].parts:
-            load_structure(model, family, folder)
+            load_structure(bundle, folder)
         if ARMS[about["arm"]].density:
             attach_density(bundle, about["arm"], PatchConfig(**about["config"]["patches"]))
         put_back(model, weights)
     except BaseException:
         if hasattr(family.tower_of(model), CONTROL):
-            detach_tokens(model, family)
+            detach_tokens(bundle)
         if any(isinstance(module, StructuralBias) for module in model.modules()):
-            eject(model, family)
+            eject(bundle)
         put_back(model, before)
         raise
     return LoadedArm(bundle, about, before)

@@ -26,7 +26,7 @@ from ..documents.samples import Sample
 from ..models.images import tile_regions
 from ..attention.capture import catching, logits_of, normalised, structural_factors
 from ..core.hooks import AttentionCall
-from ..models.load import Bundle
+from ..core.bundle import Bundle
 from ..tokens.patches import PatchPlan
 from .second_view import second_view
 from ..structure.bias import PADDING

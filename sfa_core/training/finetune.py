@@ -21,7 +21,7 @@ from torch.nn import Parameter
 
 from ..documents.generate import documents
 from ..models.answers import answer_loss, training_batch
-from ..models.load import Bundle
+from ..core.bundle import Bundle
 from ..structure.inject import eject, inject
 from ..tokens.adaptive import CONTROL, detach_tokens
 from .arms import ARMS, FinetuneConfig, attach_density, parameters_of, plain_model, put_back, save_arm
@@ -39,9 +39,9 @@ def give_back(bundle: Bundle, config: FinetuneConfig, mode: bool, dtypes: list, 
     if config.checkpointing:
         model.train(mode).activation_checkpointing_disable()
     if hasattr(bundle.family.tower_of(model), CONTROL):
-        detach_tokens(model, bundle.family)
+        detach_tokens(bundle)
     if "structure" in ARMS[config.arm].parts:
-        eject(model, bundle.family)
+        eject(bundle)
     for part, dtype in dtypes:
         part.to(dtype)
     put_back(model, before)
@@ -60,7 +60,7 @@ def prepared(bundle: Bundle, config: FinetuneConfig) -> Iterator[dict[str, Param
     if model.dtype == torch.float16:
         raise ValueError(f"{bundle.name} is in float16; float32 or bfloat16 is expected for training")
     if "structure" in parts:
-        inject(model, family, config.terms, config.blocks, config.seed)
+        inject(bundle, config.terms, blocks=config.blocks, seed=config.seed)
     try:
         if ARMS[config.arm].density:
             attach_density(bundle, config.arm, config.patches)
@@ -68,7 +68,7 @@ def prepared(bundle: Bundle, config: FinetuneConfig) -> Iterator[dict[str, Param
             part.to(torch.promote_types(dtype, torch.float32))
         if config.checkpointing:
             model.train().activation_checkpointing_enable()
-        yield trainable(model, family, config.arm)
+        yield trainable(bundle, config.arm)
     finally:
         if not is_sharded(model.parameters()):
             give_back(bundle, config, mode, list(zip(modules, dtypes)), before, flags)
@@ -119,7 +119,7 @@ def finetune(
     order = batches(documents, config.batch_size, config.accumulation, config.questions, config.data_seed)
     with prepared(bundle, config) as parameters:
         if sharded:
-            parameters = trainable(shard(bundle.model, bundle.family), bundle.family, config.arm)
+            parameters = trainable(shard(bundle), config.arm)
         result = train(
             parameters,
             order,

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..models.answers import answer_loss
 from ..core.memory import MemoryProbe, held_bytes
-from ..models.load import Bundle
+from ..core.bundle import Bundle
 from .finetune import model_autocast
 
 # %% ../../notebooks/library/09_training/65_placement.ipynb #655e1dba

@@ -16,7 +16,7 @@ from torch.nn.functional import adaptive_avg_pool2d, interpolate
 from ..tokens.adaptive import AREA, CONTROL, TokenControl
 from ..structure.inject import CHILD, set_geometry
 from ..tokens.density import density_blocks
-from ..models.load import Bundle
+from ..core.bundle import Bundle
 from ..tokens.patches import PATCH, PatchConfig, PatchPlan
 from ..structure.bias import uniform_geometry, with_blocks
 
@@ -58,7 +58,7 @@ def on_another_grid(bundle: Bundle, grid: tuple[int, int], density: Tensor | Non
         if density is not None:
             finer = interpolate(density[:, None], grid, mode="nearest")[:, 0]
             geometry = with_blocks(geometry, density_blocks(finer, biases[0].blocks), biases[0].blocks)
-        set_geometry(bundle.model, bundle.family, geometry)
+        set_geometry(bundle, geometry)
     try:
         yield
     finally:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['layers_of', 'shard', 'is_sharded', 'whole', 'like', 'clip_gradients']
 
-# %% ../../notebooks/library/09_training/25_sharding.ipynb #2d0e46e5
+# %% ../../notebooks/library/09_training/25_sharding.ipynb #23567d83
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ..core.bundle import Bundle
 from ..core.families import Family
 from ..models.quantization import quantized_layers
 from ..structure.bias import StructuralBias
@@ -30,10 +31,10 @@ def layers_of(model: nn.Module, family: Family) -> list[nn.Module]:
 
 
 def shard(
-    model: nn.Module,  # the same in all processes
-    family: Family,
-) -> nn.Module:
+    bundle: Bundle,  # the same in all processes
+) -> Bundle:
     "Spread the weights of a model over all processes, for good; ValueError for a quantised model, RuntimeError in a process that was started alone."
+    model, family = bundle.model, bundle.family
     if quantized := quantized_layers(model):
         raise ValueError(f"layer {quantized[0]} is quantised; unquantised weights are expected to be spread")
     if not dist.is_initialized():
@@ -47,7 +48,7 @@ def shard(
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # sums, not means: the window is divided by its targets
             module.set_force_sum_reduction_for_comms(True)  # gloo has no other
-    return model
+    return bundle
 
 
 def is_sharded(tensors: Iterable[Tensor]) -> bool:

@@ -20,7 +20,7 @@ from ..core.pictures import decode
 from ..models.answers import IGNORE, answer_tokens
 from ..tokens.copies import token_origins
 from ..documents.samples import Sample
-from ..models.load import Bundle
+from ..core.bundle import Bundle
 from ..tokens.patches import PatchPlan, is_kept
 from ..attention.places import language_boxes
 

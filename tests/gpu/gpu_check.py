@@ -29,7 +29,8 @@ from sfa_core.core.families import family_of
 from sfa_core.training.finetune import finetune
 from sfa_core.training.arms import FinetuneConfig
 from sfa_core.core.memory import MemoryProbe, held_bytes
-from sfa_core.models.load import Bundle, load_model, quantized_layers
+from sfa_core.models.load import load_model, quantized_layers
+from sfa_core.core.bundle import Bundle
 from sfa_core.core.paths import REPOSITORY
 from sfa_core.training.placement import LanguageSide, cut_loss
 from sfa_core.runs.results import provenance, write_json, write_summary, write_timings
@@ -187,11 +188,11 @@ def two_devices(device: str, size: Size, folder: Path) -> dict[str, float]:
         pairs.append("cuda:0,cuda:1")
     rows, found = list(documents(3, seed=5)), {}
     reference = load_model("embedded", placement="cpu")
-    inject(reference.model, reference.family, seed=3)
+    inject(reference, seed=3)
     loss, theirs = gradients(reference, training_batch(reference, rows), answer_loss)
     for placement in dict.fromkeys(pairs):
         bundle = load_model("embedded", placement=placement)
-        inject(bundle.model, bundle.family, seed=3)
+        inject(bundle, seed=3)
         for name, make in (("stock", lambda bundle: answer_loss), ("cut", lambda bundle: cut_loss(LanguageSide(bundle)))):
             value, ours = gradients(bundle, training_batch(bundle, rows), make(bundle))
             found[f"{placement} {name}"] = difference = largest_difference(ours, theirs)
