@@ -22,7 +22,8 @@ lab: $(INSTALLED)
 	$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)" $(LAB_ARGS)
 
 export: $(INSTALLED)
-	$(BIN)/jupyter nbconvert --clear-output --inplace --log-level=ERROR notebooks/*.ipynb notebooks/*/*.ipynb
+	$(BIN)/python site/flow.py
+	$(BIN)/jupyter nbconvert --clear-output --inplace --log-level=ERROR notebooks/*.ipynb notebooks/*/*.ipynb notebooks/library/*/*.ipynb
 	$(BIN)/nbdev_clean
 	env -u IN_TEST $(BIN)/nbdev_export
 

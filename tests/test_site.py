@@ -117,8 +117,8 @@ def test_no_link_is_broken(site):
 def test_index_shows_the_pipeline_and_the_api_lists_every_function(site):
     html, pages = site
     index = BeautifulSoup((html / "index.html").read_text(), "html.parser")
-    stages = [link.text for link in index.select("#the-way-of-the-data > blockquote a")]
-    assert stages[0] == "document" and "structural attention" in stages and stages[-1] == "page"
+    stages = [link.text for link in index.select("#how-data-flows > blockquote a")]
+    assert stages == list(build_site.flow.FLOW) and index.select_one("#how-data-flows img")["src"].endswith("all.svg")
     listed = {link.text for link in BeautifulSoup((html / "api.html").read_text(), "html.parser").select("article table a")}
     assert {"record", "AttentionRecord", "AttentionExplorer", "load_model", "evaluate", "make_document"} <= listed and len(listed) > 150
 
