@@ -36,7 +36,7 @@ PLACES = {  # module: names it offers here
     "training.finetune": "finetune",
     "figures.style": "save_figure",
     "figures.explorer": "AttentionExplorer",
-    "runs.results": "out_folder write_metrics write_timings write_records write_summary write_table",
+    "runs.results": "out_folder write_metrics write_timings write_records write_summary write_table write_figure",
     "runs.runs": "run_study",
     "runs.grids": "run_grid",
 }

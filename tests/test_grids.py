@@ -16,7 +16,7 @@ from sfa_core.core.paths import DATA, exports_root
 from sfa_core.runs.report import report_grid
 from sfa_core.runs.results import finished_runs
 from sfa_core.runs.runs import run_table
-from sfa_core.runs.workers import in_processes, slots
+from sfa_core.runs.workers import on_this_machine, slots
 from toy_study import CODE, SFA, everything, wait_for, write_study
 
 CARD = CODE + "\nwith open(os.environ['DRAW_LOG'] + '.card', 'a') as stream: print(os.environ['CUDA_VISIBLE_DEVICES'], file=stream)"
@@ -129,7 +129,7 @@ def test_a_place_to_run_that_cannot_be_meant_is_refused(home, write_grid, capsys
 def test_a_worker_that_is_killed_costs_no_run(home, write_grid):
     grid = read_grid(write_grid(parameters={"seconds": [0, 60]}))
     seen = []
-    for event in in_processes(plan(grid), slots(2)):
+    for event in on_this_machine(plan(grid), slots(2)):
         seen.append(event)
         if event.state == "finished" and len(seen) == 3:
             wait_for(lambda: any((exports_root() / "runs" / "draw").glob(".partial-*/checkpoint/state")), "the first checkpoint")

@@ -12,10 +12,10 @@ import plotly.graph_objects as go
 import pytest
 import yaml
 
-from sfa_core.runs.collect import all_runs, arm_rates, figures_of, place_of, published_table, references, uncommitted
+from sfa_core.runs.collect import all_runs, arm_rates, figure_index, figures_of, place_of, published_table, references, uncommitted
 from sfa_core.scores.records import COLUMNS
 from sfa_core.figures.charts import training_loss
-from sfa_core.runs.results import out_folder, write_json, write_metrics, write_records, write_table
+from sfa_core.runs.results import out_folder, write_figure, write_json, write_metrics, write_records, write_table
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE, RENDERED = ROOT / "exports" / "reference", ROOT / "exports" / "rendered"
@@ -141,7 +141,7 @@ def finished(exports, study, run, *, seeds=(None,), place="runs", dirty=False, s
 @pytest.mark.parametrize("seeds", [(None,), (0, 1)], ids=["one training", "two seeds"])
 def test_an_arm_stands_beside_the_control_of_its_own_run(exports, seeds):
     table = arm_rates([finished(exports, "30_finetune", "0123456789ab", seeds=seeds)]).set_index("arm")
-    assert re.match(r"[+-]\d+\.\d \(", table.loc["vision", "minus control, points"]) and table.loc["vision", "benchmark"] == "—"
+    assert re.match(r"([+-]\d+\.\d|0\.0) \(", table.loc["vision", "minus control, points"]) and table.loc["vision", "benchmark"] == "—"
 
 
 def test_references_of_uncommitted_code_are_left_out_and_the_newest_counts(exports):
@@ -160,7 +160,25 @@ def test_a_table_is_that_of_the_study_asked_for(exports):
     assert published_table(runs[1:], "2", "50_grounding")[1] == "60_ablation/1123456789ab"
 
 
-def test_figures_of_a_reference_are_those_of_its_page(exports):
-    drawn = figures_of(REFERENCE / "tour")
-    assert {figure["place"] for figure in drawn} == {f"00_tour/{facts(REFERENCE / 'tour')['run']}"} and isinstance(go.Figure(drawn[0]["figure"]), go.Figure)
-    assert figures_of(finished(exports, "00_tour", "tour", place="reference")) == []
+@pytest.mark.parametrize("name, study", [
+    ("tour", "00_tour"), ("tokens", "20_density_and_tokens"), ("finetune", "30_finetune"), ("explorer", "40_attention_explorer"), ("entropy", "45_entropy"),
+    ("sinks", "55_sinks"), ("architectures", "70_cross_architecture")])
+def test_the_numbered_figures_of_a_reference_are_those_of_its_page(name, study):
+    cells = {number: cell for cell in page(study).cells for number in re.findall(r'write_figure\(out, "(\d+)", figure\)', cell.source)}
+    kept = {drawn["number"]: drawn for drawn in figures_of(REFERENCE / name)}
+    assert kept.keys() == cells.keys() and cells, "a reference keeps figures/figure_<number>.json of its run"
+    assert {drawn["place"] for drawn in kept.values()} == {f"{study}/{facts(REFERENCE / name)['run']}"}
+    for number, cell in cells.items():
+        (drawn,) = (output["data"][PLOTLY] for output in cell.outputs if PLOTLY in output.get("data", {}))
+        assert kept[number]["figure"] == {key: drawn[key] for key in ("data", "layout")}, number
+
+
+def test_a_figure_is_found_by_its_number_and_an_unknown_number_is_refused(exports):
+    run = finished(exports, "00_tour", "0123456789ab")
+    assert figures_of(run) == []
+    write_figure(run, "9", go.Figure(go.Scatter(y=[3, 2, 1])))
+    (drawn,) = figures_of(run)
+    assert drawn["number"] == "9" and drawn["place"] == "00_tour/0123456789ab" and list(go.Figure(drawn["figure"]).data[0].y) == [3, 2, 1]
+    assert figure_index([drawn]).set_index("figure")["from"].loc[["8", "9"]].tolist() == ["no run yet", "00_tour/0123456789ab"]
+    with pytest.raises(ValueError, match="figure '11' is unknown, expected one of 1, 2"):
+        write_figure(run, "11", go.Figure())

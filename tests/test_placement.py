@@ -1,7 +1,5 @@
-"""A model cut between projector and language model, in one process or two, has the loss and the gradients of the whole."""
+"""A model cut between projector and language model has the loss and the gradients of the whole, to the last bit on a CPU."""
 
-import os
-import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,19 +15,7 @@ from sfa_core.training.finetune import finetune
 from sfa_core.training.arms import FinetuneConfig
 from sfa_core.core.memory import held_bytes
 from sfa_core.models.load import load_model, place, save_model
-from sfa_core.training.placement import LanguageSide, RemoteSide, connect, cut_loss, flatten, half, language_process, restore
-
-
-def test_a_language_model_that_cannot_be_loaded_is_said_here_and_a_killed_process_is_noticed():
-    with language_process("/no/such/model") as side:
-        with pytest.raises(RuntimeError, match="language process: FileNotFoundError: no model folder"):
-            side.memory()
-        (child,) = torch.multiprocessing.active_children()
-        os.kill(child.pid, signal.SIGKILL)
-        child.join(60)
-        with pytest.raises(RuntimeError):
-            side.memory()
-    assert not torch.distributed.is_initialized()
+from sfa_core.training.placement import LanguageSide, cut_loss, flatten, measured_step, restore
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +26,6 @@ def charts():
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     return save_model(tiny(), tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def remote(saved):
-    "A language process that all tests of this file talk to."
-    with language_process(saved, placement="cpu") as side:
-        yield side
 
 
 def gradients(bundle, batch, loss):
@@ -78,29 +57,38 @@ def whole(saved, charts):
     return gradients(bundle, training_batch(bundle, list(charts)[:3]), answer_loss)
 
 
-def test_a_cut_inside_one_process_changes_nothing(saved, charts, whole):
+def test_a_cut_on_one_cpu_changes_no_bit(saved, charts, whole):
     bundle = with_structure(load_model(saved, placement="cpu,cpu"))
-    assert_same(gradients(bundle, training_batch(bundle, list(charts)[:3]), cut_loss(LanguageSide(bundle))), whole)
+    total, targets, found = gradients(bundle, training_batch(bundle, list(charts)[:3]), cut_loss(LanguageSide(bundle)))
+    assert (total, targets) == whole[:2] and found.keys() == whole[2].keys() and len(found) > 30
+    assert max(float((found[name] - gradient).abs().max()) for name, gradient in whole[2].items()) == 0.0
 
 
-def test_two_processes_have_the_gradients_of_one(saved, charts, whole, remote):
-    "The near process holds no language model at all, the far one no encoder."
-    bundle = with_structure(half(load_model(saved, placement="cpu"), "vision"))
-    assert held_bytes([bundle.family.language_of(bundle.model), bundle.model.lm_head]) == 0
-    assert_same(gradients(bundle, training_batch(bundle, list(charts)[:3]), cut_loss(remote)), whole)
-    complete = load_model(saved, placement="cpu")
-    memory, language = remote.memory(), held_bytes([complete.family.language_of(complete.model), complete.model.lm_head])
-    assert memory["weights"] == language and memory["peak"] > 0
+def test_a_measured_step_has_the_same_gradients_and_the_weights_of_both_sides_are_those_of_the_whole(saved, charts, whole):
+    bundle = with_structure(load_model(saved, placement="cpu"))
+    batch = training_batch(bundle, list(charts)[:3])
+    bundle.model.requires_grad_(False)
+    learns = dict(bundle.family.tower_of(bundle.model).requires_grad_(True).named_parameters())
+    gradients(bundle, batch, answer_loss)  # which of them take part
+    taking_part = {name: weight for name, weight in learns.items() if f"0.{name}" in whole[2]}
+    loss, uncut, held = measured_step(bundle, taking_part, batch)
+    cut, found, apart = measured_step(bundle, taking_part, batch, LanguageSide(bundle))
+    assert cut == loss == pytest.approx(whole[0] / whole[1]) and len(found) > 20
+    for name, gradient in found.items():
+        assert torch.equal(gradient, uncut[name]) and torch.equal(gradient, whole[2][f"0.{name}"]), name
+    language = held_bytes([bundle.family.language_of(bundle.model), bundle.model.lm_head])
+    assert apart["language"]["weights"] == language and apart["vision"]["weights"] + language == held["whole"]["weights"]
+    assert 0 < apart["vision"]["peak"] < held["whole"]["peak"] and 0 < apart["language"]["peak"] < held["whole"]["peak"]
+    assert apart["vision"]["learning"] == held["whole"]["learning"] and apart["language"]["learning"] == 0
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_an_arm_trained_across_processes_is_the_arm_trained_in_one(saved, charts, remote, tmp_path, checkpointing):
+def test_an_arm_trained_across_the_cut_is_the_arm_trained_whole(saved, charts, tmp_path, checkpointing):
     config = FinetuneConfig("vision", **QUICK, checkpointing=checkpointing)
     one = finetune(load_model(saved, placement="cpu"), charts, config, tmp_path / "one", progress=False)
-    near = half(load_model(saved, placement="cpu"), "vision")
-    two = finetune(near, charts, config, tmp_path / "two", progress=False, loss=cut_loss(remote))
-    np.testing.assert_allclose(two.log.loss, one.log.loss, rtol=1e-4)
-    np.testing.assert_allclose(two.log.gradient_norm, one.log.gradient_norm, rtol=1e-3)
+    near = load_model(saved, placement="cpu,cpu")
+    two = finetune(near, charts, config, tmp_path / "two", progress=False, loss=cut_loss(LanguageSide(near)))
+    assert two.log.loss.equals(one.log.loss) and two.log.gradient_norm.equals(one.log.gradient_norm)
     assert two.log.targets.equals(one.log.targets) and sorted(p.name for p in two.arm.iterdir()) == sorted(p.name for p in one.arm.iterdir())
 
 
@@ -124,33 +112,29 @@ def test_only_targets_get_logits(saved, charts, whole):
     assert [shape[:-1].numel() for shape in seen] == [targets] and targets < batch["input_ids"].numel() / 2
 
 
-def test_what_goes_wrong_in_the_other_process_is_said_here_and_it_goes_on(remote, saved, charts):
-    with pytest.raises(RuntimeError, match="language process: RuntimeError: the gradients of a loss are fetched once"):
-        remote.gradients(1.0)
-    with pytest.raises(RuntimeError, match="language process: KeyError"):
-        remote.loss({}, [torch.zeros(1, 4, 32)], [0, None])
-    assert remote.memory()["weights"] > 0
-    with pytest.raises(RuntimeError, match="belongs to a process group already"):
-        connect("file:///nowhere", 0)
+def test_the_gradients_of_a_loss_are_fetched_once(saved, charts):
+    bundle = load_model(saved, placement="cpu")
+    side, batch = LanguageSide(bundle), training_batch(bundle, list(charts)[:2])
+    with pytest.raises(RuntimeError, match="fetched once, after it was computed"):
+        side.gradients(1.0)
+    total, targets = cut_loss(side)(bundle.model, batch)
+    assert all(gradient.shape == leaf.shape for gradient, leaf in zip(side.gradients(1.0), side.leaves, strict=True))
+    with pytest.raises(RuntimeError, match="fetched once, after it was computed"):
+        side.gradients(1.0)
 
 
-def test_memory_that_runs_out_there_halves_the_documents_here(saved, charts, tmp_path, monkeypatch, remote):
-    plenty = finetune(load_model(saved, placement="cpu"), charts, FinetuneConfig("projector", **QUICK), tmp_path / "a", progress=False)
-    ask = RemoteSide.ask
+def test_memory_that_runs_out_on_the_language_side_halves_the_documents(saved, charts, tmp_path, monkeypatch):
+    config = FinetuneConfig("projector", **QUICK)
+    plenty = finetune(load_model(saved, placement="cpu"), charts, config, tmp_path / "a", progress=False)
+    near, sound = load_model(saved, placement="cpu,cpu"), LanguageSide.loss
 
-    def hungry(side, note, tensors=()):
-        if note["do"] == "loss" and len(tensors[0]) > 2:
-            monkeypatch.setattr("sfa_core.training.placement.receive", lambda peer: ({"error": "OutOfMemoryError: CUDA out of memory.", "memory": True}, []))
-            monkeypatch.setattr("sfa_core.training.placement.send", lambda *_: None)
-        try:
-            return ask(side, note, tensors)
-        finally:
-            monkeypatch.undo()
-            monkeypatch.setattr(RemoteSide, "ask", hungry)
+    def hungry(side, inputs, features, pattern):
+        if len(inputs["input_ids"]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return sound(side, inputs, features, pattern)
 
-    monkeypatch.setattr(RemoteSide, "ask", hungry)
-    little = finetune(half(load_model(saved, placement="cpu"), "vision"), charts, FinetuneConfig("projector", **QUICK), tmp_path / "b", progress=False,
-                      loss=cut_loss(remote))
+    monkeypatch.setattr(LanguageSide, "loss", hungry)
+    little = finetune(near, charts, config, tmp_path / "b", progress=False, loss=cut_loss(LanguageSide(near)))
     assert (little.log.parts == 2).all() and little.log.targets.equals(plenty.log.targets)
     np.testing.assert_allclose(plenty.log.loss, little.log.loss, rtol=1e-4)
 
@@ -180,9 +164,7 @@ def test_features_for_deeper_layers_are_cut_too():
     assert all(torch.allclose(found["cut"][1][key], gradient, rtol=1e-4, atol=1e-6) for key, gradient in found["whole"][1].items())
 
 
-def test_halves_and_patterns(saved):
-    with pytest.raises(ValueError, match="'middle'; vision or language"):
-        half(load_model(saved, placement="cpu"), "middle")
+def test_nested_lists_of_features_come_back_as_they_were():
     deep = [torch.zeros(2), [[torch.ones(1)], [torch.ones(3), torch.ones(4)]]]  # as Qwen3-VL gives them: per image, and per layer
     tensors = []
     pattern = flatten(deep, tensors)

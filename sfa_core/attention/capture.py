@@ -127,11 +127,19 @@ def row_probabilities(
 
 def normalised(
     logits: Tensor,  # (..., K)
+    spent: bool = False,  # the logits are not needed any more and may be overwritten, which saves memory
 ) -> tuple[Tensor, Tensor]:  # probabilities (..., K), entropy (...) in nats
     """Turn logits into probabilities and their entropy."""
-    shifted = logits - logits.amax(-1, keepdim=True)
-    chance = shifted.softmax(-1)
-    entropy = shifted.exp().sum(-1).log() - torch.einsum("...k,...k->...", chance, shifted.clamp(min=-1e4))
+    top = logits.amax(-1, keepdim=True)
+    if logits.requires_grad or not spent:
+        shifted = (logits - top).clamp(min=-1e4)
+        chance = shifted.softmax(-1)
+        products = chance * shifted
+    else:
+        shifted = logits.sub_(top).clamp_(min=-1e4)
+        chance = shifted.softmax(-1)
+        products = shifted.mul_(chance)
+    entropy = -chance.amax(-1).log() - products.sum(-1)
     return chance, entropy.clamp(min=0)
 
 
@@ -141,10 +149,11 @@ def attention_chunks(
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:  # queries, their probabilities (B, H, q, K), their entropies (B, H, q)
     """Recompute the attention of a call for a few queries at a time."""
     logits, factors, (images, heads, tokens, _) = logits_of(call), structural_factors(call), call.query.shape
-    step = max(1, budget // (images * heads * call.key.shape[2] * widened(call.query[:0]).element_size()))
+    most = max(1, budget // (images * heads * call.key.shape[2] * widened(call.query[:0]).element_size()))
+    step = math.ceil(tokens / math.ceil(tokens / most))  # pieces of one size
     for start in range(0, tokens, step):
         chosen = slice(start, min(start + step, tokens))
-        yield chosen, *normalised(logits(chosen, factors(chosen)))
+        yield chosen, *normalised(logits(chosen, factors(chosen)), spent=True)
 
 # %% ../../notebooks/library/07_attention/30_capture.ipynb #809e2746
 @dataclass(frozen=True, eq=False)
@@ -152,8 +161,11 @@ class Places:
     """Where the tokens of a batch of tiles are, on the device of the encoder."""
 
     grid: TokenGrid
-    centre: Tensor  # (B, N, 2) x and y in pixels of the original image, nan for special tokens
+    centre: Tensor  # (S, N, 2) x and y in pixels of the original image from the corner of a tile, nan for special tokens; S sizes of tiles
+    size: Tensor  # (B,) int, which of the sizes a tile has
     evidence: Tensor  # (B, N) share of each token inside the evidence, nan for a sample without
+    line: Tensor  # (N, 2) int, row and column of a token among the h + w sums; 0 and h for special tokens
+    sums: Tensor  # (B, N, h + w + 2) 0 or 1: is a key in a row, in a column, special; and its evidence
 
 
 def place_tokens(
@@ -163,22 +175,37 @@ def place_tokens(
     device: torch.device,
 ) -> Places:
     """Turn regions and evidence into the places of all tokens."""
-    boxes = np.stack([grid.boxes(tuple(region)) for region in regions])
-    return Places(grid, torch.from_numpy((boxes[..., :2] + boxes[..., 2:]) / 2).to(device), torch.from_numpy(evidence).to(device))
+    sides, size = np.unique(regions[:, 2:] - regions[:, :2], axis=0, return_inverse=True)
+    boxes = np.stack([grid.boxes((0, 0, *side)) for side in sides])
+    centre, size = torch.from_numpy((boxes[..., :2] + boxes[..., 2:]) / 2), torch.from_numpy(size.reshape(-1))
+    row, column, special = (torch.from_numpy(place) for place in (grid.row, grid.column, grid.special))
+    one_hot = [place[:, None] == torch.arange(side) for place, side in ((row, grid.height), (column, grid.width))]
+    common = torch.cat([*one_hot, special[:, None]], dim=-1).float().expand(len(regions), -1, -1)
+    shares = torch.from_numpy(evidence)
+    line = torch.stack([row.clamp(min=0), column.clamp(min=0) + grid.height], dim=-1)
+    tensors = centre, size, shares, line, torch.cat([common, shares[..., None].to(common)], dim=-1)
+    return Places(grid, *(tensor.to(device) for tensor in tensors))
 
 
 def pointed(
     chance: Tensor,  # (B, H, q, K)
     shown: Tensor,  # (K,) or (B, K) bool: keys that show pixels
     evidence: Tensor,  # (B, K), nan for a sample without
+    scratch: Tensor | None = None,  # (B, H, q, K) to write to
 ) -> Tensor:  # (B, H, q) 0 or 1, nan for a sample without evidence
-    """Say whether the key with the most mass touches the evidence."""
-    below = 2 * (~shown.expand(len(chance), -1)[:, None, None]).to(chance)  # cheaper to subtract than to fill in
-    best = (chance - below).argmax(-1)
-    found = evidence[:, None, None].expand(*best.shape, -1).gather(-1, best[..., None])[..., 0]
-    return torch.where(found.isnan(), found, (found > 0).to(found))
+    """Say whether the key with the most mass touches the evidence; the first one among equals."""
+    touching = shown & (evidence > 0)  # (B, K)
+    best = []
+    for chosen in (touching, shown & ~touching):  # two largest values cost a third of one argmax
+        best.append(torch.sub(chance, 2 * (~chosen[:, None, None]).to(chance), out=scratch).amax(-1))
+    hit = best[0] > best[1]
+    if (best[0] == best[1]).any():
+        first = (chance - 2 * (~shown.expand(len(chance), -1)[:, None, None]).to(chance)).argmax(-1)
+        hit = touching[:, None, None].expand(*first.shape, -1).gather(-1, first[..., None])[..., 0]
+    return torch.where(evidence[:, None, :1].isnan(), math.nan, hit.to(chance))
 
 # %% ../../notebooks/library/07_attention/30_capture.ipynb #72217149
+@torch.no_grad()
 def measure_layer(
     call: AttentionCall,
     places: Places,
@@ -188,19 +215,17 @@ def measure_layer(
 ) -> dict[str, np.ndarray]:  # measures (B, H, Q), received (B, H, K), maps (B, H, M, K), all float32; and perhaps table (B, Q, K)
     """Recompute the attention of one layer of the encoder and measure it."""
     grid, device = places.grid, call.query.device
-    row, column, special = (torch.from_numpy(place).to(device) for place in (grid.row, grid.column, grid.special))
-    one_hot = [(place[:, None] == torch.arange(side, device=device)) for place, side in ((row, grid.height), (column, grid.width))]
-    like, means = widened(call.query[:0]), []
-    common = torch.cat([*one_hot, special[:, None]], dim=-1).to(like).expand(len(call.query), -1, -1)
-    weights = torch.cat([common, places.evidence[..., None].to(like)], dim=-1)
+    special, like, means = torch.from_numpy(grid.special).to(device), widened(call.query[:0]), []
+    weights, evidence, scratch = places.sums.to(like), places.evidence.to(like), None
     centre, parts, received = places.centre.to(like), {name: [] for name in (*STORED, "maps")}, 0
     for chosen, chance, entropy in attention_chunks(call, budget):
         sums = (chance.flatten(1, 2) @ weights).view(*chance.shape[:-1], -1)  # (B, H, q, h + w + 2)
-        same = torch.cat([row[chosen, None].clamp(min=0), column[chosen, None].clamp(min=0) + grid.height], dim=-1)
-        own = sums.gather(-1, same.expand(*sums.shape[:-1], 2)) * ~special[chosen, None]
-        away = torch.hypot(*(centre[:, chosen, None] - centre[:, None]).unbind(-1))  # (B, q, K), nan at special tokens
-        far = torch.linalg.vecdot(chance, away.nan_to_num()[:, None]) / (1 - sums[..., -2]).clamp(min=1e-30)
-        hit = pointed(chance, ~special, places.evidence.to(like))
+        own = sums.gather(-1, places.line[chosen].expand(*sums.shape[:-1], 2)) * ~special[chosen, None]
+        away = torch.hypot(*(centre[:, chosen, None] - centre[:, None]).unbind(-1)).nan_to_num()  # (S, q, K), 0 at special tokens
+        scratch = torch.empty_like(chance) if scratch is None or scratch.shape != chance.shape else scratch
+        away = away[:, None] if len(away) == 1 else away[places.size, None]
+        far = torch.mul(chance, away, out=scratch).sum(-1) / (1 - sums[..., -2]).clamp(min=1e-30)
+        hit = pointed(chance, ~special, evidence, scratch)
         values = (entropy, own[..., 0], own[..., 1], sums[..., -2], far.masked_fill(special[chosen], math.nan), sums[..., -1], hit)
         for name, value in zip(STORED, values, strict=True):
             parts[name].append(value)

@@ -33,8 +33,16 @@ def evidence_in(
     marked = [sample.evidence.texts[index].box for index in sample.evidence.answer] if sample.evidence else []
     if not marked:
         return np.full(len(boxes), np.nan, dtype=np.float32), np.nan
-    mask = box_mask(marked, size)
-    return box_means(mask, boxes), float(mask.mean())
+    corner, end = np.floor(marked)[:, :2].clip(min=0), np.minimum(np.ceil(marked)[:, 2:], size)  # whole pixels of the image
+    common = (np.minimum(end[:, None], end) - np.maximum(corner[:, None], corner)).clip(min=0).prod(-1)
+    if common.sum() > common.trace():  # boxes overlap
+        mask = box_mask(marked, size)
+        return box_means(mask, boxes), float(mask.mean())
+    wide = np.nan_to_num(np.asarray(boxes, dtype=np.float64))
+    inside = (np.minimum(wide[:, None, 2:], end) - np.maximum(wide[:, None, :2], corner)).clip(min=0).prod(-1).sum(1)
+    area = (wide[:, 2:] - wide[:, :2]).prod(-1)
+    share = np.divide(inside, area, out=np.zeros_like(area), where=area > 0).astype(np.float32)
+    return share, float(common.trace() / (size[0] * size[1]))
 
 
 def image_sizes(
@@ -114,7 +122,7 @@ def record_tiles(
         placed(measured, own, np.searchsorted(wanted[row], own[inside]), seen[at].rows[row])
         seen[at].calls += 1
 
-    with catching(model, [modules[layer] for layer in layers], see):
+    with catching(family.tower_of(model), [modules[layer] for layer in layers], see):
         image_features(bundle, prepared)
     known = [share[~np.isnan(own).any(1)] for share, own in zip(evidence, boxes, strict=True)]
     touched = [np.nan if np.isnan(share).all() else (share > 0).mean() for share in known]
@@ -168,7 +176,7 @@ def record_words(
             raise ValueError(f"layer {layers[at]} holds {call.key.shape[2]} keys for word {len(seen[at])}, expected all {width + len(seen[at])} before it")
         seen[at].append(measure_word(call, *on_device))
 
-    with catching(model, [modules[layer] for layer in layers], see):
+    with catching(family.language_of(model), [modules[layer] for layer in layers], see):
         replies = generate(bundle, images, [(index, sample.question) for index, sample in enumerate(batch)], max_new_tokens, tiles=tiles)
     spoken = [said or [end_token(bundle)] for said, _ in replies]
     known = np.arange(max(map(len, spoken))) < np.array([len(said) for said in spoken])[:, None]  # (B, Q)

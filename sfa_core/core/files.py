@@ -95,6 +95,7 @@ def locked(
     path: str | Path,  # what is made: its lock is a hidden file beside it
     *,
     waiting: Callable[[], None] | None = None,  # called once when another process holds it
+    once: bool = False,  # it appears whole and is then never made again: the file of its lock goes
 ) -> Iterator[None]:
     "Hold something alone, across threads, processes and machines."
     path = Path(path)
@@ -109,4 +110,6 @@ def locked(
     try:
         yield
     finally:
+        if once and path.exists():
+            Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()

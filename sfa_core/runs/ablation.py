@@ -20,6 +20,7 @@ import pandas as pd
 from datasets import Dataset
 
 import sfa_core
+from ..core.files import locked
 from ..core.paths import exports_root
 from ..documents.benchmarks import BENCHMARKS, choose, find_benchmark, load_benchmark
 from ..documents.generate import documents
@@ -123,16 +124,17 @@ def run_cell(
     progress: bool = False,
     benchmark: str = "synthetic",  # whose prompt and scorer count
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # records, log of the training
-    "Train an arm and ask it, or find that this was done."
+    "Train an arm and ask it, or find that this was done; another process with the same cell waits for it."
     folder = kept_folder("cells", config=asdict(config), data=data.digest, model=bundle.revision)
     path, arm = folder / f"records-{benchmark}-{fingerprint(asked)}-{max_new_tokens}.parquet", folder / "arm"
-    if not arm.is_dir():
-        finetune(bundle, data, config, folder, progress=progress)
-        shutil.rmtree(folder / "checkpoints")
-    if not path.is_file():
-        with load_arm(bundle, arm):
-            found = evaluate(bundle, asked, benchmark, batch_size=128, max_new_tokens=max_new_tokens, draws=2, progress=progress)
-        write_atomic(path, found.records.to_parquet(index=False))
+    with locked(folder):
+        if not arm.is_dir():
+            finetune(bundle, data, config, folder, progress=progress)
+            shutil.rmtree(folder / "checkpoints")
+        if not path.is_file():
+            with load_arm(bundle, arm):
+                found = evaluate(bundle, asked, benchmark, batch_size=128, max_new_tokens=max_new_tokens, draws=2, progress=progress)
+            write_atomic(path, found.records.to_parquet(index=False))
     return pd.read_parquet(path), read_log(folder)
 
 

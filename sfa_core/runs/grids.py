@@ -23,7 +23,7 @@ from ..core.paths import DATA, exports_root
 from .results import component, finished_runs
 from .runs import identify
 from .studies import study_parameters
-from .workers import Event, Task, in_processes, on_cluster, slots
+from .workers import Event, Task, on_cluster, on_this_machine, slots
 
 # %% ../../notebooks/library/12_runs/50_grids.ipynb #130d15bf
 @dataclass(frozen=True)
@@ -200,6 +200,6 @@ def run_grid(
     board = Board(grid, tasks, known, console, len(environments) or None)
     live = Live(board, console=console, refresh_per_second=2) if console.is_terminal else nullcontext()
     with live:
-        for event in on_cluster(todo, scheduler, grid.gpus) if scheduler and todo else in_processes(todo, environments):
+        for event in on_cluster(todo, scheduler, grid.gpus) if scheduler and todo else on_this_machine(todo, environments):
             board.tell(event)
     return board.known
