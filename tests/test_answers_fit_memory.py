@@ -77,13 +77,7 @@ def test_images_encoded_in_parts_have_the_features_of_all_at_once(family, tiles)
 def test_adaptive_tokens_are_those_of_each_part(family):
     bundle, page = miniature(family), Image.fromarray(np.full((130, 180, 3), 255, dtype=np.uint8))
     page.paste(pictures()[0], (20, 20))
-    scaling, whole = bundle.processor.image_processor, {}
-    with (
-        adaptive_tokens(
-            bundle.model, bundle.family, scaling.image_mean, scaling.image_std, patches=PatchConfig(coarse=None)
-        ),
-        torch.no_grad(),
-    ):
+    with adaptive_tokens(bundle, PatchConfig(coarse=None)), torch.no_grad():
         batch = image_batch(bundle, [page, *pictures()])
         whole, parts = image_features(bundle, batch), image_features(bundle, batch, patches_at_once=1)
     words = [tokens.count(bundle.model.config.image_token_id) for tokens in batch.tokens]
