@@ -153,7 +153,7 @@ def test_a_question_without_answers_is_refused_before_the_model_is_asked(tmp_pat
 # A run that somebody damaged
 
 @pytest.mark.parametrize("name", ["records.parquet", "provenance.json"])
-def test_a_damaged_file_of_a_finished_run_is_named_by_the_report_and_the_run_stays_as_it_is(home, executed_at_once, capsys, name):
+def test_a_damaged_file_of_a_finished_run_is_named_by_the_report_and_the_run_stays_as_it_is(home, forked_kernels, capsys, name):
     run = run_study("draw", {"size": 3})
     (run / name).write_bytes(b"PAR1 and then nothing")
     (home / "one.yaml").write_text("study: draw\nparameters: {size: 3}\n")

@@ -120,7 +120,7 @@ def report_grid(
 ) -> Path:  # of the page; the executed notebook and records.parquet lie beside it
     """Write exports/reports/<grid>/report.html about all runs of a grid, as far as they are finished.
 
-    ValueError or FileNotFoundError says what is wrong with the grid; StudyFailed names the notebook with the traceback.
+    ValueError or FileNotFoundError says what is wrong with the grid or a file of its runs; StudyFailed, what else went wrong.
     """
     path = grid_path(grid).resolve()
     name = read_grid(path).name
@@ -129,7 +129,9 @@ def report_grid(
     try:
         execute(study, {"grid": str(path), "interactive": False}, target, timeout=None, progress=False)
     except Exception as error:
-        notebook = target / "notebook.ipynb"
-        raise StudyFailed(f"the report of grid {name!r} failed: {why(error, None)}; see {notebook}", target) from error
+        message = f"the report of grid {name!r} failed: {why(error, None)}; see {target / 'notebook.ipynb'}"
+        if getattr(error, "ename", "") in ("ValueError", "FileNotFoundError"):  # what papermill says stopped a cell
+            raise ValueError(message) from error
+        raise StudyFailed(message, target) from error
     page = html_page(nbformat.read(target / "notebook.ipynb", 4), f"Grid {name}")
     return write_atomic(target / "report.html", page.encode())
