@@ -77,13 +77,7 @@ def test_images_encoded_in_parts_have_the_features_of_all_at_once(family, tiles)
 def test_adaptive_tokens_are_those_of_each_part(family):
     bundle, page = miniature(family), Image.fromarray(np.full((130, 180, 3), 255, dtype=np.uint8))
     page.paste(pictures()[0], (20, 20))
-    scaling, whole = bundle.processor.image_processor, {}
-    with (
-        adaptive_tokens(
-            bundle.model, bundle.family, scaling.image_mean, scaling.image_std, patches=PatchConfig(coarse=None)
-        ),
-        torch.no_grad(),
-    ):
+    with adaptive_tokens(bundle, PatchConfig(coarse=None)), torch.no_grad():
         batch = image_batch(bundle, [page, *pictures()])
         whole, parts = image_features(bundle, batch), image_features(bundle, batch, patches_at_once=1)
     words = [tokens.count(bundle.model.config.image_token_id) for tokens in batch.tokens]
@@ -232,16 +226,15 @@ def test_the_command_of_the_readme_fits_a_card_of_24_gb():
     assert largest_fit(footprint, 64, lambda found: False).questions == 1
 
 
-@pytest.mark.parametrize("questions", [2, 6])
+@pytest.mark.parametrize("questions, dtype", [(2, torch.float32), (6, torch.float32), (3, torch.bfloat16)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_computed_peak_is_near_the_measured_one(monkeypatch, family, questions):
+def test_the_computed_peak_is_near_the_measured_one(monkeypatch, family, questions, dtype):
     bundle = miniature(family, width=128, layers=3, tile=112)
+    bundle.model.to(dtype)
     images = [Image.fromarray(np.full((330, 440, 3), 200, dtype=np.uint8)) for _ in range(questions)]
     asked = [(number, "What is the value of red in 2015?") for number in range(questions)]
     batch = image_batch(bundle, images)
-    monkeypatch.setattr(
-        answers_module, "image_batch", lambda *given: batch
-    )  # the processor's arrays are not torch's, so the probe does not see them
+    monkeypatch.setattr(answers_module, "image_batch", lambda *given: batch)  # made before: the probe sees no numpy
     with MemoryProbe() as probe:
         generate(bundle, images, asked, 4)
     pixels, text = batch.inputs["pixel_values"].nbytes, sum(map(len, prompt_tokens(bundle, asked[0][1])))
@@ -255,7 +248,7 @@ def test_the_computed_peak_is_near_the_measured_one(monkeypatch, family, questio
         tokens=tokens,
         text=text,
         reply=4,
-        dtype=torch.float32,
+        dtype=dtype,
         host=True,
     )
     weights = computed.encoder_weights + computed.language_weights

@@ -1,6 +1,7 @@
 """What a pass costs is counted as it is: operations by formula, memory to the byte, and structure adds little of either."""
 
 import gc
+import time
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from tiny_internvl import bundle_of
 
 from sfa_core.structure.inject import inject
-from sfa_core.models.cost import WAYS, costs, in_turns, operations, random_model
+from sfa_core.models.cost import WAYS, clock_name, costs, in_turns, operations, random_model
 from sfa_core.core.memory import MemoryProbe, held_bytes, saved_bytes
 
 SMALL = dict(hidden_size=64, intermediate_size=256, num_attention_heads=1, num_hidden_layers=2)
@@ -81,3 +82,9 @@ def test_wrong_measurements_are_refused():
     with pytest.raises(ValueError, match="got 0 calls"):
         in_turns({})
     assert operations(lambda: torch.ones(3, 4) @ torch.ones(4, 5)) == 2 * 3 * 4 * 5
+
+
+def test_time_is_named_after_the_clock_that_read_it():
+    table = in_turns({"a": lambda: sum(range(1000)), "b": lambda: time.sleep(0.2)}, rounds=1)
+    assert list(table) == ["processor_seconds", "ratio", "lowest", "highest"] and table.processor_seconds["b"] < 0.1, "a CPU that waits takes none"
+    assert clock_name(torch.device("cuda:1")) == "seconds"

@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -20,8 +21,10 @@ from sfa_core.documents.benchmarks import load_benchmark
 from sfa_core.documents.chartqa import chart_evidence
 from sfa_core.runs.ablation import source_documents
 from sfa_core.documents.ocr import read_ocr, with_texts
-from sfa_core.scores.grounding import CATEGORIES, categorise, chance_floor, classify, grounding_report, label_audit, source_rule
+from sfa_core.scores.grounding import CATEGORIES, categorise, chance_floor, classify, grounding_report, source_rule
+from sfa_core.scores.claims import label_audit
 from sfa_core.scores.metrics import relaxed_accuracy
+from sfa_core.scores.records import Evaluation, make_records
 from sfa_core.scores.intervals import mcnemar
 from sfa_core.documents.numbers import read_numbers, rounds_to, stated_numbers
 from sfa_core.scores.operations import NAMES, results, results_plainly
@@ -301,6 +304,81 @@ def test_the_older_rule_reads_groups_of_digits():
     assert source_rule("17", "42", correct=True) == "correct" and source_rule("no idea", "42") == "other"
 
 
+# ---- numbers are judged as numbers, whatever gave the mark
+
+
+TOTAL = facts(Evidence((("", "v"), ("Oslo", "12500"), ("Rome", "17300")), (TextBox("12500", NOWHERE, "value"), TextBox("17300", NOWHERE, "value"))))
+
+
+def mark_of(scorer, reply, answer="12500"):
+    asked = [Sample("q", "d", "read", "What is the value of Oslo?", (answer,), b"")]
+    return bool(make_records(asked, [SimpleNamespace(prediction=reply, truncated=False, seconds=0.0, error=None)], scorer)["correct"][0])
+
+
+@pytest.mark.parametrize(
+    "scorer, reply, marked, category",
+    [
+        ("anls", "12500", True, "correct"),
+        ("anls", "12,500", True, "correct"),
+        ("anls", "12900", True, "ungrounded"),
+        ("anls", "17300", True, "misread_cell"),
+        ("anls", "125000", True, "scale_or_sign"),
+        ("anls", "The total is 12500 in all of the years", False, "format_only"),
+        ("containment", "312500", True, "ungrounded"),
+        ("containment", "12500 or so", True, "correct"),
+        ("exact", "12900", False, "ungrounded"),
+        ("exact", "12,500", False, "format_only"),
+        ("exact", "12500", True, "correct"),
+        ("vqa", "12900", False, "ungrounded"),
+        ("relaxed", "12900", True, "correct"),
+        ("relaxed", "13300", False, "ungrounded"),
+        ("relaxed", "about 12900", False, "format_only"),
+    ],
+)
+def test_the_tolerance_that_the_scorer_declares_decides_what_a_number_is(scorer, reply, marked, category):
+    assert mark_of(scorer, reply) == marked
+    verdict = classify("What is the value of Oslo?", "12500", reply, TOTAL, marked, scorer=scorer)
+    assert (verdict.category, verdict.right) == (category, category == "correct")
+
+
+def test_a_mark_on_what_is_no_number_is_kept():
+    assert classify("Which?\nA. 12500\nB. 17300", "B", "17300", TOTAL, True, scorer="letter").category == "correct"
+    assert classify("Who?", "Ann Smith", "Ann Smyth", TOTAL, True, scorer="anls").category == "correct"
+    assert classify("How many?", ("2", "two"), "two", TOTAL, True, scorer="vqa").category == "correct"
+    assert classify("When?", ("4 May 1999", "May 4"), "4 May 1999", TOTAL, True, scorer="anls").category == "correct"
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(["anls", "exact", "vqa", "containment"]), st.integers(1, 99_999), st.integers(1, 99_999))
+def test_no_scorer_of_texts_makes_another_number_right(scorer, answer, said):
+    verdict = classify("What is the value of Oslo?", str(answer), str(said), TOTAL, mark_of(scorer, str(said), str(answer)), scorer=scorer)
+    assert verdict.right <= (said == answer), "VQA accuracy asks for several annotators, so that it may also miss one that is right"
+    assert (verdict.category in ("correct", "format_only")) == (said == answer)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 99_999), st.integers(1, 99_999), st.sampled_from(["{}", "{}%", "about {}", "{:,}", "{} of 7"]))
+def test_relaxed_accuracy_keeps_its_own_mark(answer, said, written):
+    reply = written.format(said)
+    marked = mark_of("relaxed", reply, str(answer))
+    assert classify("What is the value of Oslo?", str(answer), reply, TOTAL, marked).right == marked
+
+
+def test_an_evaluation_says_its_scorer_and_the_mark_stays_beside_the_verdict(pages):
+    records = records_of(pages, [f"{s.answers[0]}7" for s in pages]).assign(correct=True)  # as ANLS marks a digit too many
+    by_text = Evaluation(records, {"settings": {"scorer": "anls"}})
+    verdicts = categorise(by_text, pages)[1]
+    assert verdicts["correct"].all() and not verdicts["right"].any() and not (verdicts["category"] == "correct").any()
+    assert categorise(records, pages, scorer="anls")[1].equals(verdicts) and categorise(records, pages)[1]["right"].all()
+    report = grounding_report(verdicts, chance_floor(verdicts, pages, others=5), draws=200)
+    assert report["overruled"] == report["judged"] == len(pages) and report["classes"]["correct"]["count"] == 0
+    assert sum(report["correct_by_grounded"]["correct"].values()) == 0 and report["floor"] > 0
+    assert report["source_rule"]["of_errors"] is not None, "the older rule judges the same replies as wrong"
+    assert taxonomy_table({"control": report}).loc["right as a text only", "control"] == str(len(pages))
+    with pytest.raises(ValueError, match="unknown scorer 'bleu', expected one of relaxed, anls"):
+        categorise(records, pages, scorer="bleu")
+
+
 # ---- reports
 
 
@@ -456,7 +534,7 @@ def test_every_way_to_the_release_of_chartqa_gives_the_same_samples(release):
     assert source_documents(f"chartqa/test@{release}", 2, seed=0) == asked
     cells = ["".join(cell["source"]) for cell in json.loads((REPOSITORY / "notebooks/studies/50_grounding.ipynb").read_text())["cells"]]
     of_study = dict(source=str(release), ocr="", evaluation_documents=0, seed=0)
-    exec("\n".join(line for cell in cells for line in cell.splitlines() if line.startswith(("from sfa_core.documents", "from sfa_core.core"))), of_study)
+    exec("\n".join(line for cell in cells for line in cell.splitlines() if line.startswith(("import sfa_core", "from sfa_core"))), of_study)
     exec(next(cell for cell in cells if cell.startswith("if source:")), of_study)
     assert of_study["asked"] == asked
     of_study["evaluation_documents"] = 2

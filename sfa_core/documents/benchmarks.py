@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHORT', 'LETTER', 'LETTER_KOREAN', 'REFERENCES', 'VQA_FIELDS', 'OPTION_FIELDS', 'BENCHMARKS', 'SYNTHETIC_SEED',
-           'SYNTHETIC_DOCUMENTS', 'Benchmark', 'both', 'find_benchmark', 'benchmark_table', 'with_choices',
+           'SYNTHETIC_DOCUMENTS', 'Benchmark', 'both_owners', 'find_benchmark', 'benchmark_table', 'with_choices',
            'choices_of', 'sample_of', 'option_answer', 'image_file', 'hub_rows', 'local_rows', 'check_saved',
            'release_rows', 'load_benchmark', 'from_rows', 'is_release', 'choose', 'unique']
 
@@ -55,7 +55,7 @@ VQA_FIELDS = {"id": "questionId", "question": "question", "answers": "answers"}
 OPTION_FIELDS = {"question": "question", "answers": "answer"}
 
 # %% ../../notebooks/library/02_documents/55_benchmarks.ipynb #4ded851e
-def both(name: str) -> tuple[str, str]:
+def both_owners(name: str) -> tuple[str, str]:
     "Give both owners of a repository that was renamed in 2026."
     return f"lmms-lab-encoder/{name}", f"lmms-lab/{name}"
 
@@ -64,15 +64,15 @@ BENCHMARKS = {row.name: row for row in (
     Benchmark("chartqa", "relaxed", ("HuggingFaceM4/ChartQA",), rows=2500, published=(86.7, 87.3, 80.0),
               fields={"question": "query", "answers": "label", "kind": "human_or_machine"},
               note="mean of 1,250 human and 1,250 machine questions; data under GPL-3.0"),
-    Benchmark("docvqa", "anls", both("DocVQA"), "DocVQA", "validation", 5349, VQA_FIELDS, tiles=18, published=(92.3, 95.7, 87.5),
+    Benchmark("docvqa", "anls", both_owners("DocVQA"), "DocVQA", "validation", 5349, VQA_FIELDS, tiles=18, published=(92.3, 95.7, 87.5),
               note="published on the hidden test split"),
-    Benchmark("infographicvqa", "anls", both("DocVQA"), "InfographicVQA", "validation", 2801, VQA_FIELDS, tiles=24, published=(79.1, 82.6, 68.8),
+    Benchmark("infographicvqa", "anls", both_owners("DocVQA"), "InfographicVQA", "validation", 2801, VQA_FIELDS, tiles=24, published=(79.1, 82.6, 68.8),
               note="published on the hidden test split"),
-    Benchmark("textvqa", "vqa", both("textvqa"), None, "validation", 5000, VQA_FIELDS | {"id": "question_id"}, tiles=6,
+    Benchmark("textvqa", "vqa", both_owners("textvqa"), None, "validation", 5000, VQA_FIELDS | {"id": "question_id"}, tiles=6,
               published=(78.2, 84.9, None)),
     Benchmark("ocrbench", "containment", ("echo840/OCRBench",), rows=1000, fields=OPTION_FIELDS | {"kind": "question_type"}, tiles=24,
               published=(840, 864, 621), note="points out of 1,000"),
-    Benchmark("ai2d", "letter", both("ai2d"), rows=3088, fields=OPTION_FIELDS | {"choices": "options"}, suffix=LETTER, tiles=6,
+    Benchmark("ai2d", "letter", both_owners("ai2d"), rows=3088, fields=OPTION_FIELDS | {"choices": "options"}, suffix=LETTER, tiles=6,
               published=(84.0, 83.9, 81.4)),
     Benchmark("dvqa", "exact", split="val_easy", note="original release: a folder with val_easy_qa.json, val_hard_qa.json and images/"),
     Benchmark("figureqa", "exact", split="validation1", note="original release: a folder with validation1/qa_pairs.json and validation1/png/"),

@@ -115,16 +115,18 @@ def chartqa_rows(
     folder: Path,  # the release, or a folder around it
     split: str = "test",  # train, val or test
 ) -> Iterator[dict]:  # id, image, document, kind, question, answers, evidence
-    "Read a split, the human questions first; FileNotFoundError or ValueError name the file that is missing or the field it lacks."
+    "Read a split, the human questions first; errors name the file that is missing, or the field that a question lacks."
     place = find_split(folder, split)
     if place is None:
         there = sorted({path.name.rsplit("_", 1)[0] for part in PARTS for path in folder.rglob(f"*_{part}.json")})
-        raise FileNotFoundError(f"benchmark chartqa: no {split}_human.json or {split}_augmented.json in {folder}; it has {', '.join(there) or 'no split'}")
+        listings = f"{split}_human.json or {split}_augmented.json"
+        raise FileNotFoundError(f"benchmark chartqa: no {listings} in {folder}; it has {', '.join(there) or 'no split'}")
     known: dict[str, Evidence | None] = {}
     for part, kind in PARTS.items():
         listing = place / f"{split}_{part}.json"
         if not listing.is_file():
-            raise FileNotFoundError(f"benchmark chartqa: no {listing}; expected the human and the augmented questions of a split")
+            expected = "the human and the augmented questions of a split"
+            raise FileNotFoundError(f"benchmark chartqa: no {listing}; expected {expected}")
         for number, entry in enumerate(question_list(listing)):
             where = f"benchmark chartqa: question {number} of {listing.name}"
             if missing := [field for field in ("imgname", "query", "label") if field not in entry]:
@@ -133,5 +135,6 @@ def chartqa_rows(
             image = inside(place, name, where, "png")
             if name not in known:
                 known[name] = chart_evidence(place, image.stem)
-            yield {"id": f"{split}-{kind}-{number:05d}", "image": image, "document": name, "kind": kind, "evidence": known[name],
-                   "question": text_value(entry["query"], "the question", where), "answers": answers_of(entry["label"], where)}
+            question, answers = text_value(entry["query"], "the question", where), answers_of(entry["label"], where)
+            yield {"id": f"{split}-{kind}-{number:05d}", "image": image, "document": name, "kind": kind,
+                   "question": question, "answers": answers, "evidence": known[name]}

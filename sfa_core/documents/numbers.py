@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NARROW', 'APOSTROPHES', 'BLANKS', 'RAISED', 'SIGNS', 'NUMBER_WORDS', 'SCALES', 'SCALE', 'KOREAN', 'UNITS', 'RUN',
-           'NUMBER', 'BRACKETED', 'PART', 'GROUPS', 'DECIMAL', 'YEARS', 'WORDED', 'WORDS', 'same', 'Number',
-           'rounds_to', 'ascii_digits', 'plain', 'pieces', 'digits_of', 'number_of', 'korean_numbers', 'numbers_of',
-           'written', 'is_finite', 'read_numbers', 'is_numeric', 'quantity', 'agree', 'stated_numbers']
+           'NUMBER', 'BRACKETED', 'PART', 'GROUPS', 'DECIMAL', 'YEARS', 'WORDED', 'WORDS', 'ten_digits', 'Number',
+           'rounds_to', 'ascii_digits', 'ascii_text', 'pieces', 'digits_of', 'number_of', 'korean_numbers',
+           'numbers_of', 'written', 'is_finite', 'read_numbers', 'is_numeric', 'quantity', 'agree', 'stated_numbers']
 
 # %% ../../notebooks/library/02_documents/40_numbers.ipynb #83f2397f
 import math
@@ -19,7 +19,7 @@ from typing import NamedTuple
 from .replies import answer_of
 
 # %% ../../notebooks/library/02_documents/40_numbers.ipynb #12068059
-def same(value: float) -> float:
+def ten_digits(value: float) -> float:
     "Round to ten significant digits, so that equal numbers are equal after arithmetic."
     return float(f"{value:.10g}") + 0.0
 
@@ -38,7 +38,7 @@ class Number(NamedTuple):
 def rounds_to(value: float, number: Number) -> bool:
     "Say whether a value, rounded to the digits that a number shows, is that number; halves round either way."
     slack = number.unit / 2 * (1 + 1e-9) + 1e-12 * abs(value)
-    return abs(value - number.value) <= slack and (abs(value) >= number.unit or same(value) == same(number.value))
+    return abs(value - number.value) <= slack and (abs(value) >= number.unit or ten_digits(value) == ten_digits(number.value))
 
 # %% ../../notebooks/library/02_documents/40_numbers.ipynb #fd05b1e3
 NARROW = re.compile(r"(?<!\d)\d{1,3}(?:[\u00a0\u202f\u2007\u2008\u2009]\d{3})+(?!\d)")  # 1 234 567
@@ -65,7 +65,7 @@ def ascii_digits(text: str) -> str:
     return unicodedata.normalize("NFKC", text).translate(SIGNS)
 
 
-def plain(text: str) -> str:
+def ascii_text(text: str) -> str:
     "Write a text with ASCII digits, signs and fractions; thousands are separated by commas, points or not at all."
     text = text if text.isascii() else ascii_digits(text)
     text = APOSTROPHES.sub(lambda found: re.sub(r"\D", "", found[0]), text).strip()
@@ -125,11 +125,11 @@ def number_of(text: str, digits: str, sign: int, *, scale: float = 1.0, mark: st
     face *= sign
     value = face * scale
     if mark == "percent":
-        return Number(text, face, unit, (same(face), same(face / 100)), face, percent=True)
+        return Number(text, face, unit, (ten_digits(face), ten_digits(face / 100)), face, percent=True)
     if mark == "apart":
-        return Number(text, face, unit, (same(face), same(value)), face)
+        return Number(text, face, unit, (ten_digits(face), ten_digits(value)), face)
     year = scale == 1 and digits.isdigit() and len(digits) == 4 and 1500 <= int(digits) < 2200
-    return Number(text, value, unit * scale, (same(value), same(face)) if mark == "letter" else (same(value),), face, year=year)
+    return Number(text, value, unit * scale, (ten_digits(value), ten_digits(face)) if mark == "letter" else (ten_digits(value),), face, year=year)
 
 
 def korean_numbers(found: re.Match, sign: int) -> list[Number]:
@@ -144,7 +144,7 @@ def korean_numbers(found: re.Match, sign: int) -> list[Number]:
     joined = rest[0] < scale
     value, unit = (value + rest[0], rest[1]) if joined else (value, unit)
     face = digits_of(parts[0][0])[0] if len(parts) == 1 and not (tail and joined) else value
-    number = Number(found[0].strip(), sign * value, unit, (same(sign * value),), sign * face)
+    number = Number(found[0].strip(), sign * value, unit, (ten_digits(sign * value),), sign * face)
     return [number] if joined else [number, number_of(tail.strip(), pieces(tail.strip())[-1], 1)]
 
 
@@ -154,7 +154,7 @@ def numbers_of(found: re.Match, negative: bool) -> list[Number]:
     text = found[0].strip()
     if found["top"]:
         value = sign * (int(found["whole"] or 0) + int(found["top"]) / int(found["bottom"]))
-        return [Number(text, value, 0.0, (same(value),), value)]
+        return [Number(text, value, 0.0, (ten_digits(value),), value)]
     if found["korean"]:
         return korean_numbers(found, sign)
     *before, digits = pieces(found["digits"])
@@ -171,8 +171,8 @@ WORDED = re.compile(rf"\b({'|'.join(word for word in NUMBER_WORDS if word != 'no
 
 
 def written(text: str) -> str:
-    "Write a text as `plain` does, number words before scale words in digits: 5 million."
-    return WORDED.sub(lambda found: NUMBER_WORDS[found[0].lower()], plain(text))
+    "Write a text as `ascii_text` does, number words before scale words in digits: 5 million."
+    return WORDED.sub(lambda found: NUMBER_WORDS[found[0].lower()], ascii_text(text))
 
 
 def is_finite(number: Number) -> bool:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WAYS', 'INTERNVIT', 'QWEN3_8B', 'SMALLEST', 'flash_forward', 'flash_backward', 'product_added', 'operations', 'clock',
-           'in_turns', 'random_model', 'encoder_call', 'costs', 'quantise_language', 'page_batch', 'peak_of',
-           'whole_model']
+           'clock_name', 'in_turns', 'random_model', 'encoder_call', 'costs', 'quantise_language', 'page_batch',
+           'peak_of', 'whole_model']
 
 # %% ../../notebooks/library/06_models/70_cost.ipynb #5a29b0a0
 import time
@@ -63,11 +63,18 @@ def clock(
     return time.process_time()
 
 
+def clock_name(
+    device: torch.device,
+) -> str:
+    """Name what the clock of a device reads: seconds of the wall, or those of all threads of the processor together."""
+    return "seconds" if device.type == "cuda" else "processor_seconds"
+
+
 def in_turns(
     calls: dict[str, Callable[[], object]],  # the first is the reference
     rounds: int = 5,  # after one round to warm up
     device: str | torch.device = "cpu",
-) -> pd.DataFrame:  # one row per call: median seconds, median ratio to the reference, lowest and highest ratio
+) -> pd.DataFrame:  # one row per call: median time under the name of the clock, median ratio to the reference, lowest and highest ratio
     """Time calls in turns; ValueError for no rounds."""
     device = torch.device(device)
     if rounds < 1 or not calls:
@@ -82,7 +89,8 @@ def in_turns(
         seconds.append(took)
     table = pd.DataFrame(seconds[1:])
     ratio = table.div(table[next(iter(calls))], axis=0)
-    return pd.DataFrame(dict(seconds=table.median(), ratio=ratio.median(), lowest=ratio.min(), highest=ratio.max())).loc[list(calls)]
+    found = {clock_name(device): table.median(), "ratio": ratio.median(), "lowest": ratio.min(), "highest": ratio.max()}
+    return pd.DataFrame(found).loc[list(calls)]
 
 # %% ../../notebooks/library/06_models/70_cost.ipynb #120000bb
 WAYS = {"plain": "sdpa", "low rank": "sfa", "dense": "sfa_dense", "eager": "sfa_eager"}  # how each is called in a model
@@ -138,7 +146,7 @@ def costs(
     rounds: int = 3,
     ways: tuple[str, ...] = tuple(WAYS),  # the first is the reference
     training: bool = True,
-) -> pd.DataFrame:  # one row per way: operations, peak, largest and kept bytes, seconds, and ratios to the first
+) -> pd.DataFrame:  # one row per way: operations, peak, largest and kept bytes, time, and ratios to the first
     """Measure the encoder in several ways in one run."""
     calls = {way: encoder_call(model, way, pixels, training) for way in ways}
     tower, rows = family_of(model).tower_of(model), {}
@@ -228,7 +236,7 @@ def whole_model(
 
     def measure(name, pages, call):
         peak = peak_of(call, model, place)
-        rows[name] = dict(peak_bytes=peak, samples_per_second=pages / in_turns({name: call}, rounds, place).seconds.iloc[0])
+        rows[name] = dict(peak_bytes=peak, samples_per_second=pages / in_turns({name: call}, rounds, place)[clock_name(place)].iloc[0])
 
     for pages in train:
         batch = page_batch(model, pages, device)

@@ -42,9 +42,9 @@ def patch_bytes(
     "Compute what encoding takes for each patch: its pixels, and the widest of attention and MLP in one layer."
     vision = vision_of(config)
     gated = 3 if vision.model_type.startswith("qwen2_5") else 2
-    attention = 12 if family_of(config).native else 9  # rotated positions take copies of queries and keys
-    states = max(attention * vision.hidden_size, 3 * vision.hidden_size + gated * vision.intermediate_size)
-    return patch_numbers(config) * (4 * (not host) + element * (element != 4)) + states * element
+    attention = 7 * element + 5 * 4 if family_of(config).native else 9 * element  # positions are rotated in float32
+    states = max(attention * vision.hidden_size, (3 * vision.hidden_size + gated * vision.intermediate_size) * element)
+    return patch_numbers(config) * (4 * (not host) + element * (element != 4)) + states
 
 
 def patches_at_once(

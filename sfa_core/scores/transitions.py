@@ -31,19 +31,23 @@ def taxonomy_table(
     columns = {}
     for arm, r in reports.items():
         gap, cross = r["minus_floor"], r["correct_by_grounded"]
+        has_gap = gap and gap["estimate"] is not None
+        gap_text = f"{gap['estimate']:+.3f} ({interval_text(gap['low'], gap['high'], signed=True)})" if has_gap else "—"
         columns[arm] = {
             "judged": str(r["judged"]),
             **{name: share_text(r["classes"][name]) for name in CATEGORIES[1:]},
+            "right as a text only": str(r["overruled"]),
             "left out: label suspect, image error": f"{r['counts']['label_suspect']}, {r['errors']}",
             "numeric replies with evidence": str(r["in_rate"]),
             "U, ungrounded of these": share_text(r["ungrounded"]),
             "floor of U by chance": "—" if r["floor"] is None else f"{r['floor']:.3f}",
-            "U minus floor": "—" if not gap or gap["estimate"] is None else f"{gap['estimate']:+.3f} ({interval_text(gap['low'], gap['high'], signed=True)})",
+            "U minus floor": gap_text,
             "correct: grounded / not": f"{cross['correct']['grounded']} / {cross['correct']['not_grounded']}",
             "wrong: grounded / not": f"{cross['wrong']['grounded']} / {cross['wrong']['not_grounded']}",
             "older rule: 'hallucination'": share_text(r["source_rule"]),
         }
-    return pd.DataFrame(columns)
+    table = pd.DataFrame(columns)
+    return table if any(r["overruled"] for r in reports.values()) else table.drop(index="right as a text only")
 
 # %% ../../notebooks/library/04_scores/70_transitions.ipynb #a5e0de2c
 def grounding_change(
