@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARM_ORDER', 'REPORTED', 'LAYOUT', 'parameters_of', 'facts_of', 'place_of', 'schema_of', 'tidy_records', 'run_rates',
-           'cell_rates', 'flat', 'differing', 'references', 'uncommitted', 'all_runs', 'newest', 'overview',
+           'cell_rates', 'flat', 'differing', 'references', 'uncommitted', 'all_runs', 'newest', 'code_of', 'overview',
            'benchmark_of', 'models_of', 'arm_rates', 'against_control', 'published_table', 'categories', 'figures_of',
            'figure_index', 'configuration_name', 'printed_table', 'shared_facts']
 
@@ -167,6 +167,12 @@ def newest(runs: Iterable[Path]) -> dict[str, Path]:  # study -> its newest run
     return {facts_of(run)["study"]: run for run in runs}
 
 
+def code_of(facts: dict[str, Any]) -> str:
+    "Return the commit a run was made by, or the version of an installed package; a dash where neither is known."
+    commit, version = facts.get("git", {}).get("commit"), facts.get("packages", {}).get("sfa_core")
+    return commit[:10] if commit else f"version {version}" if version else "—"
+
+
 def overview(
     runs: list[Path],
     studies: Iterable[str] = (),  # that are to have a row even without a run
@@ -176,8 +182,8 @@ def overview(
     counted = Counter(facts_of(run)["study"] for run in runs)
     for study in sorted({*studies, *latest}):
         facts = facts_of(latest[study]) if study in latest else {"run": "no run yet"}
-        commit, minutes = str(facts.get("git", {}).get("commit") or "—")[:10], round(facts["wall_seconds"] / 60, 1) if study in latest else "—"
-        rows.append(dict(study=study, runs=counted[study], newest=facts["run"], started=facts.get("started", "—"), commit=commit, minutes=minutes))
+        code, minutes = code_of(facts), round(facts["wall_seconds"] / 60, 1) if study in latest else "—"
+        rows.append(dict(study=study, runs=counted[study], newest=facts["run"], started=facts.get("started", "—"), commit=code, minutes=minutes))
     return pd.DataFrame(rows)
 
 
