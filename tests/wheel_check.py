@@ -35,7 +35,8 @@ USE = """
 import sys
 from pathlib import Path
 from sfa_core.core.paths import CHECKOUT, DATA, exports_root
-from sfa_core.documents.generate import documents, make_document, samples
+from sfa_core.documents.generate import documents, make_document
+from sfa_core.documents.samples import samples
 from sfa_core.models.answers import answer
 from sfa_core.models.load import load_model
 from sfa_core.runs.grids import read_grid
