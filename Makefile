@@ -1,10 +1,13 @@
-# make tour | test | test-gpu | bench | lab | export | rendered | site | lint | hooks.  PIP_ARGS goes to pip (README: CPU-only or another CUDA build of torch).
-.PHONY: tour test test-gpu bench lab export rendered site lint hooks
+# make tour | test | test-gpu | bench | lab | export | rendered | site | wheel | lint | hooks.  PIP_ARGS goes to pip (README: CPU-only or another CUDA build of torch).
+.PHONY: tour test test-gpu bench lab export rendered site wheel lint hooks
 .DELETE_ON_ERROR:
 PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+UNFINISHED := .venv/.unfinished
+# An environment that a kill left without pip, or in the middle of an installation, is made again from nothing.
+ENVIRONMENT = { test ! -f $(UNFINISHED) && $(BIN)/python -m pip --version; } >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 
 tour: $(INSTALLED)
 	$(BIN)/sfa run 00_tour
@@ -33,6 +36,10 @@ rendered: $(INSTALLED)
 site: $(INSTALLED)
 	$(BIN)/python site/build_site.py site
 
+# Builds dist/*.whl and uses it away from the checkout, beside the packages of .venv.
+wheel: $(INSTALLED)
+	$(BIN)/python tests/wheel_check.py $(PIP_ARGS)
+
 lint: $(BIN)/ruff
 	$(BIN)/ruff check notebooks tests site setup.py
 
@@ -41,12 +48,13 @@ hooks: $(INSTALLED)
 
 # Ruff alone, so that `make lint` takes seconds on a machine where nothing is installed yet.
 $(BIN)/ruff:
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(ENVIRONMENT)
 	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt ruff
 
-# Installed once: again only when the requirements change. What pip says is shown when it fails.
+# Installed once: again only when the requirements change. What pip says is shown when it fails; what it had installed stays.
 $(INSTALLED): settings.ini setup.py constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(ENVIRONMENT)
+	@touch $(UNFINISHED)
 	@echo "Installing what constraints.txt pins: once, some minutes. Progress: tail -f .venv/install.log"
-	@$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e ".[dev]" >.venv/install.log 2>&1 || { cat .venv/install.log >&2; exit 1; }
-	@touch $@
+	@$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e ".[dev]" >.venv/install.log 2>&1 || { cat .venv/install.log >&2; rm -f $(UNFINISHED); exit 1; }
+	@mv $(UNFINISHED) $@

@@ -3,6 +3,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,15 +60,46 @@ def test_every_requirement_is_pinned():
 
 @pytest.mark.parametrize("ends", [0, 1])
 def test_what_pip_says_is_shown_only_when_it_fails(checkout, ends):
-    program(checkout / ".venv/bin/python", f'echo "Downloading torch"; echo "no space left" >&2; exit {ends}')
+    says = f'case "$*" in *--version*) exit 0;; esac; echo "Downloading torch"; echo "no space left" >&2; exit {ends}'
+    program(checkout / ".venv/bin/python", says)
     done = subprocess.run(["make", ".venv/.installed"], cwd=checkout, env=alone(), capture_output=True, text=True)
     assert (done.returncode == 0) == (ends == 0) == (checkout / ".venv/.installed").exists()
     shown = done.stdout + done.stderr
     assert ("Downloading torch" in shown) == ("no space left" in shown) == (ends == 1) and "Installing" in shown
 
 
-@pytest.mark.parametrize("fails", ["", "lint"])
-def test_the_check_lints_first_and_stops_there_when_that_fails(tmp_path, fails):
+def left_without_pip(folder):
+    "As a kill in the first seconds leaves it."
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / ".venv"], check=True)
+
+
+def left_while_installing(folder):
+    "As a kill of pip leaves it: pip would take a package for whole that has its metadata and half of its files."
+    subprocess.run([sys.executable, "-m", "venv", folder / ".venv"], check=True)
+    (folder / ".venv/.unfinished").touch()
+
+
+@pytest.mark.parametrize("left", [left_without_pip, left_while_installing])
+def test_an_environment_that_was_left_unfinished_is_made_again(checkout, left):
+    left(checkout)
+    (checkout / ".venv/half").touch()
+    subprocess.run(["make", ".venv/.installed", f"PYTHON={sys.executable}", "PIP_ARGS=--help"], cwd=checkout, env=alone(), check=True)
+    assert not (checkout / ".venv/half").exists() and not (checkout / ".venv/.unfinished").exists()
+    subprocess.run([checkout / ".venv/bin/python", "-m", "pip", "--version"], env=alone(), check=True)
+    assert "pip" not in planned(checkout, ".venv/.installed")
+
+
+def test_an_installation_that_fails_by_itself_keeps_the_environment(checkout):
+    left_while_installing(checkout)
+    (checkout / ".venv/.unfinished").unlink()
+    (checkout / ".venv/half").touch()
+    command = ["make", ".venv/.installed", f"PYTHON={sys.executable}", "PIP_ARGS=--no-such-option"]
+    assert subprocess.run(command, cwd=checkout, env=alone(), capture_output=True).returncode
+    assert (checkout / ".venv/half").exists() and not (checkout / ".venv/.unfinished").exists()
+
+
+@pytest.mark.parametrize("fails", ["", "lint", "test"])
+def test_the_check_lints_first_tests_and_builds_and_stops_where_one_fails(tmp_path, fails):
     shutil.copytree(ROOT / ".ci", tmp_path / ".ci")
     tools = tmp_path / "tools"
     for name in ("git", "python3", "chromium"):
@@ -76,7 +108,9 @@ def test_the_check_lints_first_and_stops_there_when_that_fails(tmp_path, fails):
     program(tools / "ldconfig", "echo libGL.so.1 libglib-2.0.so.0")
     program(tools / "make", f'echo "$@" >> {tmp_path}/made; test "$1" != "{fails}"')
     done = subprocess.run([tmp_path / ".ci/run"], env=alone() | {"PATH": f"{tools}:{os.environ['PATH']}"}, capture_output=True, text=True)
-    assert ((tmp_path / "made").read_text().split(), done.returncode == 0) == ((["lint"], False) if fails else (["lint", "test"], True))
+    steps = ["lint", "test", "wheel"]
+    assert (tmp_path / "made").read_text().split() == (steps[: steps.index(fails) + 1] if fails else steps)
+    assert (done.returncode == 0) == (not fails)
 
 
 def test_linting_installs_ruff_alone(checkout):

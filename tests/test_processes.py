@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 
@@ -96,4 +97,4 @@ def test_what_cannot_be_shared_is_refused():
     assert not torch.distributed.is_initialized()
     layer = type("Linear4bit", (torch.nn.Linear,), {"__module__": "bitsandbytes.nn"})(2, 2)
     with pytest.raises(ValueError, match="layer 0 is quantised"):
-        shard(torch.nn.Sequential(layer), bundle.family)
+        shard(replace(bundle, model=torch.nn.Sequential(layer)))

@@ -6,7 +6,7 @@
 __all__ = ['FINISHED', 'TABLES', 'FIGURES', 'component', 'out_folder', 'write_atomic', 'plain', 'write_json', 'expanded',
            'keys_of', 'write_metrics', 'write_timings', 'write_records', 'write_summary', 'write_table', 'write_figure',
            'finished_runs', 'find_run', 'alias_name', 'set_alias', 'content_hash', 'revision', 'revisions',
-           'command_output', 'hardware', 'packages', 'provenance']
+           'command_output', 'hardware', 'packages', 'git_commit', 'provenance']
 
 # %% ../../notebooks/library/12_runs/10_results.ipynb #2fcf45de
 import hashlib
@@ -24,7 +24,7 @@ import huggingface_hub
 import pandas as pd
 
 from ..core.reading import is_hub_id
-from ..core.paths import DATA, REPOSITORY, exports_root
+from ..core.paths import CHECKOUT, DATA, REPOSITORY, exports_root
 
 # %% ../../notebooks/library/12_runs/10_results.ipynb #54d15df4
 FINISHED = re.compile(r"[0-9a-f]{12}(-\d+)?")
@@ -269,13 +269,21 @@ def hardware() -> dict[str, Any]:
 def packages() -> dict[str, str]:  # name -> version
     "List what is installed; read once, since a process that makes many runs goes on with what it has imported."
     found = [entry.metadata for entry in importlib.metadata.distributions()]
-    return {metadata["Name"]: metadata["Version"] for metadata in found}
+    return {metadata["Name"]: metadata["Version"] for metadata in reversed(found)}  # the first on the path is imported
+
+
+def git_commit() -> dict[str, str | bool | None]:  # commit, dirty
+    "Return the commit of the code and whether files differ from it; None of both without a repository of its own."
+    top = command_output("git", "rev-parse", "--show-toplevel") if CHECKOUT else None
+    if top is None or Path(top).resolve() != CHECKOUT:  # an installed package, perhaps inside of another repository
+        return {"commit": None, "dirty": None}
+    changes = command_output("git", "status", "--porcelain")
+    return {"commit": command_output("git", "rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
 
 
 def provenance(parameters: dict[str, Any], versions: dict[str, str]) -> dict[str, Any]:
     "Collect everything beside the parameters that a result may depend on."
-    changes = command_output("git", "status", "--porcelain")
-    return {"git": {"commit": command_output("git", "rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)},
+    return {"git": git_commit(),
             "python": platform.python_version(), "hardware": hardware(), "revisions": versions,
             "packages": dict(packages()),
             "seeds": {name: value for name, value in parameters.items() if name.startswith("seed")}}

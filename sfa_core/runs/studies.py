@@ -19,13 +19,14 @@ import nbformat
 import papermill
 
 import sfa_core
-from ..core.paths import REPOSITORY
+from ..core.paths import REPOSITORY, working_root
 from .results import component, content_hash
 
 # %% ../../notebooks/library/12_runs/20_studies.ipynb #257d02f7
 def studies_root() -> Path:
-    "Return the folder of the study notebooks: `$SFA_STUDIES`, or notebooks/studies of the repository."
-    return (REPOSITORY / os.environ.get("SFA_STUDIES", "notebooks/studies")).resolve()
+    "Return the folder of the study notebooks: `$SFA_STUDIES`, or the studies that ship with the workbook."
+    own = os.environ.get("SFA_STUDIES")
+    return (working_root() / own if own else REPOSITORY / "notebooks" / "studies").resolve()
 
 
 def known_studies() -> dict[str, str]:  # study -> the one line that says what it is
