@@ -1,14 +1,16 @@
 """Consistency losses are what their formulas say, pull where they should, and cost no table of all pairs."""
 
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from sfa_core.tokens.adaptive import attach_tokens, detach_tokens
-from sfa_core.models.answers import answer_loss, training_batch
+from sfa_core.models.answers import IGNORE, answer_loss, training_batch
 from sfa_core.structure.inject import eject, inject
 from sfa_core.training.checkpoints import TIMING
 from sfa_core.training.consistency import SCRConfig, consistency_table, dense_queries, entropy_loss, tile_density, with_consistency
@@ -22,7 +24,7 @@ from sfa_core.attention.capture import catching
 from sfa_core.models.load import new_bundle
 from sfa_core.tokens.patches import PatchConfig
 from sfa_core.training.stream import DocumentSet, Mixture, batches
-from sfa_core.training.visible import number_pages, number_targets, shown_boxes
+from sfa_core.training.visible import number_page, number_pages, number_targets, shown_boxes
 from tiny_internvl import SMALLEST
 
 TINY = replace(SMALLEST, initializer_range=0.3)
@@ -104,19 +106,50 @@ def test_numbers_of_a_page_are_matched_with_their_tokens_and_no_others(bundle, c
     pages = number_pages(rows)
     shown = [shown_boxes(bundle, page.size) for page in pages]
     batch = training_batch(bundle, rows)
-    places, images, positive, negative, skipped = number_targets(bundle, batch, pages, shown)
-    assert 0 < skipped < sum(len(page.asked) for page in pages)
-    for (row, at), mark, other in zip(places.tolist(), positive, negative):
+    targets = number_targets(bundle, batch, pages, shown)
+    images = targets.images
+    assert 0 < targets.skipped < sum(len(page.asked) for page in pages)
+    for (row, at), mark, other in zip(targets.digits.tolist(), targets.positive, targets.negative):
         answer = bundle.tokenizer.decode([int(batch["labels"][row, at + 1])])
         found = [(int(images[i, 0]), i - 64 * int(images[i, 0])) for i in mark.nonzero()[:, 0].tolist()]
         assert {page for page, _ in found} == {row}  # the value of the own page
         touched = [{v for v, box in zip(pages[row].values, pages[row].boxes) if overlap(shown[row][token], box)} for _, token in found]
-        assert all(len(values) == 1 and answer.strip() in next(iter(values)) for values in touched)
+        assert all(len(values) == 1 and answer.strip() in f"{next(iter(values)):g}" for values in touched)
         value = next(iter(touched[0]))
         for i in other.nonzero()[:, 0].tolist():
             page, token = divmod(i, 64)
             assert value not in {v for v, box in zip(pages[page].values, pages[page].boxes) if overlap(shown[page][token], box)}
         assert {divmod(i, 64)[0] for i in other.nonzero()[:, 0].tolist()} - {row}  # other pages of the batch take part
+
+
+def test_every_digit_of_a_visible_answer_is_a_target_and_no_other_token(bundle, charts):
+    rows = list(charts)
+    pages, batch = number_pages(rows), training_batch(bundle, rows)
+    targets = number_targets(bundle, batch, pages, [shown_boxes(bundle, page.size) for page in pages])
+    labels = batch["labels"]
+    texts = [bundle.tokenizer.decode([int(labels[row, at + 1])]) for row, at in targets.digits.tolist()]
+    assert texts and all(re.search(r"\d", text) for text in texts) and len(set(map(tuple, targets.digits.tolist()))) == len(texts)
+    every = sum(bool(re.search(r"\d", bundle.tokenizer.decode([int(token)]))) for token in labels[labels != IGNORE])
+    assert len(texts) < every, "digits of answers that are not printed, or touch another number, are no targets"
+    assert targets.positive.shape == targets.negative.shape == (len(texts), len(targets.images)) and targets.positive.any(1).all()
+
+
+@pytest.mark.parametrize("printed, answer, same", [
+    ("1,250", "1250", True), ("12 %", "12%", True), ("5.2 million", "5,200,000", True), ("$ 80", "80", True), ("−3.5", "-3.5", True),
+    ("1 250", "1250", True), ("5만", "50000", True), ("12", "13", False), ("Q1", "1", False), ("12 of 80", "12", False)])
+def test_a_number_is_the_same_however_it_is_written(printed, answer, same):
+    page = number_page(Image.new("RGB", (40, 20)), [("oak", (0, 0, 9, 9)), (printed, (10, 0, 30, 9))], [(answer, [1])])
+    assert [place for _, place in page.asked] == ([[0]] if same else [[]])
+
+
+def test_targets_of_pages_without_numbers_are_empty(bundle, charts):
+    rows = [dict(row, texts=[]) for row in list(charts)[:2]]
+    pages, batch = number_pages(rows), training_batch(bundle, rows)
+    targets = number_targets(bundle, batch, pages, [shown_boxes(bundle, page.size) for page in pages])
+    assert targets.digits.shape == (0, 2) and targets.positive.shape == (0, len(targets.images))
+    assert targets.skipped == sum(len(page.asked) for page in pages)
+    with pytest.raises(ValueError, match="the batch has .* image tokens, boxes are given for 0"):
+        number_targets(bundle, batch, pages, [np.zeros((0, 4))] * 2)
 
 
 def overlap(a, b):

@@ -253,12 +253,11 @@ def with_consistency(
         dropped = bool(plans) and control.keep_copies is not None
         own = [[next(kept) for _ in tile_regions(bundle, page.size, tiles)] if dropped else () for page in pages]
         shown = [shown_boxes(bundle, page.size, tiles, each) for page, each in zip(pages, own)]
-        digits, images, positive, negative, skipped = (
-            part.to(states[0].device) if torch.is_tensor(part) else part for part in number_targets(bundle, batch, pages, shown)
-        )
-        found = grounding_loss(states[0][digits[:, 0], digits[:, 1]], states[0][images[:, 0], images[:, 1]], positive, negative, config.temperature)
-        losses["grounding"] = config.grounding * found
-        counts |= dict(grounding_questions=sum(len(page.asked) for page in pages), grounding_skipped=skipped, grounding_digits=len(digits))
+        targets = number_targets(bundle, batch, pages, shown).to(states[0].device)
+        said, seen = (states[0][at[:, 0], at[:, 1]] for at in (targets.digits, targets.images))
+        losses["grounding"] = config.grounding * grounding_loss(said, seen, targets.positive, targets.negative, config.temperature)
+        counts |= dict(grounding_questions=sum(len(page.asked) for page in pages), grounding_skipped=targets.skipped)
+        counts |= dict(grounding_digits=len(targets.digits))
     if config.stability:
         with torch.set_grad_enabled(config.both and torch.is_grad_enabled()):
             other = second_view(bundle, pixels, config.scale)
