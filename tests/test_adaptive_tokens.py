@@ -13,8 +13,10 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaOnevis
 
 import sfa_core.tokens.adaptive as adaptive_module
 import sfa_core.training.arms as arms_module
-from sfa_core.tokens.adaptive import CONTROL, attach_tokens, detach_tokens, language_tokens, plan_geometry
-from sfa_core.models.answers import answer, answer_loss, generate, training_batch
+from sfa_core.tokens.adaptive import CONTROL, attach_tokens, detach_tokens, language_tokens
+from sfa_core.tokens.areas import plan_geometry
+from sfa_core.models.answers import answer, generate
+from sfa_core.models.sequences import answer_loss, training_batch
 from sfa_core.structure.inject import eject, inject, structures_of, visible_attention
 from sfa_core.tokens.density import density_blocks, estimate_density, load_density
 from sfa_core.documents.generate import documents

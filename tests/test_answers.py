@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sfa_core.models import answers
-from sfa_core.models.answers import IGNORE, SUFFIX, answer, answer_loss, answer_tokens
-from sfa_core.models.answers import end_token, image_inputs, image_tokens, pack, prompt_tokens, training_batch
+from sfa_core.models.answers import answer
+from sfa_core.models.sequences import IGNORE, SUFFIX, answer_loss, answer_tokens, end_token, pack, prompt_tokens, training_batch
+from sfa_core.models.images import image_inputs, image_tokens
 from sfa_core.documents.generate import documents
 from sfa_core.core.pictures import as_seen
 from sfa_core.documents.samples import Sample, samples

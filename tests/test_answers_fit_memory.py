@@ -14,7 +14,8 @@ from sfa_core.core.families import FAMILIES
 from sfa_core.core.memory import MemoryProbe, held_bytes
 from sfa_core.documents.generate import documents
 from sfa_core.documents.samples import samples
-from sfa_core.models.answers import answer, generate, prompt_tokens
+from sfa_core.models.answers import answer, generate
+from sfa_core.models.sequences import prompt_tokens
 from sfa_core.models.evaluate import evaluate
 from sfa_core.models.footprint import (
     ENCODER_BYTES,

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from sfa_core.tokens.adaptive import attach_tokens, detach_tokens
-from sfa_core.models.answers import IGNORE, answer_loss, training_batch
+from sfa_core.models.sequences import IGNORE, answer_loss, training_batch
 from sfa_core.structure.inject import eject, inject
 from sfa_core.training.checkpoints import TIMING
 from sfa_core.training.consistency import SCRConfig, consistency_table, dense_queries, entropy_loss, tile_density, with_consistency

@@ -19,7 +19,8 @@ from sfa_core.attention.probes import record
 from sfa_core.figures.views import Recorder
 from sfa_core.interventions.sink_places import sink_table
 from sfa_core.models.evaluate import tiles_of
-from sfa_core.models.answers import answer, answer_loss, answer_tokens, prompt_tokens, training_batch
+from sfa_core.models.answers import answer
+from sfa_core.models.sequences import answer_loss, answer_tokens, prompt_tokens, training_batch
 from sfa_core.structure.inject import eject, inject, set_blocks, set_geometry, structures_of, use_attention, vision_attention
 from sfa_core.structure.store import load_structure, save_structure
 from sfa_core.documents.samples import Sample

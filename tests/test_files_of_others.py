@@ -443,7 +443,7 @@ def test_odd_images_among_200_questions_cost_only_their_own_answers(own, model):
 
 
 def test_a_shape_that_a_family_cannot_take_is_named_in_training_and_in_records():
-    from sfa_core.models.answers import training_batch
+    from sfa_core.models.sequences import training_batch
     from sfa_core.models.miniatures import miniature
     from sfa_core.attention.probes import record
 

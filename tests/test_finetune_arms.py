@@ -12,7 +12,7 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration
 
 import sfa_core.training.arms as arms_module
 import sfa_core.training.finetune as finetune_module
-from sfa_core.models.answers import answer_loss, training_batch
+from sfa_core.models.sequences import answer_loss, training_batch
 from sfa_core.structure.inject import eject, inject
 from sfa_core.structure.store import load_structure
 from sfa_core.training.checkpoints import TIMING, read_folder

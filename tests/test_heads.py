@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_decoders import BUILDERS, PROMPTS, tiny
 
-from sfa_core.models.answers import answer_loss, training_batch
+from sfa_core.models.sequences import answer_loss, training_batch
 from sfa_core.documents.generate import documents, make_document
 from sfa_core.documents.samples import samples
 from sfa_core.models.embedded import EmbeddedConfig, train_tokenizer
@@ -135,7 +135,7 @@ def test_a_head_that_looks_at_one_place_has_its_distance(bundle):
         table = head_table(bundle, asked, batch_size=1).query("layer == 1")
     finally:
         layer.load_state_dict(weights)
-    from sfa_core.models.answers import prompt_tokens
+    from sfa_core.models.sequences import prompt_tokens
     for sample, part in table.groupby("sample"):
         before, after = prompt_tokens(bundle, next(one.question for one in asked if one.id == sample))
         rows = np.arange(len(before) + 65, len(before) + 66 + len(after))  # the image is framed by two tokens

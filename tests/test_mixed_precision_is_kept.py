@@ -7,7 +7,7 @@ from accelerate.state import AcceleratorState
 from transformers import BitsAndBytesConfig
 
 from sfa_core.documents.generate import documents
-from sfa_core.models.answers import answer_loss, training_batch
+from sfa_core.models.sequences import answer_loss, training_batch
 from sfa_core.models.miniatures import miniature
 from sfa_core.models.quantization import stored_as
 from sfa_core.training.arms import FinetuneConfig

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from sfa_core.tokens.adaptive import CONTROL, adaptive_tokens, language_tokens
-from sfa_core.models.answers import answer_loss, generate, training_batch
+from sfa_core.models.answers import generate
+from sfa_core.models.sequences import answer_loss, training_batch
 from sfa_core.tokens.copies import token_origins
 from sfa_core.documents.samples import Sample
 from sfa_core.models.images import image_batch, image_features

@@ -8,7 +8,7 @@ import torch
 from test_finetune_arms import QUICK, tiny
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from sfa_core.models.answers import answer_loss, training_batch
+from sfa_core.models.sequences import answer_loss, training_batch
 from sfa_core.structure.inject import inject
 from sfa_core.documents.generate import documents
 from sfa_core.training.finetune import finetune

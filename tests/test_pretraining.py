@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from sfa_core.models.answers import training_batch
+from sfa_core.models.sequences import training_batch
 from sfa_core.pretraining.dense import dense_binding
 from sfa_core.documents.generate import documents, make_document
 from sfa_core.models.embedded import EmbeddedConfig

@@ -16,7 +16,8 @@ from transformers import Qwen2_5_VLConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from sfa_core.models.answers import answer, prompt_tokens
+from sfa_core.models.answers import answer
+from sfa_core.models.sequences import prompt_tokens
 from sfa_core.structure.inject import inject
 from sfa_core.documents.generate import documents, make_document
 from sfa_core.documents.samples import Evidence, Sample, TextBox, samples

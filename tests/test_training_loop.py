@@ -21,7 +21,8 @@ from toy_training import batch_at, model, noisy, quiet, run
 
 import sfa_core.training.checkpoints
 from sfa_core.training.checkpoints import TIMING, checkpoints, read_folder, read_log
-from sfa_core.training.loop import first_difference, split_batch, train
+from sfa_core.training.loop import split_batch, train
+from sfa_core.training.state import first_difference
 from sfa_core.training.schedule import DECAYS, LoopConfig, rate_share
 
 LAST = "step-00000009"

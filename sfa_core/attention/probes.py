@@ -14,7 +14,8 @@ import torch
 from tqdm import tqdm
 
 from ..tokens.adaptive import CONTROL
-from ..models.answers import end_token, generate, prompt_tokens
+from ..models.answers import generate
+from ..models.sequences import end_token, prompt_tokens
 from ..documents.samples import Sample, samples
 from ..core.families import TokenGrid, modules_at
 from ..models.images import ImageBatch, image_batch, image_features, images_of, tile_regions

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..models.answers import IGNORE, answer_loss, training_batch
+from ..models.sequences import IGNORE, answer_loss, training_batch
 from ..documents.samples import Sample, samples
 from ..core.bundle import Bundle
 from ..attention.capture import row_probabilities, widened

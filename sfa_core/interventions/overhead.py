@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..models.answers import image_inputs, image_tokens, prompt_tokens
+from ..models.images import image_inputs, image_tokens
+from ..models.sequences import prompt_tokens
 from ..models.embedded import EmbeddedConfig
 from ..models.load import new_bundle
 from ..core.bundle import Bundle

@@ -21,7 +21,7 @@ from transformers import AutoModelForImageTextToText, InternVLConfig, PreTrained
 from ..core.bundle import Bundle
 from ..core.families import family_of
 from ..core.memory import MemoryProbe, held_bytes, saved_bytes
-from .answers import answer_loss, pack
+from .sequences import answer_loss, pack
 from .quantization import BLOCK, keep_differentiable
 from ..structure.inject import inject, structures_of, use_attention
 

@@ -22,7 +22,7 @@ from datasets import Dataset
 from datasets import Image as ImageFeature
 from safetensors.torch import load_file, save_file
 
-from ..models.answers import answer_loss, answer_tokens, pack, prompt_tokens, training_batch
+from ..models.sequences import answer_loss, answer_tokens, pack, prompt_tokens, training_batch
 from .dense import DenseHeads, dense_losses, dense_targets, heads_of_size, patch_features
 from ..documents.generate import documents, generator_version
 from ..core.pictures import decode

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.utils.checkpoint import checkpoint
 
-from ..tokens.adaptive import AREA, CONTROL, TokenControl
+from ..tokens.adaptive import CONTROL, TokenControl
+from ..tokens.areas import AREA
 from ..structure.inject import CHILD
 from ..tokens.density import load_density, pseudo_label
 from ..documents.samples import Sample

@@ -20,14 +20,15 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..documents.generate import documents
-from ..models.answers import answer_loss, training_batch
+from ..models.sequences import answer_loss, training_batch
 from ..core.bundle import Bundle
 from ..structure.inject import eject, inject
 from ..tokens.adaptive import CONTROL, detach_tokens
 from .arms import ARMS, FinetuneConfig, attach_density, parameters_of, plain_model, put_back, save_arm
 from .arms import trainable
 from .consistency import SCRConfig, with_consistency
-from .loop import Position, train
+from .loop import train
+from .state import Position
 from .schedule import FREE_ON_RESUME
 from .sharding import is_sharded, shard, whole
 from .stream import DocumentSet, Mixture, batches

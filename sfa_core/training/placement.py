@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ..models.answers import answer_loss
+from ..models.sequences import answer_loss
 from ..core.memory import MemoryProbe, held_bytes
 from ..core.bundle import Bundle
 from .finetune import model_autocast

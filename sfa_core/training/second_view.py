@@ -13,7 +13,8 @@ import numpy as np
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
-from ..tokens.adaptive import AREA, CONTROL, TokenControl
+from ..tokens.adaptive import CONTROL, TokenControl
+from ..tokens.areas import AREA
 from ..structure.inject import CHILD, set_geometry
 from ..tokens.density import density_blocks
 from ..core.bundle import Bundle

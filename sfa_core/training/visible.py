@@ -20,7 +20,7 @@ from ..core.bundle import Bundle
 from ..core.pictures import decode
 from ..documents.numbers import quantity, ten_digits
 from ..documents.samples import Sample
-from ..models.answers import IGNORE, answer_tokens
+from ..models.sequences import IGNORE, answer_tokens
 from ..tokens.copies import token_origins
 from ..tokens.patches import PatchPlan, is_kept
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, InternVLForConditionalGeneration
 
-from sfa_core.models.answers import answer_loss, training_batch
+from sfa_core.models.sequences import answer_loss, training_batch
 from sfa_core.structure.inject import dense_attention, inject, structural_attention
 from sfa_core.documents.generate import documents
 from sfa_core.documents.samples import samples
