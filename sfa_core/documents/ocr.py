@@ -27,21 +27,22 @@ def read_ocr(
     least: float = 0.5,    # confidence, 0..1; texts below it are dropped
 ) -> OcrTexts:
     "Read an OCR result file; ValueError names the line that is no text with box and confidence."
-    texts, kept, dropped = {}, 0, 0
+    texts, kept, dropped = {}, 0, 0  # image -> texts, and how many
     expected = "image, text, box (4 numbers or 4 corners) and confidence (0 to 1)"
     for where, entry in json_lines(file, expected):
         try:
             image, text = (text_value(entry[key], f"the {key}", where) for key in ("image", "text"))
-            box, sure = box_of_edges(entry["box"]), float(entry["confidence"])
-            if not 0 <= sure <= 1:
-                raise ValueError(f"confidence {sure}")
+            box, confidence = box_of_edges(entry["box"]), float(entry["confidence"])
+            if not 0 <= confidence <= 1:
+                raise ValueError(f"confidence {confidence}")
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"{where}: {error!r}; expected {expected}") from error
-        sure = sure >= least
-        texts.setdefault(image, [])
-        kept, dropped = kept + sure, dropped + (not sure)
-        if sure:
-            texts[image].append(TextBox(text, box, "ocr"))
+        read = texts.setdefault(image, [])
+        if confidence < least:
+            dropped += 1
+            continue
+        kept += 1
+        read.append(TextBox(text, box, "ocr"))
     return OcrTexts({image: Evidence((), tuple(found)) for image, found in texts.items()}, kept, dropped)
 
 

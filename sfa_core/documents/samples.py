@@ -55,7 +55,7 @@ def evidence_of(row: dict, question: dict) -> Evidence:
 
 
 def samples(data: Dataset | Iterable[Sample], kinds: tuple[str, ...] | None = None) -> list[Sample]:
-    "Give the questions of a dataset of documents (or the samples given), only of some kinds if asked; ValueError when none are left."
+    "Return the questions of documents, or the samples given, of all kinds or of some; ValueError when none are left."
     if isinstance(data, Dataset):
         rows = data.cast_column("image", Image(decode=False))
         chosen = [Sample(q["id"], row["id"], q["kind"], q["question"], tuple(q["answers"]), row["image"]["bytes"] or row["image"]["path"], evidence_of(row, q))

@@ -21,16 +21,20 @@ MORE = "more|less|fewer|higher|lower|larger|smaller|greater|bigger"
 MOVES = "increase|decrease|change|rise|grow|growth|decline|drop|fall"
 NAMES = {
     "sum": r"\b(?:sum|total|together|altogether|combined|add(?:ed|ing)?|plus|in all)\b|합계|총합|총액|합(?:은|이|을|의)\b|더하|더한",
-    "difference": rf"\bdiffer(?:ence|ences|s)?\b|far apart|\bminus\b|\bsubtract|\bgap\b|\bhow (?:much|many) (?:{MORE})\b"
-    rf"|\bhow much (?:did|does|has|have) .*\b(?:{MOVES})|\b(?:{MOVES}) (?:between|from)\b|차이",
-    "ratio": r"\bratio\b|\bquotient\b|\bdivided by\b|\bhow many times\b|\btimes (?:as|more|larger|higher|greater|bigger)\b|비율|몇 배|나누",
+    "difference": r"\bdiffer(?:ence|ences|s)?\b|far apart|\bminus\b|\bsubtract|\bgap\b"
+    rf"|\bhow (?:much|many) (?:{MORE})\b|\bhow much (?:did|does|has|have) .*\b(?:{MOVES})|\b(?:{MOVES}) (?:between|from)\b|차이",
+    "ratio": r"\bratio\b|\bquotient\b|\bdivided by\b|\bhow many times\b"
+    r"|\btimes (?:as|more|larger|higher|greater|bigger)\b|비율|몇 배|나누",
     "average": r"\baverage\b|\b(?:the|arithmetic) mean\b|평균",
     "median": r"\bmedian\b|중앙값",
     "product": r"\bproduct of\b|\bmultipl|곱하|곱은",
 }
 NAMED = {name: re.compile(pattern, flags=re.IGNORECASE) for name, pattern in NAMES.items()}
 ANY = re.compile("|".join(NAMES.values()), flags=re.IGNORECASE)  # one look is enough for most questions
-COUNT = re.compile(rf"\bhow many (?!{MORE}|times|percent)|\bnumber of\b|\bcount\b|몇\s*(?:개|가지|명|곳|건|종|칸|줄)|개수", flags=re.IGNORECASE)
+COUNT = re.compile(
+    rf"\bhow many (?!{MORE}|times|percent)|\bnumber of\b|\bcount\b|몇\s*(?:개|가지|명|곳|건|종|칸|줄)|개수",
+    flags=re.IGNORECASE,
+)
 
 
 @lru_cache(maxsize=100_000)
@@ -41,17 +45,26 @@ def named_operations(question: str) -> tuple[str, ...]:  # keys of NAMES
 
 @lru_cache(maxsize=100_000)
 def asks_for_count(question: str) -> bool:
-    "Say whether a question asks how many things there are; whether it counts marks or reads a quantity, the answer has to say."
+    "Check whether a question asks how many there are; the answer shows whether it counts marks or reads a quantity."
     return bool(COUNT.search(question))
 
 # %% ../../notebooks/library/04_scores/40_operations.ipynb #91a0a1b9
-def results_plainly(operation: str, values: Sequence[float], lines: Sequence[Sequence[int]]) -> list[tuple[float, tuple[int, ...]]]:
+def results_plainly(
+    operation: str,
+    values: Sequence[float],
+    lines: Sequence[Sequence[int]],
+) -> list[tuple[float, tuple[int, ...]]]:  # result and its operands
     "List every result of an operation with the operands that give it, in plain loops; the specification of `results`."
     of_pair = {
-        "sum": lambda a, b: [a + b], "difference": lambda a, b: [abs(a - b)], "product": lambda a, b: [a * b],
-        "ratio": lambda a, b: ([a / b] if b else []) + ([b / a] if a else []), "average": lambda a, b: [(a + b) / 2], "median": lambda a, b: [(a + b) / 2],
+        "sum": lambda a, b: [a + b],
+        "difference": lambda a, b: [abs(a - b)],
+        "product": lambda a, b: [a * b],
+        "ratio": lambda a, b: ([a / b] if b else []) + ([b / a] if a else []),
+        "average": lambda a, b: [(a + b) / 2],
+        "median": lambda a, b: [(a + b) / 2],
     }[operation]
-    found = [(result, (i, j)) for i, j in combinations(range(len(values)), 2) for result in of_pair(values[i], values[j])]
+    pairs = combinations(range(len(values)), 2)
+    found = [(result, (i, j)) for i, j in pairs for result in of_pair(values[i], values[j])]
     of_line = {"sum": sum, "average": np.mean, "median": np.median}.get(operation)
     if of_line:
         found += [(float(of_line([values[i] for i in line])), tuple(line)) for line in lines if len(line) > 2]
@@ -66,11 +79,11 @@ class Results:
         self.values, self.pairs, self.lines = values[self.order], pairs, lines
 
     def operands(self, result: int) -> tuple[int, ...]:
-        "Give what a result was calculated from."
+        "Return the operands that a result was calculated from."
         return tuple(self.pairs[result].tolist()) if result < len(self.pairs) else self.lines[result - len(self.pairs)]
 
     def find(self, number: Number, signed: bool = True) -> tuple[int, ...] | None:
-        "Give operands whose result agrees with a number at the digits it shows, None when there are none."
+        "Return operands whose result agrees with a number at the digits it shows, None when there are none."
         number = number if signed else number._replace(value=abs(number.value))
         half = number.unit / 2 * (1 + 1e-9) + 1e-9 * abs(number.value)
         for i in range(int(self.values.searchsorted(number.value - half)), len(self.values)):
@@ -99,7 +112,8 @@ def results(
     pairs = pairs_of(len(values))
     a, b = values[pairs].T
     if operation == "ratio":
-        found, pairs = np.concatenate([a[b != 0] / b[b != 0], b[a != 0] / a[a != 0]]), np.concatenate([pairs[b != 0], pairs[a != 0]])
+        found = np.concatenate([a[b != 0] / b[b != 0], b[a != 0] / a[a != 0]])
+        pairs = np.concatenate([pairs[b != 0], pairs[a != 0]])
     else:
         found = {"sum": a + b, "difference": np.abs(a - b), "product": a * b}.get(operation, (a + b) / 2)
     of_line = {"sum": np.sum, "average": np.mean, "median": np.median}.get(operation)

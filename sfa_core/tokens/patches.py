@@ -150,12 +150,15 @@ class PatchPlan:
         self,
         merge: int = 1,  # base cells per side in one language token
     ) -> np.ndarray:  # (h / merge * w / merge,) int, row by row
-        "Say of each language token which is the first that is equal: of all tokens inside one leaf, the first; else the token itself."
+        "Return the first equal token of each language token: of all inside one patch the first, else the token itself."
         if merge < 1 or self.grid[0] % merge or self.grid[1] % merge:
-            raise ValueError(f"{merge} cells per side make no language tokens on a grid of {self.grid[0]} x {self.grid[1]}, expected a divisor of both")
-        of = blocks_of(self.owner, 2 * merge).transpose(0, 2, 1, 3).reshape(-1, 4 * merge**2)
-        inside = (of == of[:, :1]).all(1)
-        _, first, which = np.unique(of[:, 0] + len(self) * ~inside * np.arange(1, len(of) + 1), return_index=True, return_inverse=True)
+            grid = f"a grid of {self.grid[0]} x {self.grid[1]}"
+            raise ValueError(f"{merge} cells per side make no language tokens on {grid}, expected a divisor of both")
+        patches = blocks_of(self.owner, 2 * merge).transpose(0, 2, 1, 3).reshape(-1, 4 * merge**2)  # under each token
+        inside_one = (patches == patches[:, :1]).all(1)
+        own_name = len(self) + np.arange(len(patches))  # above the numbers of all patches
+        names = np.where(inside_one, patches[:, 0], own_name)
+        _, first, which = np.unique(names, return_index=True, return_inverse=True)
         return first[which]
 
     def kept(self, merge: int = 1) -> np.ndarray:  # (h / merge * w / merge,) bool
