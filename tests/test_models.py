@@ -215,6 +215,38 @@ def test_code_in_a_folder_is_never_run(folder, tmp_path):
     assert type(load_model(folder, placement="cpu").model) is InternVLForConditionalGeneration and not ran.exists()
 
 
+@pytest.mark.parametrize("kind", ["AutoImageProcessor", "AutoTokenizer", "AutoProcessor"])
+def test_code_of_a_class_that_is_not_known_is_not_even_asked_about(folder, tmp_path, monkeypatch, kind):
+    """Transformers would ask on the terminal whether the folder's code may run; here every answer would be yes."""
+    ran, asked = tmp_path / "ran", []
+    (folder / "own.py").write_text(f"open({str(ran)!r}, 'w')\nclass Own: pass\n")
+    monkeypatch.setattr("builtins.input", lambda *words: asked.append(words) or "y")
+    edit(folder / "preprocessor_config.json", image_processor_type="Own", auto_map={"AutoImageProcessor": "own.Own"})
+    if kind == "AutoTokenizer":
+        edit(folder / "tokenizer_config.json", tokenizer_class="Own", auto_map={"AutoTokenizer": ["own.Own", None]})
+    if kind == "AutoProcessor":
+        edit(folder / "processor_config.json", processor_class="Own", auto_map={"AutoProcessor": "own.Own"})
+    refused(folder, "processor of", "copy")
+    assert not ran.exists() and not asked
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("part", [None, "text_config", "vision_config"])
+@pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation", "_attn_implementation_internal", "_experts_implementation"])
+def test_a_configuration_does_not_choose_the_code_of_the_attention(folder, key, part, bits):
+    config = json.loads((folder / "config.json").read_text())
+    (config[part] if part else config)[key] = "owner/name"
+    (folder / "config.json").write_text(json.dumps(config))
+    model = load_model(folder, placement="cpu", language_bits=bits).model
+    assert {module.config._attn_implementation for module in model.modules() if hasattr(module, "config")} == {"sdpa"}
+
+
+@pytest.mark.parametrize("change", [dict(dtype="no_such_dtype"), dict(vision_config=7), dict(vision_config={"num_hidden_layers": "two"})])
+def test_a_configuration_of_wrong_types_is_refused_in_one_line(folder, change):
+    edit(folder / "config.json", **change)
+    refused(folder, "config.json")
+
+
 @pytest.mark.parametrize("options, word", [
     (dict(precision="fp8"), "bfloat16"), (dict(language_bits=3), "expected None, 4 or 8"), (dict(placement="gpu"), "'gpu'"),
     (dict(placement="cpu,cpu,cpu"), "3 devices"), (dict(placement="cuda:99"), "CUDA device"),

@@ -58,16 +58,23 @@ def dangers(source):
                 yield f"{function.value.id}.{function.attr}"
             if isinstance(function, ast.Name) and function.id in ("eval", "exec"):
                 yield function.id
+            reads = isinstance(function, ast.Attribute) and function.attr in ("from_pretrained", "from_config")
+            if reads and not any(keyword.arg == "trust_remote_code" for keyword in node.keywords):
+                yield f"{function.attr} without trust_remote_code=False"
             for keyword in node.keywords:
-                if keyword.arg in ("trust_remote_code", "allow_pickle", "weights_only"):
+                untrusted = isinstance(keyword.value, ast.Constant) and keyword.value.value is False
+                if keyword.arg in ("allow_pickle", "weights_only") or keyword.arg == "trust_remote_code" and not untrusted:
                     yield keyword.arg
 
 
 @pytest.mark.parametrize("source, name", [
     ("import pickle", "pickle"), ("from joblib import load", "joblib"), ("torch.load(p)", "torch.load"), ("np.load(p, allow_pickle=True)", "allow_pickle"),
-    ("M.from_pretrained(p, trust_remote_code=True)", "trust_remote_code"), ("yaml.load(t, Loader=L)", "yaml.load"), ("pd.read_pickle(p)", "pd.read_pickle")])
+    ("M.from_pretrained(p, trust_remote_code=True)", "trust_remote_code"), ("M.from_config(c, trust_remote_code=t)", "trust_remote_code"),
+    ("M.from_pretrained(p)", "from_pretrained without trust_remote_code=False"), ("f(C)(1).from_config(c)", "from_config without trust_remote_code=False"),
+    ("yaml.load(t, Loader=L)", "yaml.load"), ("pd.read_pickle(p)", "pd.read_pickle")])
 def test_the_scan_finds_what_it_is_for(source, name):
-    assert name in set(dangers(source)) and not set(dangers("yaml.safe_load(t); load_file(p); json.loads(t)"))
+    assert name in set(dangers(source)) and not set(
+        dangers("yaml.safe_load(t); load_file(p); json.loads(t); M.from_pretrained(p, trust_remote_code=False)"))
 
 
 def test_no_code_of_the_repository_opens_pickles_or_trusts_remote_code():

@@ -144,7 +144,10 @@ def image_only(
         return type(argument)
 
     def parts(cls, source, processor_dict=None, **kwargs):
-        loaded = {"image_processor": AutoImageProcessor.from_pretrained(source, backend="pil"), "tokenizer": AutoTokenizer.from_pretrained(source)}
+        loaded = {
+            "image_processor": AutoImageProcessor.from_pretrained(source, backend="pil", trust_remote_code=False),
+            "tokenizer": AutoTokenizer.from_pretrained(source, trust_remote_code=False),
+        }
         return [loaded.get(slot) for slot in cls.get_attributes()]
 
     methods = {"check_argument_for_proper_class": check, "_get_arguments_from_pretrained": classmethod(parts)}

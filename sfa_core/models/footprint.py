@@ -99,7 +99,7 @@ def weight_bytes(
 ) -> tuple[int, int]:  # encoder with projector, the rest
     "Count the weights of a model from its configuration, on the meta device."
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype, trust_remote_code=False)
     family, sizes = family_of(config), {id(weight): weight.nbytes for weight in model.parameters()}
     parts = family.tower_of(model), family.projector_of(model)
     encoder = sum(sizes[weight] for weight in {id(weight) for part in parts for weight in part.parameters()})

@@ -23,7 +23,7 @@ import torch
 from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForImageTextToText, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import is_torchvision_available, logging as transformers_logging
 
@@ -33,6 +33,7 @@ from ..core.paths import DATA
 from ..core.reading import check_cache, is_folder, is_hub_id
 from .embedded import EmbeddedConfig, build_processor, image_only, new_model
 from .quantization import keep_differentiable, quantization, quantized_layers
+from .weights import read_config
 from ..structure.bias import StructuralBias
 from ..structure.store import load_structure
 
@@ -214,14 +215,17 @@ def place(
 # %% ../../notebooks/library/06_models/20_load.ipynb #dd0d973c
 def read_weights(
     folder: Path,
+    config: Any,  # as by `read_config`
     **options: Any,  # dtype, quantization_config, device_map of `from_pretrained`
 ) -> PreTrainedModel:
     "Load the weights of a folder; ValueError when they do not fit its configuration exactly."
     large = sum(path.stat().st_size for path in folder.glob("*.safetensors")) > 1e8
-    options |= dict(use_safetensors=True, attn_implementation="sdpa", output_loading_info=True, ignore_mismatched_sizes=True)
+    options |= dict(use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)
     try:
         with quiet(bars=large):
-            model, report = AutoModelForImageTextToText.from_pretrained(folder, **options)
+            model, report = AutoModelForImageTextToText.from_pretrained(
+                folder, config=config, attn_implementation="sdpa", trust_remote_code=False, **options
+            )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"weights of {folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
@@ -252,7 +256,7 @@ def load_processor(
 ) -> Any:
     "Load the processor of a model folder, with the PIL image processor where torchvision is missing."
     stock = PROCESSOR_MAPPING[type(config)]
-    return (stock if is_torchvision_available() else image_only(stock)).from_pretrained(str(folder))
+    return (stock if is_torchvision_available() else image_only(stock)).from_pretrained(str(folder), trust_remote_code=False)
 
 
 def load_model(
@@ -271,11 +275,11 @@ def load_model(
         raise ValueError(f"precision {precision!r}; expected one of {', '.join(PRECISIONS)}")
     devices, folder = parse_placement(placement), find_model(name)
     check_folder(folder)
-    config, dtype = AutoConfig.from_pretrained(folder), PRECISIONS[precision]
+    config, dtype = read_config(folder), PRECISIONS[precision]
     family = family_of(config)
     bits = quantization(family, language_bits, dtype, config=config)
     stored = {"quantization_config": bits, "device_map": {"": str(devices[1])}} if bits else {}
-    model = read_weights(folder, dtype=dtype, **stored)
+    model = read_weights(folder, config, dtype=dtype, **stored)
     keep_differentiable(model)
     try:
         processor = load_processor(folder, config)

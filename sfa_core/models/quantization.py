@@ -39,7 +39,8 @@ def quantization(
     keep = [family.tower, family.projector, "lm_head"]
     if bits == 4 and config is not None:
         with torch.device("meta"):
-            keep += map(re.escape, narrow_layers(AutoModelForImageTextToText.from_config(config)))
+            empty = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
+        keep += map(re.escape, narrow_layers(empty))
     if bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=keep)
     if bits == 4:
