@@ -9,9 +9,11 @@ from tiny_decoders import BUILDERS, IMAGE, PROMPTS, tiny, token_ids
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.masking_utils import eager_mask
 
-from sfa_core.core.hooks import HOOKS
+from sfa_core.attention.capture import row_probabilities
+from sfa_core.core.hooks import HOOKS, AttentionCall
 from sfa_core.interventions.prompts import attending, decoder_layers, following
-from sfa_core.interventions.redistribution import LEAST, TARGETS, VARConfig, redistribute, redistributed_attention, visual_redistribution
+from sfa_core.interventions.redistribution import (LEAST, TARGETS, VARConfig, correction, prompt_columns, redistribute,
+                                                   redistributed_attention, visual_redistribution)
 from sfa_core.interventions.sinks import sink_threshold, sink_values
 
 CONFIG = VARConfig((3, 17), share=0.05, ratio=0.3, mass=0.1)  # of 48 channels: about a fifth of all tokens is a sink
@@ -77,6 +79,26 @@ def test_who_gets_what_the_sinks_lose():
     assert torch.allclose(after["both"], torch.tensor([0.2, 0.16, 0.16, 0.48]))
     for untouched in (none, ~visual):  # no image at all; an image that is all sinks
         assert torch.equal(redistributed_attention(attention, sinks | visual if untouched is none else ~none, visual, VARConfig((0,))), attention)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("choose, ratio, mass", [(True, 0.3, 0.1), (True, 0.0, 0.0), (False, 0.8, 0.2)])
+def test_the_correction_is_what_the_definition_adds(target, choose, ratio, mass):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, heads, tokens, 8, generator=generator, dtype=torch.float64)
+                         for heads, tokens in ((4, 5), (2, 14), (2, 14)))
+    sinks, visual = (torch.rand(2, 14, generator=generator) < share for share in (0.3, 0.6))
+    sinks[:, 11:] = visual[:, 11:] = False  # three tokens behind the prompt
+    mask = torch.ones(2, 1, 5, 14, dtype=torch.bool)
+    mask[:, :, 0] = ~visual[:, None]  # the first row sees no image
+    config = VARConfig((0,), ratio=ratio, mass=mass, choose_heads=choose, target=target)
+    call = AttentionCall(0, torch.nn.Identity(), query, key, value, mask, 1.0, False)
+    attention = row_probabilities(call, slice(None))
+    change = redistributed_attention(attention, sinks, visual, config) - attention
+    columns = prompt_columns(sinks[:, :11], visual[:, :11], config, torch.float64)
+    found = correction(call, slice(None), columns, config)
+    assert torch.allclose(found, (change @ value.repeat_interleave(2, dim=1)).transpose(1, 2), atol=1e-12)
+    assert found[:, 1:].any() and not found[:, 0].any(), "a row without image stays as it is"
 
 
 @pytest.mark.parametrize("wrong, message", [
