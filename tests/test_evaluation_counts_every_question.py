@@ -15,9 +15,9 @@ from scipy import stats
 
 from sfa_core.core.families import FAMILIES
 from sfa_core.documents.benchmarks import BENCHMARKS, SHORT, with_choices
-from sfa_core.documents.samples import Sample
+from sfa_core.documents.samples import Sample, data_digest
 from sfa_core.scores.compare import compare, compare_seeds
-from sfa_core.scores.records import COLUMNS, SCORERS, fingerprint, kind_table, make_records, summarise, summary_table
+from sfa_core.scores.records import COLUMNS, SCORERS, kind_table, make_records, summarise, summary_table
 from sfa_core.models.evaluate import evaluate
 
 
@@ -158,7 +158,7 @@ def test_settings_that_decide_the_score_stand_beside_it(model):
     assert summary["settings"].pop("packages").keys() == {"torch", "transformers"}
     assert summary["settings"] == dict(
         benchmark="chartqa", scorer="relaxed", profile="pix2struct", suffix=SHORT, tiles=12, max_new_tokens=16, batch_size=32, bootstrap_seed=0,
-        bootstrap_draws=10_000, model="some/model", revision="abc", precision="float32", quantisation=None, intervention=None, data=fingerprint(asked))
+        bootstrap_draws=10_000, model="some/model", revision="abc", precision="float32", quantisation=None, intervention=None, data=data_digest(asked))
     evaluate(model(max_patches=1, prompt_suffix=""), asked, "chartqa")
     assert model.calls[-1]["suffix"] == "" and model.calls[-1]["tiles"] == 1, "the model's own suffix, and one tile for a model of one tile"
     _, summary = parts(evaluate(model(max_patches=12), asked, "docvqa", suffix=" !", tiles=3, scorer="exact"))
@@ -183,14 +183,14 @@ def test_an_empty_set_and_repeated_ids_are_refused(model):
         make_records([ask(0), ask(1)], [reply("1")])
 
 
-def test_the_fingerprint_sees_questions_answers_and_pixels(tmp_path):
+def test_the_digest_of_data_sees_questions_answers_and_pixels(tmp_path):
     base = [ask(0), ask(1)]
     file = tmp_path / "a.png"
     file.write_bytes(png(0))
     others = [[ask(0)], [ask(0), ask(1, "2")], [ask(0, question="!"), ask(1)], [Sample("q0", "d0", "read", "?", ("1",), png(9)), ask(1)]]
-    assert len({fingerprint(asked) for asked in [base, *others]}) == 5
-    assert fingerprint([Sample("q0", "d0", "read", "?", ("1",), file), ask(1)]) == fingerprint(base), "a file and its bytes are the same image"
-    assert fingerprint([Sample("q0", "d0", "read", "?", ("1",), Image.new("RGB", (4, 4))), ask(1)])
+    assert len({data_digest(asked) for asked in [base, *others]}) == 5
+    assert data_digest([Sample("q0", "d0", "read", "?", ("1",), file), ask(1)]) == data_digest(base), "a file and its bytes are the same image"
+    assert data_digest([Sample("q0", "d0", "read", "?", ("1",), Image.new("RGB", (4, 4))), ask(1)])
 
 
 PAIRS = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=40)

@@ -555,6 +555,12 @@ def test_memory_is_reported_as_it_is_stored(saved):
     ("llava-hf/llava-onevision-qwen2-7b-ov-hf", "textvqa", 0.7, 5000, "no published score for this model and benchmark"),
     ("llava-hf/llava-onevision-qwen2-7b-ov-hf", "chartqa", 0.8, 2499, "not comparable: 2,499 questions of test, published on 2,500 of test"),
     ("embedded", "synthetic", 0.9, 100, "no published score for this model and benchmark"),
+    ("/models/InternVL3_5-8B-HF-mine", "chartqa", 0.867, 2500, "no published score for this model and benchmark"),
+    ("me/InternVL3_5-8B-HF_chart", "chartqa", 0.867, 2500, "no published score for this model and benchmark"),
+    ("/models/InternVL3_5-8B-HF/step-00000200", "chartqa", 0.867, 2500, "no published score for this model and benchmark"),
+    ("/models/InternVL3_5-8B-HF/", "chartqa", 0.867, 2500, "reproduced"),
+    ("/hub/models--OpenGVLab--InternVL3_5-8B-HF/snapshots/0123", "chartqa", 0.867, 2500, "reproduced"),
+    ("OpenGVLab/InternVL3_5-8B-HF@main", "chartqa", 0.867, 2500, "reproduced"),
 ])
 def test_the_gate_is_one_and_a_half_points_wide(model, benchmark, score, asked, verdict):
     found = reproduction(model, benchmark, score, asked)

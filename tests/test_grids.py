@@ -94,7 +94,10 @@ def test_a_report_holds_every_run_and_everything_in_it_is_text(home, write_grid)
     assert f"{by_run['sum'].sum() / 600:.3f}" in text, "the mean over seeds"
     before = run_table()
     write_study(home / "studies", code=RECORDS + "\n2 + 2")
-    assert "2 finished by other code, 2 no run yet" in report_grid(grid).read_text() and run_table() == before
+    text = report_grid(grid).read_text()
+    assert "2 finished by other code, 2 no run yet" in text and run_table() == before
+    assert "2 runs finished by other code are in no rate" in text and f"{by_run['sum'].sum() / 600:.3f}" not in text
+    assert not len(pd.read_parquet(page.with_name("records.parquet")))
 
 
 @pytest.mark.parametrize("text, said", [

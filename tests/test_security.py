@@ -17,15 +17,17 @@ import pytest
 import sfa_core.documents.benchmarks
 import sfa_core.models.load
 import yaml
+from huggingface_hub import constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 from sfa_core.documents.benchmarks import load_benchmark
-from sfa_core.training.checkpoints import digest, read_folder
+from sfa_core.core.identity import read_digest
+from sfa_core.training.checkpoints import read_folder
 from sfa_core.runs.collect import facts_of, parameters_of, run_rates, tidy_records
 from sfa_core.runs.grids import read_grid
 from sfa_core.models.load import load_model
-from sfa_core.runs.results import alias_name, component, find_run, revision
+from sfa_core.runs.results import alias_name, component, find_run
 from sfa_core.runs.studies import study_path
 from toy_study import wait_for
 
@@ -108,7 +110,7 @@ def test_a_pickle_planted_under_any_name_is_never_opened(tmp_path, planted, monk
     run.mkdir(parents=True)
     for name in NAMES:
         (run / name).write_bytes(content)
-    (run / "SHA256SUMS").write_text("".join(f"{digest(run / name)}  {name}\n" for name in NAMES))
+    (run / "SHA256SUMS").write_text("".join(f"{read_digest(run / name)}  {name}\n" for name in NAMES))
     monkeypatch.setenv("SFA_EXPORTS", str(tmp_path / "exports"))
     readers = [lambda: read_folder(run), lambda: load_model(run), lambda: load_benchmark("chartqa", source=run), lambda: load_benchmark("folder", source=run),
                lambda: run_rates(run), lambda: tidy_records({run: {}}, tmp_path / "out.parquet"), lambda: facts_of(run), lambda: parameters_of(run),
@@ -126,29 +128,41 @@ def test_a_pickle_planted_under_any_name_is_never_opened(tmp_path, planted, monk
     assert find_run("draw/0123456789ab") == run and not mark.exists()
 
 
+def cache_of(folder, kind, name, commits, first=None):
+    "Lay out a cache of the hub that holds some commits of a repository, the first of them as main."
+    place = folder / f"{kind}s--{name.replace('/', '--')}"
+    for commit in commits:
+        (place / "snapshots" / commit).mkdir(parents=True)
+    if first:
+        (place / "refs").mkdir()
+        (place / "refs" / "main").write_text(first)
+
+
 def test_a_model_is_downloaded_in_the_revision_that_is_named_or_was_there_first(monkeypatch, tmp_path):
-    asked = []
+    asked, first, other = [], "0" * 40, "1" * 40
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    cache_of(tmp_path / "hub", "model", "known/model", [first, other], first)
     monkeypatch.setattr(sfa_core.models.load, "snapshot_download", lambda name, **options: asked.append((name, options["revision"])) or str(tmp_path))
-    first = "0" * 40
-    cached = lambda name, file: f"/cache/snapshots/{first}/{file}" if name == "known/model" else None
-    monkeypatch.setattr(sfa_core.models.load, "try_to_load_from_cache", cached)
-    for name in ("new/model@abc123", "new/model", "known/model", "known/model@abc123"):
+    for name in ("new/model@abc123", "new/model", "known/model", f"known/model@{other}"):
         sfa_core.models.load.find_model(name)
-    assert asked == [("new/model", "abc123"), ("new/model", "main"), ("known/model", first), ("known/model", "abc123")]
-    assert revision("new/model@abc123") == "abc123", "and the run says so"
+    assert asked == [("new/model", "abc123"), ("new/model", "main"), ("known/model", first), ("known/model", other)]
 
 
-def test_a_data_set_is_downloaded_in_the_revision_that_is_named(monkeypatch):
-    asked = []
+def test_a_data_set_is_downloaded_in_the_revision_that_is_named(monkeypatch, tmp_path):
+    asked, first = [], "2" * 40
 
     def load_dataset(hub, config, **options):
         asked.append((hub, options["revision"]))
         raise OSError("offline")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(sfa_core.documents.benchmarks.datasets, "load_dataset", load_dataset)
     for source in ("HuggingFaceM4/ChartQA@abc123", None):
         with pytest.raises(FileNotFoundError, match="cannot be read"):
             load_benchmark("chartqa", source=source)
-    assert asked == [("HuggingFaceM4/ChartQA", "abc123"), ("HuggingFaceM4/ChartQA", None)]
+    cache_of(tmp_path / "hub", "dataset", "HuggingFaceM4/ChartQA", [first])
+    with pytest.raises(FileNotFoundError, match="cannot be read"):
+        load_benchmark("chartqa")
+    assert asked == [("HuggingFaceM4/ChartQA", "abc123"), ("HuggingFaceM4/ChartQA", None), ("HuggingFaceM4/ChartQA", first)]
 
 
 @settings(deadline=None, max_examples=60)

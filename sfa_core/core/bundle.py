@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .families import Family
+from .identity import model_digest
 
 # %% ../../notebooks/library/01_core/50_bundle.ipynb #b0d1e001
 @dataclass(frozen=True, eq=False, repr=False)
@@ -30,6 +31,11 @@ class Bundle:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         "The processor's tokenizer."
         return self.processor.tokenizer
+
+    @property
+    def identity(self) -> str:
+        "Key over everything that decides an answer: weights, precision, quantisation, structure, resolution, processor."
+        return model_digest(self.model, self.processor)
 
     @property
     def devices(self) -> tuple[torch.device, torch.device]:

@@ -22,6 +22,7 @@ import datasets
 import numpy as np
 import pandas as pd
 
+from ..core.hub import cached_commit
 from ..core.reading import answers_of, check_cache, inside, is_folder, is_hub_id, read_json, text_value
 from .folders import folder_rows
 from .generate import documents
@@ -178,9 +179,10 @@ def hub_rows(benchmark: Benchmark, split: str, source: str | Path | None, stream
     else:
         hubs, reasons, data = (str(source),) if source else benchmark.hubs, [], None
         for hub in hubs:
-            hub, _, revision = hub.partition("@")   # owner/name@commit asks for that commit
+            named, (hub, _, revision) = hub, hub.partition("@")   # owner/name@commit asks for that commit
             try:
-                data = datasets.load_dataset(hub, benchmark.config, split=split, streaming=stream, revision=revision or None)
+                commit = cached_commit(named, "dataset") or revision or None
+                data = datasets.load_dataset(hub, benchmark.config, split=split, streaming=stream, revision=commit)
                 break
             except ValueError as error:   # reached, but this split or configuration is not there
                 raise ValueError(f"benchmark {benchmark.name}: {hub} has no split {split!r} of configuration {benchmark.config}: {error}") from error

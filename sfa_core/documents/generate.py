@@ -7,22 +7,20 @@ __all__ = ['EMBEDDED_KINDS', 'LATIN_FONTS', 'PRESETS', 'SMALLEST', 'PRESET_KINDS
            'make_document', 'generator_version', 'documents']
 
 # %% ../../notebooks/library/02_documents/25_generate.ipynb #24e51641
-import hashlib
-import os
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from pathlib import Path
 
 import cv2
 import numpy as np
 from datasets import Dataset, Features, Image, List, Value
 from datasets.arrow_writer import ArrowWriter
 
-import sfa_core
 from ..core.paths import exports_root
 from .drawing import FONTS, paint, text_box
 from .layout import LAYOUTS, PALETTE, Sheet, Style, varied_palette
 from .page_layout import LARGE_KINDS, SMALLEST_PAGE, draw_page
+from ..core.files import new_file
+from ..core.identity import code_digest, file_digest, key_of, module_facts, module_file
 from .questions import DOCUMENT_KINDS, Content, NumberFormat, questions
 from .words import SERIES, SHORT_WORDS, TITLES, WORDS
 
@@ -139,7 +137,8 @@ def make_document(
         raise ValueError(f"document kind {kind!r} of preset {preset}; expected one of {', '.join(PRESET_KINDS[preset])}")
     rng = np.random.default_rng([*np.atleast_1d(seed), DOCUMENT_KINDS.index(kind)])
     content, style = DRAW[preset](kind, rng, size, language)
-    name = "-".join([preset, kind, *(str(s) for s in np.atleast_1d(seed))])
+    unusual = [language] * (language != "en") + [f"{size}px"] * (size != PRESETS[preset])
+    name = "-".join([preset, kind, *(str(s) for s in np.atleast_1d(seed)), *unusual])
     return Document(name, content, LAYOUTS[kind](content, style), tuple(questions(content, rng)))
 
 # %% ../../notebooks/library/02_documents/25_generate.ipynb #5e092d14
@@ -154,10 +153,11 @@ FEATURES = Features(
 
 @lru_cache
 def generator_version() -> str:
-    "Twelve hex digits that change whenever the code or a font that draws documents does."
-    modules = ("drawing", "questions", "words", "layout", "page_layout", "generate")
-    files = [Path(sfa_core.__file__).parent / f"documents/{m}.py" for m in modules] + sorted(FONTS.glob("*.ttf"))
-    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:12]
+    "Return twelve hex digits that change with the statements or a font that draws documents, and not with prose."
+    own = module_file("documents.generate")
+    drawing = [f"documents.{name}" for name in ("drawing", "questions", "words", "layout", "page_layout")]
+    return key_of(12, drawing=code_digest(modules=drawing), own=module_facts(own)[0],
+                  fonts=[(font.name, file_digest(font)) for font in sorted(FONTS.glob("*.ttf"))])
 
 
 def documents(
@@ -172,17 +172,13 @@ def documents(
     if n < 1:
         raise ValueError(f"{n} documents asked for; expected at least 1")
     kinds = tuple(kinds or PRESET_KINDS.get(preset, DOCUMENT_KINDS))
-    key = hashlib.sha256(repr((n, seed, preset, kinds, size, language, generator_version())).encode()).hexdigest()[:16]
+    key = key_of(n=n, seed=seed, preset=preset, kinds=kinds, size=size, language=language, generator=generator_version())
     path = exports_root() / "cache" / f"documents-{key}.arrow"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-        try:
+        with new_file(path) as unfinished:
             with ArrowWriter(features=FEATURES, path=str(unfinished), writer_batch_size=500) as writer:
                 for i in range(n):
                     writer.write(make_document(kinds[i % len(kinds)], (seed, i), size, language, preset).row())
                 writer.finalize()
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
     return Dataset.from_file(str(path))

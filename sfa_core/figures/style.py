@@ -13,7 +13,6 @@ import io
 import math
 import os
 import shutil
-import tempfile
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,9 +22,11 @@ import numpy as np
 import plotly.graph_objects as go
 from PIL import Image
 from plotly.colors import sample_colorscale
+from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
 from ..core.escape import figure_text
+from ..core.files import new_file, write_atomic
 from ..core.pictures import as_seen
 
 # %% ../../notebooks/library/11_figures/10_style.ipynb #83e4d2ae
@@ -200,15 +201,12 @@ def save_figure(
         raise FileNotFoundError("png and pdf need Chromium or Chrome, found neither: install chromium, set BROWSER_PATH, or save formats=('html',)")
     path.parent.mkdir(parents=True, exist_ok=True)
     files = [path.with_name(f"{path.name}.{name}") for name in formats]
-    with tempfile.TemporaryDirectory(prefix=".figure-", dir=path.parent) as unfinished:
-        for file, name in zip(files, formats, strict=True):
-            drawn = Path(unfinished) / file.name
+    for file, name in zip(files, formats, strict=True):
+        if name == "html" and not (script := path.parent / "plotly.min.js").exists():
+            write_atomic(script, get_plotlyjs())
+        with new_file(file) as part:
             if name == "html":
-                figure.write_html(drawn, include_plotlyjs="directory")
+                figure.write_html(part, include_plotlyjs="directory")
             else:
-                figure.write_image(drawn, format=name, width=width, height=figure.layout.height, scale=scale)
-            os.replace(drawn, file)
-        script = Path(unfinished) / "plotly.min.js"
-        if script.exists():
-            os.replace(script, path.parent / script.name)
+                figure.write_image(part, format=name, width=width, height=figure.layout.height, scale=scale)
     return files

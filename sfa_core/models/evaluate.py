@@ -16,13 +16,13 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from ..documents.benchmarks import find_benchmark
-from ..documents.samples import Sample, samples
+from ..documents.samples import Sample, data_digest, samples
 from .answers import Answer, answer
 from .images import most_tiles
 from ..core.bundle import Bundle
 from .quantization import stored_as
 from ..scores.metrics import PROFILES
-from ..scores.records import SCORERS, Evaluation, fingerprint, make_records, summarise, validate_choice
+from ..scores.records import SCORERS, Evaluation, make_records, summarise, validate_choice
 
 # %% ../../notebooks/library/06_models/80_evaluate.ipynb #e0a10005
 def tiles_of(
@@ -48,7 +48,7 @@ def settings_of(bundle: Any, asked: Sequence[Sample], **given: Any) -> dict[str,
     return given | {
         "model": bundle.name, "revision": bundle.revision, "precision": str(bundle.model.dtype).removeprefix("torch."),
         "quantisation": stored_as(getattr(bundle.model.config, "quantization_config", None)),
-        "data": fingerprint(asked), "packages": {name: version(name) for name in ("torch", "transformers")}}
+        "data": data_digest(asked), "packages": {name: version(name) for name in ("torch", "transformers")}}
 
 # %% ../../notebooks/library/06_models/80_evaluate.ipynb #0a4cd97e
 def share(

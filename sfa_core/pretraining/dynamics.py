@@ -19,9 +19,9 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from ..structure.inject import inject, structures_of
-from ..structure.store import write_whole
+from ..core.files import locked, write_atomic
 from .dense import HEADS, PAGE_HEADS, DenseHeads, dense_binding, dense_losses, heads_of_size, patch_features, stack_targets
-from ..documents.generate import PRESET_KINDS, PRESETS, make_document
+from ..documents.generate import PRESETS, PRESET_KINDS, generator_version, make_document
 from ..models.embedded import EmbeddedConfig
 from ..training.loop import LoopConfig, train
 from ..models.load import new_bundle
@@ -111,7 +111,7 @@ def save_encoder(
     "Write an encoder, its structural weights and its dense heads as one safetensors file, without the optimiser's state."
     tensors = {f"tower.{name}": p.detach().contiguous() for name, p in tower.named_parameters()}
     tensors |= {f"heads.{name}": p.detach().contiguous() for name, p in heads.named_parameters()}
-    write_whole(Path(path), save(tensors, {"about": json.dumps(about)}))
+    write_atomic(path, save(tensors, {"about": json.dumps(about)}))
 
 
 def load_encoder(
@@ -149,7 +149,7 @@ def learn_dense(
     held_out: TrainingSet | dict[str, TrainingSet],  # pages it is asked about; of several sets, the measures of all but "" bear their set's name
     tokenizer: object,  # of a model that is built around the encoder
     config: DenseConfig,
-    folder: str | Path,  # checkpoints, curve.parquet, encoder.safetensors; a training that was cut off goes on, a finished one is read
+    folder: str | Path,  # checkpoints, curve.parquet, encoder.safetensors; what was cut off goes on, what is finished is read
     architecture: EmbeddedConfig | None = None,  # None: the one that ships
     progress: bool = False,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # step, measure, rate, n; and `structural_weights` at the end, empty without terms
@@ -187,19 +187,20 @@ def learn_dense(
         seed=config.seed,
     )
     sets = held_out if isinstance(held_out, dict) else {"": held_out}
-    learned = asdict(data) if isinstance(data, FreshPages) else [data.rows[0]["id"], len(data.rows)]
-    asked = {name: [part.rows[0]["id"], len(part.rows)] for name, part in sets.items()}
+    learned = asdict(data) | {"generator": generator_version()} if isinstance(data, FreshPages) else data.digest
+    asked = {name: part.digest for name, part in sets.items()}
     identity = dict(dense=asdict(config), architecture=asdict(architecture), learned=learned, asked=asked)
-    path = Path(folder) / "curve.parquet"
-    curve = [pd.read_parquet(path)] if path.is_file() else []
-    known = set(curve[0]["step"]) if curve else set()
-    for until in sorted({*range(config.every, config.steps, config.every), config.steps} - known | {config.steps}):
-        train(named, batch_at, losses, loop, folder, identity, until=until, progress=progress)
-        if until not in known:
-            found = {f"{name} {measure}".strip(): at for name, part in sets.items() for measure, at in measure_dense(bundle, heads, part).items()}
-            curve.append(pd.DataFrame([dict(step=until, measure=measure, **values) for measure, values in found.items()]))
-            write_whole(path, pd.concat(curve).to_parquet(index=False))
-    save_encoder(Path(folder) / "encoder.safetensors", tower, heads, **identity)
+    with locked(folder):
+        path = Path(folder) / "curve.parquet"
+        curve = [pd.read_parquet(path)] if path.is_file() else []
+        known = set(curve[0]["step"]) if curve else set()
+        for until in sorted({*range(config.every, config.steps, config.every), config.steps} - known | {config.steps}):
+            train(named, batch_at, losses, loop, folder, identity, until=until, progress=progress)
+            if until not in known:
+                found = {f"{name} {measure}".strip(): at for name, part in sets.items() for measure, at in measure_dense(bundle, heads, part).items()}
+                curve.append(pd.DataFrame([dict(step=until, measure=measure, **values) for measure, values in found.items()]))
+                write_atomic(path, pd.concat(curve).to_parquet(index=False))
+        save_encoder(Path(folder) / "encoder.safetensors", tower, heads, **identity)
     return pd.concat(curve, ignore_index=True), structural_weights(bundle) if config.terms else pd.DataFrame(columns=["layer", "term", "head", "weight"])
 
 

@@ -9,7 +9,6 @@ __all__ = ['NAMES', 'READING', 'CURRICULUM', 'STAGES', 'CARD', 'Recipe', 'named_
            'dense_batches', 'write_card']
 
 # %% ../../notebooks/library/10_pretraining/20_recipe.ipynb #43d4d068
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -32,6 +31,7 @@ from ..models.images import image_tokens, pixel_table
 from ..models.embedded import EmbeddedConfig, train_tokenizer
 from ..models.load import new_bundle
 from ..core.bundle import Bundle
+from ..core.identity import array_digest, key_of, package_versions
 from ..core.paths import exports_root
 from ..documents.questions import KINDS, MARK, READ_KINDS, WORDING
 
@@ -98,6 +98,11 @@ class TrainingSet:
     rows: list
     pixels: np.ndarray
     targets: dict[str, np.ndarray]
+
+    @property
+    def digest(self) -> str:
+        "Key over pixels and targets, in their order."
+        return key_of(pixels=array_digest(self.pixels), targets={name: array_digest(value) for name, value in self.targets.items()})
 
 
 def decode_documents(data: Dataset, grid: tuple[int, int]) -> TrainingSet:
@@ -252,7 +257,7 @@ def stage_table(
 
 def workspace(recipe: Recipe) -> Path:
     "Give the folder where a recipe trains: the same recipe on the same generator finds its checkpoints again."
-    key = hashlib.sha256(repr((sorted(asdict(recipe).items()), generator_version())).encode()).hexdigest()[:12]
+    key = key_of(12, recipe=asdict(recipe), generator=generator_version(), packages=package_versions())
     return exports_root() / "cache" / f"pretraining-{key}"
 
 

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from ..core.paths import REPOSITORY, exports_root
+from ..core.files import new_file
 from .results import FIGURES, finished_runs
 from ..scores.compare import compare_seeds
 from ..scores.intervals import interval_text, points, points_text, seed_interval, wilson_interval
@@ -64,13 +65,14 @@ def tidy_records(
     schemas = {run: schema_of(run) for run in runs}
     there = [run for run in runs if schemas[run]]
     named = {run: {"study": run.parent.name, "run": run.name} | {f"parameter_{name}": value for name, value in runs[run].items()} for run in there}
-    own = [pa.schema([(name, pa.scalar(value).type) for name, value in named[run].items()]) for run in there]
+    own = [pa.schema([(name, pa.string()) for name in ("study", "run")])]  # there without any run too
+    own += [pa.schema([(name, pa.scalar(value).type) for name, value in named[run].items()]) for run in there]
     try:
         schema = pa.unify_schemas([*own, *(schemas[run] for run in there)], promote_options="permissive")
     except pa.ArrowException as error:
         raise ValueError(f"the records of {len(there)} runs do not fit into one table: {error}") from error
-    part, rows = target.with_name(f".{target.name}.part"), 0
-    try:
+    rows = 0
+    with new_file(target) as part:
         with pq.ParquetWriter(part, schema) as writer:
             for run in there:
                 for batch in pq.ParquetFile(run / "records.parquet").iter_batches(1 << 16):
@@ -79,9 +81,6 @@ def tidy_records(
                     filled = [columns[f.name].cast(f.type) if f.name in columns else pa.nulls(batch.num_rows, f.type) for f in schema]
                     writer.write_batch(pa.RecordBatch.from_arrays(filled, schema=schema))
                     rows += batch.num_rows
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
     return rows, [run for run in runs if run not in there]
 
 # %% ../../notebooks/library/12_runs/70_collect.ipynb #fccf9541

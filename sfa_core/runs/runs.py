@@ -13,7 +13,6 @@ import datetime
 import functools
 import json
 import math
-import os
 import re
 import shutil
 import sys
@@ -30,8 +29,9 @@ from traitlets.config import Config
 
 from ..core.files import locked
 from ..core.paths import REPOSITORY, exports_root
-from .results import alias_name, finished_runs, out_folder, provenance, revisions, set_alias, write_atomic, write_json, write_timings
-from .studies import resolve_parameters, run_id, study_parameters, study_path
+from ..core.files import write_atomic
+from .results import alias_name, finished_runs, out_folder, provenance, set_alias, write_json, write_timings
+from .studies import resolve_parameters, revisions, run_id, study_parameters, study_path
 from ..figures.style import browser
 
 # %% ../../notebooks/library/12_runs/30_runs.ipynb #704d9cd6
@@ -212,7 +212,7 @@ def keep_failed(folder: Path, identity: str, message: str, error: Exception) -> 
     return failed
 
 # %% ../../notebooks/library/12_runs/30_runs.ipynb #4712f84b
-def write_run(study: str, parameters: dict[str, Any], versions: dict[str, str], folder: Path, timeout: float | None, progress: bool) -> Path:
+def write_run(study: str, parameters: dict[str, Any], versions: dict[str, Any], folder: Path, timeout: float | None, progress: bool) -> Path:
     "Execute a study into its partial folder, whose lock is held, and rename that."
     folder.mkdir(parents=True, exist_ok=True)
     for rest in folder.iterdir():  # of a killed process: training goes on from its checkpoint, everything else is written again
@@ -234,10 +234,10 @@ def write_run(study: str, parameters: dict[str, Any], versions: dict[str, str], 
 def identify(
     study: str,
     given: dict[str, Any],  # what differs from the study's defaults
-) -> tuple[dict[str, Any], dict[str, str], str]:  # resolved parameters, revisions, id of the run
+) -> tuple[dict[str, Any], dict[str, Any], str]:  # resolved parameters, revisions, id of the run
     "Name the run that a study with these parameters is."
     resolved = resolve_parameters(study, given)
-    versions = revisions(resolved)
+    versions = revisions(study, resolved)
     return resolved, versions, run_id(study, resolved, versions)
 
 

@@ -4,13 +4,11 @@
 
 # %% auto #0
 __all__ = ['SCORERS', 'GRADED', 'TOLERANCE', 'COLUMNS', 'letter_score', 'validate_choice', 'number_tolerance', 'make_records',
-           'rate_of', 'mean_of', 'odd_replies', 'summarise', 'fingerprint', 'summary_table', 'kind_table', 'Evaluation']
+           'rate_of', 'mean_of', 'odd_replies', 'summarise', 'summary_table', 'kind_table', 'Evaluation']
 
 # %% ../../notebooks/library/04_scores/25_records.ipynb #3099d845
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -131,19 +129,6 @@ def summarise(
     if summary["settings"].get("scorer") == "letter":
         summary["unreadable"] = len(odd_replies(rows, "letter").get("unreadable", ()))
     return summary
-
-# %% ../../notebooks/library/04_scores/25_records.ipynb #dd54c0eb
-def fingerprint(asked: Iterable[Sample]) -> str:
-    "Give twelve hex digits over ids, questions, answers and image files."
-    digest, seen = hashlib.sha256(), set()
-    for sample in asked:
-        digest.update(repr((sample.id, sample.document, sample.question, sample.answers)).encode())
-        if sample.document not in seen:
-            seen.add(sample.document)
-            source = sample.source
-            is_path = isinstance(source, str | Path)
-            digest.update(source if isinstance(source, bytes) else Path(source).read_bytes() if is_path else source.tobytes())
-    return digest.hexdigest()[:12]
 
 # %% ../../notebooks/library/04_scores/25_records.ipynb #bc7ea27c
 def summary_table(

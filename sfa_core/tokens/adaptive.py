@@ -9,10 +9,9 @@ __all__ = ['SUPPORTED', 'CONTROL', 'REMEMBERED', 'EmbeddingParts', 'embedding_pa
 
 # %% ../../notebooks/library/05_tokens/40_adaptive.ipynb #a6e7ea34
 import contextlib
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from .areas import AREA, plan_geometry
 from .copies import CopyHook, drop_copies, token_origins
 from .density import DensityEstimator, density_blocks, estimate_density
 from .embedding import embed_patches, regrid
+from ..core.identity import array_digest, key_of, tensor_digest
 from .patches import PATCH, PatchConfig, PatchPlan, check_budget, is_kept, plan_patches
 
 # %% ../../notebooks/library/05_tokens/40_adaptive.ipynb #cef55d1b
@@ -91,6 +91,13 @@ class TokenControl:
         return Bundle(self.model, None, self.family, "adaptive tokens")
 
     @property
+    def identity(self) -> str:
+        "Key over what decides the tokens of a tile."
+        weights = self.estimator and {name: tensor_digest(value) for name, value in self.estimator.state_dict().items()}
+        rule = self.patches and asdict(self.patches)
+        return key_of(patches=rule, blocks=self.blocks, estimator=weights, mean=list(self.mean), std=list(self.std))
+
+    @property
     def grid(self) -> tuple[int, int]:
         "Return h and w of the uniform grid."
         return self.base.size
@@ -101,7 +108,7 @@ class TokenControl:
     ) -> tuple[list[PatchPlan] | None, Tensor | None]:  # plans, density (B, h, w)
         "Plan the leaves of some tiles, or find them again."
         pixels = pixels.detach().to(self.family.tower_of(self.model).dtype).float().cpu().contiguous()
-        keys = [f"{tuple(tile.shape)} {hashlib.blake2b(tile.numpy()).hexdigest()}" for tile in pixels]
+        keys = [array_digest(tile) for tile in pixels]
         new = [at for at, key in enumerate(keys) if key not in self.seen]
         if new:
             mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))

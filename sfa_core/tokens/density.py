@@ -27,6 +27,7 @@ from torch.nn.functional import binary_cross_entropy, interpolate
 from tqdm import tqdm
 
 from ..core.paths import DATA
+from ..core.files import write_atomic
 
 # %% ../../notebooks/library/05_tokens/10_density.ipynb #9a085914
 SIDE, CELLS = 448, 28  # pixels of the page density is computed on, and cells per side that the estimator gives
@@ -233,9 +234,9 @@ def save_density(
     "Write an estimator and its card, the card last."
     folder, data = Path(folder), save({name: value.contiguous() for name, value in estimator.state_dict().items() if value.is_floating_point()})
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / WEIGHTS_FILE).write_bytes(data)
+    write_atomic(folder / WEIGHTS_FILE, data)
     card = {"unit": unit, "training": asdict(config), **notes, "sha256": hashlib.sha256(data).hexdigest()}
-    (folder / CARD_FILE).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    write_atomic(folder / CARD_FILE, json.dumps(card, indent=1) + "\n")
     return folder
 
 

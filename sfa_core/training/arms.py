@@ -160,7 +160,15 @@ def attach_density(bundle: Bundle, arm: str, patches: PatchConfig) -> None:
     attach_tokens(bundle, rule, estimator=estimator, blocks="blocks" in uses)
 
 # %% ../../notebooks/library/09_training/50_arms.ipynb #bab09432
-def save_arm(bundle: Bundle, parameters: dict[str, Parameter], config: FinetuneConfig, training: dict, folder: Path) -> Path:
+def save_arm(
+    bundle: Bundle,  # prepared, as it was trained
+    parameters: dict[str, Parameter],
+    config: FinetuneConfig,
+    training: dict,  # what is kept about the training
+    folder: Path,
+    *,
+    identity: str = "",  # of the plain base model
+) -> Path:
     "Write what an arm trained and where it belongs, all of it or nothing."
     plain = {name: p for name, p in parameters.items() if f".{CHILD}." not in name}
     about = dict(
@@ -168,7 +176,7 @@ def save_arm(bundle: Bundle, parameters: dict[str, Parameter], config: FinetuneC
         against=ARMS[config.arm].against,
         config=asdict(config),
         training=training,
-        base=dict(name=bundle.name, revision=bundle.revision, family=bundle.family.name),
+        base=dict(name=bundle.name, revision=bundle.revision, family=bundle.family.name, identity=identity),
         density=load_density()[1]["sha256"] if ARMS[config.arm].density else None,
     )
     structure = (lambda unfinished: save_structure(bundle, unfinished)) if "structure" in ARMS[config.arm].parts else None
@@ -226,6 +234,8 @@ def load_arm(
         raise ValueError(f"arm in {folder} does not fit {bundle.name}: {len(wrong)} weights missing, unexpected or of another shape, the first is {wrong[0]}")
     if ARMS[about["arm"]].density and (ours := load_density()[1]["sha256"]) != about["density"]:
         raise ValueError(f"arm in {folder} was trained with the density estimator {about['density'][:12]}; data/density holds {ours[:12]}")
+    if not bundle.revision and (theirs := base.get("identity")) and theirs != (here := bundle.identity):
+        raise ValueError(f"arm in {folder} was trained on {base['name']} of identity {theirs}; {bundle.name}, which was never saved, has {here}")
     before = {name: p.detach().to("cpu", copy=True) for name, p in expected.items()}
     try:
         if "structure" in ARMS[about["arm"]].parts:

@@ -21,7 +21,8 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch.nn import Parameter
 from tqdm import tqdm
 
-from .checkpoints import Recorder, checkpoints, random_kept, random_state, read_log, remove_checkpoint
+from ..core.files import remove_folder
+from .checkpoints import Recorder, checkpoints, random_kept, random_state, read_log
 from .checkpoints import set_random_state
 from .schedule import LoopConfig, make_optimizer, rate_share
 from .sharding import clip_gradients, is_sharded
@@ -181,7 +182,7 @@ def start_run(parameters: dict[str, Parameter], config: LoopConfig, folder: Path
     resume_run(run, resume)
     if acc.is_main_process:
         for old in checkpoints(run.folder / "checkpoints")[: -config.keep]:
-            remove_checkpoint(old)
+            remove_folder(old)
     return run
 
 # %% ../../notebooks/library/09_training/30_loop.ipynb #39c6a909

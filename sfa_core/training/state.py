@@ -15,7 +15,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.nn import Parameter
 
-from .checkpoints import checkpoints, random_state, read_folder, remove_checkpoint, set_random_state
+from ..core.files import remove_folder
+from .checkpoints import checkpoints, random_state, read_folder, set_random_state
 from .checkpoints import write_checkpoint
 from .schedule import FREE_ON_RESUME, LoopConfig
 from .sharding import like, whole
@@ -111,4 +112,4 @@ def resume_run(
         raise ValueError(f"{error}; resume='previous' goes on from {found[-2].name}") from error
     run.accelerator.wait_for_everyone()
     if resume == "previous" and run.accelerator.is_main_process:
-        remove_checkpoint(found[-1])
+        remove_folder(found[-1])

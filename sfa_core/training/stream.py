@@ -6,14 +6,16 @@
 __all__ = ['STRETCH', 'passage', 'visited', 'steps_in', 'DocumentSet', 'batches', 'stretch', 'Mixture']
 
 # %% ../../notebooks/library/09_training/10_stream.ipynb #794b6a3e
-import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from functools import lru_cache
-from itertools import groupby
+from functools import cached_property, lru_cache
+from itertools import chain, groupby
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, Image
+
+from ..core.identity import key_of
+from ..documents.samples import data_digest
 
 # %% ../../notebooks/library/09_training/10_stream.ipynb #920d528e
 @lru_cache(maxsize=4)
@@ -47,13 +49,17 @@ class DocumentSet:
                 raise ValueError(f"the dataset has no column {sorted(missing)[0]!r}; rows with id, image and questions are expected")
             columns = ["id", "image", "questions"] + ["texts"] * ("texts" in data.column_names)
             self.units = data.cast_column("image", Image(decode=False)).select_columns(columns)
-            names = ((row["id"], [q["id"] for q in row["questions"]]) for row in self.units.remove_columns("image"))
+            self.asked = data
         else:
             self.units = [list(group) for _, group in groupby(data, key=lambda sample: sample.document)]
-            names = ((unit[0].document, [sample.id for sample in unit]) for unit in self.units)
+            self.asked = list(chain.from_iterable(self.units))
         if not len(self.units):
             raise ValueError("the dataset is empty; at least one document is expected")
-        self.digest = hashlib.sha256(repr(list(names)).encode()).hexdigest()[:16]  # of the identities, in their order
+
+    @cached_property
+    def digest(self) -> str:
+        "Key over the content of the documents, in their order."
+        return data_digest(self.asked)
 
     def __len__(self) -> int:
         return len(self.units)
@@ -120,8 +126,11 @@ class Mixture:
             raise ValueError(f"a mixture of {sorted(sources)} has the weights {dict(weights)}; a weight above 0 for each is expected")
         self.names, self.weights = tuple(sources), tuple(float(weights[name]) for name in sources)
         self.sets = [DocumentSet(data) for data in sources.values()]
-        parts = [(name, weight, part.digest) for name, weight, part in zip(self.names, self.weights, self.sets)]
-        self.digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+    @cached_property
+    def digest(self) -> str:
+        "Key over weights and content of the sets, in their order; what they are called decides nothing."
+        return key_of(sets=[(weight, part.digest) for weight, part in zip(self.weights, self.sets)])
 
     def __len__(self) -> int:
         return sum(map(len, self.sets))
