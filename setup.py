@@ -11,7 +11,8 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 SHIPPED = (  # patterns of files
-    "data/README.md", "data/density/*", "data/embedded_model/*", "data/embedded_model/dense/*", "data/fonts/*", "data/grids/*.yaml",
+    "data/README.md", "data/density/*", "data/embedded_model/*", "data/embedded_model/dense/*", "data/fonts/*",
+    "data/grids/*.yaml",
     "notebooks/studies/*.ipynb",
     "exports/reference/arms/**/*", "exports/reference/embedded_model*/*", "exports/rendered/stage_seconds.json")
 cfg = ConfigParser(delimiters=["="])

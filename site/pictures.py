@@ -2,7 +2,8 @@
 
     python site/pictures.py        writes exports/reference/pictures/explorer.png and main_table.png
 
-The table is that of the tour's reference run; the explorer shows a page with the first seed of a trained arm from exports/reference/arms where there is
+The table is that of the tour's reference run; the explorer shows a page with the first seed of a trained arm from
+exports/reference/arms where there is
 one, else the model as it is. Needs Chromium.
 """
 import json
@@ -28,14 +29,24 @@ def table_figure(metrics):
     rows = []
     for arm, runs in groups.items():
         span, rate = runs[0]["by_document"], sum(run["rate"] for run in runs) / len(runs)
-        rows.append((ARM_NAMES.get(arm, arm), f"{len(runs)}", f"{runs[0]['n']:,}", f"{rate:.3f}", f"{span['low']:.3f} to {span['high']:.3f}",
-                     "  ".join(f"{run['rate']:.3f}" for run in runs)))
+        rows.append(
+            (
+                ARM_NAMES.get(arm, arm),
+                f"{len(runs)}",
+                f"{runs[0]['n']:,}",
+                f"{rate:.3f}",
+                f"{span['low']:.3f} to {span['high']:.3f}",
+                "  ".join(f"{run['rate']:.3f}" for run in runs),
+            )
+        )
     head = ["arm", "seeds", "questions", "right", "95 % over documents, first seed", "by seed"]
     colours = [[ARM_COLOURS[arm] for arm in groups], *[[INK] * len(groups)] * (len(head) - 1)]
     figure = go.Figure(go.Table(
         columnwidth=[2, 0.8, 1.2, 1, 2.6, 2.4],
-        header={"values": [f"<b>{name}</b>" for name in head], "align": "left", "fill_color": "#F1F3F4", "line_color": "#DADCE0", "height": 30},
-        cells={"values": list(zip(*rows)), "align": "left", "fill_color": "white", "line_color": "#DADCE0", "height": 30, "font": {"color": colours}}))
+        header={"values": [f"<b>{name}</b>" for name in head], "align": "left", "fill_color": "#F1F3F4",
+                "line_color": "#DADCE0", "height": 30},
+        cells={"values": list(zip(*rows)), "align": "left", "fill_color": "white", "line_color": "#DADCE0",
+               "height": 30, "font": {"color": colours}}))
     in_style(figure, "Right answers, baseline and two trained arms", metrics["verdict"], 30 * (len(rows) + 1) + 20)
     return figure.update_layout(margin={"l": 16, "r": 16, "b": 8})
 
@@ -45,7 +56,8 @@ def explorer_figure():
     trained = sorted((REFERENCE / "arms").glob("*vision*"))
     arms = {"baseline": None, "vision": trained[0]} if trained else {"baseline": None}
     first = samples(documents(1, seed=7_300), kinds=("read_label",))[0]
-    recorder, label = Recorder(load_model("embedded"), arms), next(text.box for text in first.evidence.texts if text.role == "label")
+    recorder, label = Recorder(load_model("embedded"),
+                               arms), next(text.box for text in first.evidence.texts if text.role == "label")
     place = (label[0] + label[2]) / 2, (label[1] + label[3]) / 2
     return view_figure(look(recorder, recorder.page(first), Choice(layer=2, place=place)), 1000)
 

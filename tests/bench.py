@@ -1,7 +1,9 @@
 """What many runs cost, and what a report over them costs: `make bench`. Measured here, never asserted in tests.
 
-200 small runs on two workers: overhead = workers x wall / sum of the walls of the runs - 1. A run's wall is what its provenance says: kernel, cells and files
-of that run; what is added is starting workers, planning, naming and handing out. What the cells alone took stands beside it, so that the price of a kernel
+200 small runs on two workers: overhead = workers x wall / sum of the walls of the runs - 1. A run's wall is what
+its provenance says: kernel, cells and files
+of that run; what is added is starting workers, planning, naming and handing out. What the cells alone took stands
+beside it, so that the price of a kernel
 per run is not hidden.
 A report over 1,000,000 records: seconds and peak memory of a process that does nothing else.
 """
@@ -24,7 +26,15 @@ from toy_study import write_study
 from sfa_core.runs.grids import Grid, plan, run_grid
 from sfa_core.core.paths import REPOSITORY
 from sfa_core.runs.report import report_grid
-from sfa_core.runs.results import finished_runs, provenance, write_json, write_metrics, write_records, write_summary, write_timings
+from sfa_core.runs.results import (
+    finished_runs,
+    provenance,
+    write_json,
+    write_metrics,
+    write_records,
+    write_summary,
+    write_timings,
+)
 from sfa_core.runs.studies import resolve_parameters
 
 CODE = """
@@ -48,8 +58,10 @@ def grid_overhead(runs: int, workers: int) -> dict[str, float]:
     assert all(event.state == "finished" for event in states.values()), "a run of the load failed"
     timings = [json.loads((path / "timings.json").read_text()) for path in finished_runs("draw")]
     walls, cells = (sum(timing[name] for timing in timings) for name in ("wall_seconds", "cells_seconds"))
-    return {"runs": len(timings), "workers": workers, "wall_seconds": wall, "run_wall_seconds": walls, "overhead": workers * wall / walls - 1,
-            "median_run_seconds": float(np.median([timing["wall_seconds"] for timing in timings])), "cells_seconds": cells}
+    return {"runs": len(timings), "workers": workers, "wall_seconds": wall, "run_wall_seconds": walls,
+            "overhead": workers * wall / walls - 1,
+            "median_run_seconds": float(np.median([timing["wall_seconds"] for timing in timings])),
+            "cells_seconds": cells}
 
 
 def pretend_runs(grid: Grid, rows: int) -> None:
@@ -63,19 +75,23 @@ def pretend_runs(grid: Grid, rows: int) -> None:
         write_records(folder, pd.DataFrame({
             "id": [f"embedded-bar-1-{i}/3" for i in numbers], "document": [f"embedded-bar-1-{i // 3}" for i in numbers],
             "kind": draw.choice(["read_label", "sum"], rows),
-            "question": [f"What is the value of oak in chart {i}?" for i in numbers], "answers": [[str(i)] for i in draw.integers(0, 100, rows)],
-            "prediction": draw.integers(0, 100, rows).astype(str), "correct": right, "strict": right, "lenient": right, "score": right.astype(float),
+            "question": [f"What is the value of oak in chart {i}?" for i in numbers],
+            "answers": [[str(i)] for i in draw.integers(0, 100, rows)],
+            "prediction": draw.integers(0, 100, rows).astype(str), "correct": right, "strict": right, "lenient": right,
+            "score": right.astype(float),
             "truncated": False, "error": "", "category": "", "seconds": draw.random(rows)}))
         resolved = resolve_parameters(grid.study, task.parameters)
         (folder / "parameters.yaml").write_text(yaml.safe_dump(resolved))
-        write_json(folder / "provenance.json", {"study": grid.study, "run": task.identity, "started": "2026-01-01", "wall_seconds": 1.0})
+        write_json(folder / "provenance.json",
+                   {"study": grid.study, "run": task.identity, "started": "2026-01-01", "wall_seconds": 1.0})
 
 
 def report_cost(rows: int, runs: int) -> dict[str, float]:
     "Report over pretended runs in a process of its own."
     write_study(Path(os.environ["SFA_STUDIES"]))
     pretend_runs(Grid("million", "draw", {"size": [1, 2]}, seeds=tuple(range(runs // 2))), rows // runs)
-    process = subprocess.run([sys.executable, __file__, "--only-report", str(runs // 2)], check=True, capture_output=True, text=True)
+    process = subprocess.run([sys.executable, __file__, "--only-report", str(runs // 2)], check=True,
+                             capture_output=True, text=True)
     return {"rows": rows, "runs": runs} | json.loads(process.stdout.splitlines()[-1])
 
 
@@ -87,7 +103,8 @@ def only_report(seeds: int) -> None:
     page = report_grid(grid)
     seconds = time.perf_counter() - began
     written = pd.read_parquet(page.with_name("records.parquet"), columns=["run"])
-    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))  # the kernel too
+    # the kernel too
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     print(json.dumps({"seconds": seconds, "peak_gib": peak / 2**20, "rows_written": len(written)}))
 
 
@@ -103,19 +120,25 @@ def main() -> None:
         return only_report(options.only_report)
     options.out.mkdir(parents=True, exist_ok=True)
     found, began, facts = {}, time.time(), provenance({}, {})
-    for name, measure in (("grid", lambda: grid_overhead(options.runs, options.workers)), ("report", lambda: report_cost(options.rows, 200))):
+    for name, measure in (("grid", lambda: grid_overhead(options.runs, options.workers)),
+                          ("report", lambda: report_cost(options.rows, 200))):
         with tempfile.TemporaryDirectory() as scratch:
-            os.environ |= {"SFA_EXPORTS": f"{scratch}/exports", "SFA_STUDIES": f"{scratch}/studies", "DRAW_LOG": f"{scratch}/log"}
+            os.environ |= {"SFA_EXPORTS": f"{scratch}/exports", "SFA_STUDIES": f"{scratch}/studies",
+                           "DRAW_LOG": f"{scratch}/log"}
             found[name] = measure()
             del os.environ["SFA_EXPORTS"], os.environ["SFA_STUDIES"]
     grid, report = found["grid"], found["report"]
     write_timings(options.out, found)
-    write_metrics(options.out, {"grid": {"runs": grid["runs"], "workers": grid["workers"]}, "report": {"rows": report["rows_written"], "runs": report["runs"]}})
-    write_json(options.out / "provenance.json", facts | {"what": "make bench", "wall_seconds": round(time.time() - began, 1)})
-    write_summary(options.out, f"""{grid['runs']} runs of {grid['median_run_seconds']:.2f} s (median), {grid['workers']} workers: {grid['wall_seconds']:.0f} s,
+    write_metrics(options.out,
+                  {"grid": {"runs": grid["runs"], "workers": grid["workers"]},
+                   "report": {"rows": report["rows_written"], "runs": report["runs"]}})
+    write_json(options.out / "provenance.json",
+               facts | {"what": "make bench", "wall_seconds": round(time.time() - began, 1)})
+    write_summary(options.out,
+                  f"""{grid['runs']} runs of {grid['median_run_seconds']:.2f} s (median), {grid['workers']} workers: {grid['wall_seconds']:.0f} s,
 overhead {100 * grid['overhead']:.1f} % (bar: 15 %).
 Of {grid['run_wall_seconds']:.0f} s in the runs, {grid['cells_seconds']:.0f} s were their cells; the rest is a kernel for each.
-{report['rows_written']:,} records of {report['runs']} runs in one report: {report['seconds']:.1f} s, peak {report['peak_gib']:.2f} GiB (bar: 30 s, 2 GiB).""")
+{report['rows_written']:,} records of {report['runs']} runs in one report: {report['seconds']:.1f} s, peak {report['peak_gib']:.2f} GiB (bar: 30 s, 2 GiB).""")  # noqa: E501
     print((options.out / "summary.txt").read_text())
 
 

@@ -1,6 +1,8 @@
-"""Kernels forked from a process that has the large imports behind it, for smoke runs; all else about a run is as it is, papermill and sockets included.
+"""Kernels forked from a process that has the large imports behind it, for smoke runs; all else about a run is as it
+is, papermill and sockets included.
 
-jupyter_client finds `ForkedKernels` by the entry point `forked` in forked_kernels-1.dist-info, and starts kernels by it where it is the default provisioner.
+jupyter_client finds `ForkedKernels` by the entry point `forked` in forked_kernels-1.dist-info, and starts kernels
+by it where it is the default provisioner.
 """
 import multiprocessing
 import os

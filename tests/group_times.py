@@ -1,4 +1,5 @@
-"""How long each group of tests takes, in processor seconds of the test process and of all that it started: what a busy machine changes least."""
+"""How long each group of tests takes, in processor seconds of the test process and of all that it started: what a
+busy machine changes least."""
 import time
 from collections import Counter
 
@@ -22,14 +23,16 @@ def processor_seconds() -> float:
 
 
 class GroupTimes:
-    "Measure the groups of this process and show those that take longest; under pytest-xdist every worker hands its own to the process that prints."
+    """Measure the groups of this process and show those that take longest; under pytest-xdist every worker hands
+    its own to the process that prints."""
 
     def __init__(self, group_of):
         self.group_of, self.group, self.since = group_of, None, (0.0, 0.0)
         self.processor, self.wall, self.smoke_runs = Counter(), Counter(), {}
 
     def change_to(self, group):
-        "Book what has passed on the group that ends here; reading all processes takes some 10 ms, so only between groups."
+        """Book what has passed on the group that ends here; reading all processes takes some 10 ms, so only between
+        groups."""
         now = processor_seconds(), time.monotonic()
         if self.group:
             self.processor[self.group] += max(0.0, now[0] - self.since[0])
@@ -57,10 +60,12 @@ class GroupTimes:
     def pytest_terminal_summary(self, terminalreporter):
         if not self.processor:
             return
-        terminalreporter.section(f"{SHOWN} slowest groups, {sum(self.processor.values()):.0f} s of processor time in all")
+        terminalreporter.section(f"{SHOWN} slowest groups, {sum(self.processor.values()):.0f} s of processor time in "
+                                 f"all")
         for group, seconds in self.processor.most_common(SHOWN):
             terminalreporter.write_line(f"{seconds:7.1f} s processor {self.wall[group]:7.1f} s wall  {group}")
         for study, seconds in sorted(self.smoke_runs.items()):
             if seconds > SMOKE_RUN:
-                terminalreporter.write_line(f"smoke run of {study} takes {seconds:.1f} s of processor time, more than {SMOKE_RUN}: make it smaller",
+                terminalreporter.write_line(f"smoke run of {study} takes {seconds:.1f} s of processor time, more than "
+                                            f"{SMOKE_RUN}: make it smaller",
                                             yellow=True)

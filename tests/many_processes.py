@@ -1,4 +1,5 @@
-"""What every process does that accelerate launch starts: train an arm with whole weights and with spread ones, and answer questions together."""
+"""What every process does that accelerate launch starts: train an arm with whole weights and with spread ones, and
+answer questions together."""
 
 import json
 import sys
@@ -26,11 +27,16 @@ def main(folder: Path) -> None:
     assert accelerator.num_processes == 2
     finetune(tiny(), charts, CONFIG, folder / "whole", accelerator=accelerator, progress=False)
     for until in (3, None):  # stopped, and taken up again by a model that knows nothing of it
-        finetune(tiny(), charts, CONFIG, folder / "sharded", until=until, accelerator=accelerator, progress=False, sharded=True)
+        finetune(tiny(), charts, CONFIG, folder / "sharded", until=until, accelerator=accelerator, progress=False,
+                 sharded=True)
     asked, bundle = questions(), tiny()
-    replies = {count: [reply.prediction for reply in answer_together(bundle, asked[:count], 2, accelerator, max_new_tokens=4)] for count in COUNTS}
-    records, summary = parts(evaluate(bundle, asked[:9], batch_size=2, max_new_tokens=4, draws=100, accelerator=accelerator))
-    (folder / f"replies-{accelerator.process_index}.json").write_text(json.dumps([replies, records["id"].tolist(), summary["n"]]))
+    replies = {count: [reply.prediction
+                       for reply in answer_together(bundle, asked[:count], 2, accelerator, max_new_tokens=4)]
+                       for count in COUNTS}
+    records, summary = parts(evaluate(bundle, asked[:9], batch_size=2, max_new_tokens=4, draws=100,
+                                      accelerator=accelerator))
+    (folder / f"replies-{accelerator.process_index}.json").write_text(json.dumps([replies, records["id"].tolist(),
+                                                                                  summary["n"]]))
     torch.distributed.destroy_process_group()
 
 

@@ -39,4 +39,6 @@ def test_two_processes_with_the_same_cell_train_once(tmp_path):
     ended = [process.communicate(timeout=300) for process in both]
     assert [process.returncode for process in both] == [0, 0], [errors[-2000:] for _, errors in ended]
     assert len((tmp_path / "trained").read_text().splitlines()) == 1
-    assert ended[0][0] == ended[1][0] and ended[0][0].startswith("rows 8 "), "both see the whole training and the same answers"
+    assert ended[0][0] == ended[1][0] and ended[0][0].startswith("rows 8 "), (
+        "both see the whole training and the same answers"
+    )

@@ -1,4 +1,5 @@
-"""Leaves in a pretrained encoder: the uniform plan is the stock encoder, merging equal tokens is exact, and neither batch mates nor order matter."""
+"""Leaves in a pretrained encoder: the uniform plan is the stock encoder, merging equal tokens is exact, and neither
+batch mates nor order matter."""
 
 from dataclasses import replace
 from operator import attrgetter
@@ -9,7 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_internvl import bundle_of, pixels, tiny_internvl
-from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
+from transformers import (
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+)
 
 import sfa_core.tokens.adaptive as adaptive_module
 import sfa_core.training.arms as arms_module
@@ -36,21 +42,27 @@ from sfa_core.structure.bias import PADDING, uniform_geometry, with_blocks
 
 MEAN, STD = (0.9,) * 3, (0.25,) * 3
 GUARDED = PatchConfig(coarse=None, bucket=8)
-SHAPE = EmbeddedConfig(vision_width=32, vision_layers=2, vision_heads=2, vision_hidden=32, language_width=32, language_layers=2, language_heads=2,
+SHAPE = EmbeddedConfig(vision_width=32, vision_layers=2, vision_heads=2, vision_hidden=32, language_width=32,
+                       language_layers=2, language_heads=2,
                        language_kv_heads=1, head_dim=16, language_hidden=32)
-FORTY = dict(patches=PatchConfig(budget=40, bucket=8), steps=3, batch_size=3, questions=3, learning_rate=5e-3, structure_rate=5e-3, checkpoint_every=0)
+FORTY = dict(patches=PatchConfig(budget=40, bucket=8), steps=3, batch_size=3, questions=3, learning_rate=5e-3,
+             structure_rate=5e-3, checkpoint_every=0)
 
 parts = attrgetter("records", "summary")  # of an evaluation
 
 
 def tiny_llava(kind=LlavaOnevisionForConditionalGeneration, image=62):
     "A random LLaVA with SigLIP, 4 x 4 patches and 6 pixels that no patch covers."
-    vision = {"model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+    vision = {"model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+              "num_attention_heads": 2,
               "image_size": image, "patch_size": 14, "vision_use_head": False}
-    text = {"model_type": "qwen2", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
+    text = {"model_type": "qwen2", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+            "num_attention_heads": 2,
             "num_key_value_heads": 1}
-    config = {LlavaOnevisionForConditionalGeneration: LlavaOnevisionConfig, LlavaForConditionalGeneration: LlavaConfig}[kind]
-    extra = {"image_grid_pinpoints": [[image, image], [image, 2 * image]], "video_token_index": 6} if config is LlavaOnevisionConfig else {}
+    config = {LlavaOnevisionForConditionalGeneration: LlavaOnevisionConfig,
+              LlavaForConditionalGeneration: LlavaConfig}[kind]
+    extra = {"image_grid_pinpoints": [[image, image], [image, 2 * image]],
+             "video_token_index": 6} if config is LlavaOnevisionConfig else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = kind(config(vision_config=vision, text_config=text, image_token_index=5, **extra))
@@ -88,7 +100,9 @@ def internvl(shared):
     model, family = shared
     before = tower(model, family, pages())
     yield model, family
-    assert torch.equal(tower(model, family, pages()), before) and model.config.vision_config._attn_implementation == "sdpa"
+    assert (
+        torch.equal(tower(model, family, pages()), before) and model.config.vision_config._attn_implementation == "sdpa"
+    )
     assert not hasattr(family.tower_of(model), CONTROL) and "forward" not in vars(family.tower_of(model))
     assert not any("log_area" in vars(module) or "forward" in vars(module) for module in model.modules())
 
@@ -119,11 +133,15 @@ def test_a_plan_of_pretrained_patches_is_the_stock_encoder_of_llava_onevision():
     features = torch.cat(model.model.get_image_features(given, image_sizes=sizes).pooler_output)
     attach_tokens(bundle_of(model, MEAN, STD), patches=PatchConfig(sizes=(14,), coarse=None))
     assert torch.allclose(tower(model, family, given), expected, atol=1e-5)
-    assert torch.allclose(torch.cat(model.model.get_image_features(given, image_sizes=sizes).pooler_output), features, atol=1e-4)
+    assert torch.allclose(torch.cat(model.model.get_image_features(given, image_sizes=sizes).pooler_output), features,
+                          atol=1e-4)
     detach_tokens(bundle_of(model))
     control = attach_tokens(bundle_of(model, MEAN, STD), patches=GUARDED)
     fewer = torch.cat(model.model.get_image_features(given, image_sizes=sizes).pooler_output)
-    assert len(fewer) == sum(language_tokens(bundle_of(model), given.split(2), sizes.tolist())) < len(features) and min(map(len, control.last)) < 16
+    assert (
+        len(fewer) == sum(language_tokens(bundle_of(model), given.split(2), sizes.tolist())) < len(features)
+        and min(map(len, control.last)) < 16
+    )
     detach_tokens(bundle_of(model))
     assert torch.equal(tower(model, family, given), expected)
 
@@ -136,17 +154,21 @@ def test_merging_equal_tokens_is_exact_with_log_area_and_wrong_without(internvl,
     embeddings = family.tower_of(model).embeddings
     with torch.no_grad():
         kept = embeddings.position_embeddings.clone()
-        embeddings.position_embeddings[:, 1:] = kept[:, 1:2]  # one place for all cells: cells of plain paper become equal tokens
+        # one place for all cells: cells of plain paper become equal tokens
+        embeddings.position_embeddings[:, 1:] = kept[:, 1:2]
     given = pages()
     expected = tower(model, family, given)
     control = attach_tokens(bundle_of(model, MEAN, STD), patches=GUARDED)
     found = tower(model, family, given)
-    assert max(map(len, control.last)) < 16 and (found - expected).abs().max() < 2e-6 * expected.abs().max().clamp(min=1)
+    assert max(map(len, control.last)) < 16 and (found - expected).abs().max() < 2e-6 * expected.abs().max().clamp(
+        min=1
+    )
     model.set_attn_implementation({"vision_config": "sdpa"})
     with pytest.raises(ValueError, match="would ignore the areas"):
         tower(model, family, given)
     model.set_attn_implementation({"vision_config": "adat"})
-    monkeypatch.setattr(adaptive_module, "plan_geometry", lambda *a: replace((g := plan_geometry(*a)), log_area=g.log_area.clamp(max=0)))
+    monkeypatch.setattr(adaptive_module, "plan_geometry",
+                        lambda *a: replace((g := plan_geometry(*a)), log_area=g.log_area.clamp(max=0)))
     unweighted = tower(model, family, given)
     assert (unweighted - expected).abs().max() > 0.01
     detach_tokens(bundle_of(model))
@@ -157,8 +179,14 @@ def test_merging_equal_tokens_is_exact_with_log_area_and_wrong_without(internvl,
 def test_a_split_cell_weighs_as_much_as_a_whole_one():
     plan = PatchPlan((1, 2), [0, 0, 0, 7, 7], [0, 14, 21, 14, 21], [14, 7, 7, 7, 7])
     geometry = plan_geometry(uniform_geometry(1, 2, 1).map(lambda part: part.float()), [plan], 8)
-    assert torch.allclose(geometry.log_area[0, :6].exp(), torch.tensor([1, 1, 0.25, 0.25, 0.25, 0.25])) and (geometry.log_area[0, 6:] == PADDING).all()
-    assert geometry.special[0].tolist() == [True, False, False, False, False, False, True, True] and (geometry.column[0, 2:6] == geometry.column[0, 2]).all()
+    assert (
+        torch.allclose(geometry.log_area[0, :6].exp(), torch.tensor([1, 1, 0.25, 0.25, 0.25, 0.25]))
+        and (geometry.log_area[0, 6:] == PADDING).all()
+    )
+    assert (
+        geometry.special[0].tolist() == [True, False, False, False, False, False, True, True]
+        and (geometry.column[0, 2:6] == geometry.column[0, 2]).all()
+    )
     with pytest.raises(ValueError, match="does not fit into 5"):
         plan_geometry(uniform_geometry(1, 2, 1), [plan], 5)
 
@@ -167,7 +195,8 @@ def test_the_bias_of_a_leaf_is_the_mean_over_its_cells(internvl):
     model, family = internvl
     biases = inject(bundle_of(model), blocks=4)
     estimator, _ = load_density()
-    control = attach_tokens(bundle_of(model, MEAN, STD), estimator=estimator, patches=PatchConfig(bucket=8), blocks=True, drop=False)
+    control = attach_tokens(bundle_of(model, MEAN, STD), estimator=estimator, patches=PatchConfig(bucket=8),
+                            blocks=True, drop=False)
     given = pages()
     tower(model, family, given)
     plan, geometry = control.current[0][0], biases[0].geometry
@@ -176,7 +205,8 @@ def test_the_bias_of_a_leaf_is_the_mean_over_its_cells(internvl):
     full = biases[0].dense(with_blocks(uniform_geometry(4, 4, 1), ids, 4))
     member = torch.from_numpy(plan.membership())
     mean = member / member.sum(1, keepdim=True)
-    leaves = biases[0].dense(geometry)[0, :, 1 : 1 + len(plan), 1 : 1 + len(plan)] - geometry.log_area[0, 1 : 1 + len(plan)]
+    leaves = biases[0].dense(geometry)[0, :, 1 : 1 + len(plan),
+                                       1 : 1 + len(plan)] - geometry.log_area[0, 1 : 1 + len(plan)]
     assert torch.allclose(leaves, mean @ full[:, 1:, 1:] @ mean.T, atol=1e-6)
     eject(detach_tokens(bundle_of(model)))
 
@@ -192,7 +222,9 @@ def test_a_result_depends_neither_on_batch_mates_nor_on_their_order(seed, order)
     attach_tokens(bundle_of(model, MEAN, STD), patches=GUARDED)
     together = tower(model, family, given)
     alone = torch.cat([tower(model, family, given[i : i + 1]) for i in range(4)])
-    assert torch.allclose(together, alone, atol=1e-5) and torch.allclose(tower(model, family, given[list(order)]), together[list(order)], atol=1e-5)
+    assert torch.allclose(together, alone, atol=1e-5) and torch.allclose(
+        tower(model, family, given[list(order)]), together[list(order)], atol=1e-5
+    )
     counts = language_tokens(bundle_of(model), given[:, None])
     assert language_tokens(bundle_of(model), given[list(order), None]) == [counts[i] for i in order]
 
@@ -237,7 +269,8 @@ def test_gradients_reach_the_encoder_and_checkpointing_gives_the_same(internvl):
     model, family = internvl
     inject(bundle_of(model))
     attach_tokens(bundle_of(model, MEAN, STD), patches=GUARDED)
-    weights = [family.tower_of(model).embeddings.patch_embeddings.projection.weight, structures_of(bundle_of(model))[0].row]
+    weights = [family.tower_of(model).embeddings.patch_embeddings.projection.weight,
+               structures_of(bundle_of(model))[0].row]
     grads = []
     for checkpointing in (False, True):
         if checkpointing:
@@ -284,7 +317,8 @@ def test_tokens_come_from_the_level_of_their_size(seed, sizes):
     rng = np.random.default_rng(seed)
     scale, convolution = 2 if 7 in sizes else 1, torch.nn.Conv2d(3, 4, PATCH, PATCH)
     picture = torch.from_numpy(rng.random((1, 3, scale * 56, scale * 56), dtype=np.float32))
-    plan = plan_patches(picture[0].permute(1, 2, 0).numpy(), rng.random((4, 4)), PatchConfig(sizes, coarse=0.4, guard=None))
+    plan = plan_patches(picture[0].permute(1, 2, 0).numpy(), rng.random((4, 4)),
+                        PatchConfig(sizes, coarse=0.4, guard=None))
     positions = torch.from_numpy(rng.random((4, 4, 4), dtype=np.float32))
     with torch.no_grad():
         tokens = embed_patches(picture, [plan], convolution, positions)[0]
@@ -295,7 +329,8 @@ def test_tokens_come_from_the_level_of_their_size(seed, sizes):
                 place = positions[y0 // PATCH : y1 // PATCH, x0 // PATCH : x1 // PATCH].mean((0, 1))
                 assert torch.allclose(token, convolution(shrunk)[0, :, 0, 0] + place, atol=1e-5)
             else:
-                table = torch.nn.functional.interpolate(positions.permute(2, 0, 1)[None], scale_factor=2, mode="bicubic", align_corners=False)
+                table = torch.nn.functional.interpolate(positions.permute(2, 0, 1)[None], scale_factor=2,
+                                                        mode="bicubic", align_corners=False)
                 assert torch.allclose(token, convolution(shrunk)[0, :, 0, 0] + table[0, :, y0 // 7, x0 // 7], atol=1e-5)
 
 
@@ -304,7 +339,8 @@ def test_a_resized_kernel_answers_as_the_patch_did():
     for mode in ("nearest", "bilinear", "bicubic"):
         options = {} if mode == "nearest" else {"align_corners": False}
         large = torch.nn.functional.interpolate(patch, (28, 28), mode=mode, **options)
-        assert torch.allclose(torch.nn.functional.conv2d(large, resize_kernel(weight, 28, mode)), torch.nn.functional.conv2d(patch, weight), atol=1e-3)
+        assert torch.allclose(torch.nn.functional.conv2d(large, resize_kernel(weight, 28, mode)),
+                              torch.nn.functional.conv2d(patch, weight), atol=1e-3)
 
 
 # Refusals
@@ -398,7 +434,10 @@ def test_blocks_of_a_batch_are_those_of_each_image(bundle):
     swapped = tower(model, family, given[[2, 0, 1]])
     assert torch.allclose(together, alone, atol=1e-5) and torch.allclose(swapped, together[[2, 0, 1]], atol=1e-5)
     expected = density_blocks(estimate_density(estimator, (given * 0.25 + 0.9).clamp(0, 1), (8, 8)), 16)[[2, 0, 1]]
-    assert torch.equal(biases[0].geometry.block[:, 1:].argmax(-1), expected) and len({tuple(row) for row in expected.tolist()}) == 3
+    assert (
+        torch.equal(biases[0].geometry.block[:, 1:].argmax(-1), expected)
+        and len({tuple(row) for row in expected.tolist()}) == 3
+    )
     eject(detach_tokens(bundle_of(model)))
 
 
@@ -433,7 +472,9 @@ def test_a_smaller_page_gives_fewer_tokens_and_keeps_the_model(bundle):
     data = documents(2, seed=4)
     small = at_resolution(bundle, 84)
     batch = training_batch(small, [data[0], data[1]])
-    assert (batch["input_ids"] == small.model.config.image_token_id).sum(1).tolist() == [36, 36] and torch.isfinite(answer_loss(small.model, batch)[0])
+    assert (batch["input_ids"] == small.model.config.image_token_id).sum(1).tolist() == [36, 36] and torch.isfinite(
+        answer_loss(small.model, batch)[0]
+    )
     for side in (80, 7):
         with pytest.raises(ValueError, match="expected a multiple of 14 px"):
             at_resolution(bundle, side)
@@ -444,12 +485,16 @@ def test_attention_of_leaves_sums_to_one(internvl):
     inject(bundle_of(model))
     control = attach_tokens(bundle_of(model, MEAN, STD), patches=replace(GUARDED, bucket=64), drop=False)
     seen = []
-    hook = family.attentions_of(model)[0].register_forward_hook(lambda module, arguments, output: seen.append(output[1]))
+    hook = family.attentions_of(model)[0].register_forward_hook(
+        lambda module, arguments, output: seen.append(output[1])
+    )
     with visible_attention(bundle_of(model)):
         tower(model, family, pages(1))
     hook.remove()
     weights, tokens = seen[0], len(control.last[0]) + 1
-    assert torch.allclose(weights[..., :tokens].sum(-1), torch.ones(()), atol=1e-5) and (weights[..., tokens:] == 0).all()
+    assert (
+        torch.allclose(weights[..., :tokens].sum(-1), torch.ones(()), atol=1e-5) and (weights[..., tokens:] == 0).all()
+    )
     eject(detach_tokens(bundle_of(model)))
 
 

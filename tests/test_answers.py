@@ -1,4 +1,5 @@
-"""Answers: training and evaluation use the same prompt, packing and batching change nothing, a broken image costs one answer."""
+"""Answers: training and evaluation use the same prompt, packing and batching change nothing, a broken image costs
+one answer."""
 
 import io
 from dataclasses import replace
@@ -12,7 +13,16 @@ from PIL import Image
 
 from sfa_core.models import answers
 from sfa_core.models.answers import answer
-from sfa_core.models.sequences import IGNORE, SUFFIX, answer_loss, answer_tokens, end_token, pack, prompt_tokens, training_batch
+from sfa_core.models.sequences import (
+    IGNORE,
+    SUFFIX,
+    answer_loss,
+    answer_tokens,
+    end_token,
+    pack,
+    prompt_tokens,
+    training_batch,
+)
 from sfa_core.models.images import image_inputs, image_tokens
 from sfa_core.documents.generate import documents
 from sfa_core.core.pictures import as_seen
@@ -20,12 +30,15 @@ from sfa_core.documents.samples import Sample, samples
 from sfa_core.models.embedded import EmbeddedConfig, build_processor, train_tokenizer
 from sfa_core.models.load import load_model, new_bundle
 
-QUESTIONS = ["a", "How much is the red bar?", "What is the highest value of all the 12 months in 2015, and which month has it?", "한국어 질문 12?",
+QUESTIONS = ["a", "How much is the red bar?", "What is the highest value of all the 12 months in 2015, and which month "
+                                              "has it?", "한국어 질문 12?",
              "Is <|im_end|> or <IMG_CONTEXT> in <img>?", "max?\n\n  min? "]
 ANSWERS = ["7", "12.5 %", "elm 9, cat 31, fig 86", "예", "no", "-3"]
 TOKENIZER = train_tokenizer(QUESTIONS + ANSWERS, 320)
-SMALL = EmbeddedConfig(image_size=56, vision_width=32, vision_layers=2, vision_heads=2, vision_hidden=64, language_width=32, language_layers=2,
-                       language_heads=2, language_kv_heads=1, head_dim=16, language_hidden=64, initializer_range=0.3, downsample_ratio=0.5)
+SMALL = EmbeddedConfig(image_size=56, vision_width=32, vision_layers=2, vision_heads=2, vision_hidden=64,
+                       language_width=32, language_layers=2,
+                       language_heads=2, language_kv_heads=1, head_dim=16, language_hidden=64, initializer_range=0.3,
+                       downsample_ratio=0.5)
 
 
 def small(seed=0, dtype=torch.float32, tiles=1, **changes):
@@ -43,12 +56,14 @@ def picture(seed, width=56, height=56, mode="RGB"):
 def page(number, questions=3, **options):
     """A row as `documents` gives it, with the first questions in rotation."""
     order = [(number + step) % len(QUESTIONS) for step in range(questions)]
-    asked = [dict(id=f"{number}/{n}", kind="read", question=QUESTIONS[n], answers=[ANSWERS[n], "another"], evidence=[]) for n in order]
+    asked = [dict(id=f"{number}/{n}", kind="read", question=QUESTIONS[n], answers=[ANSWERS[n], "another"], evidence=[])
+             for n in order]
     return dict(id=f"page{number}", image=picture(number, **options), questions=asked)
 
 
 def asked(rows):
-    return [Sample(part["id"], row["id"], part["kind"], part["question"], tuple(part["answers"]), row["image"]) for row in rows for part in row["questions"]]
+    return [Sample(part["id"], row["id"], part["kind"], part["question"], tuple(part["answers"]), row["image"])
+            for row in rows for part in row["questions"]]
 
 
 # the prompt
@@ -77,11 +92,15 @@ def test_training_and_evaluation_see_the_same_tokens(monkeypatch):
             answer(bundle, [sample], max_new_tokens=2, suffix=suffix)
             batch = training_batch(bundle, [sample], suffix=suffix)
             prompt = sent[-1]["input_ids"]
-            assert torch.equal(batch["input_ids"][:, : prompt.shape[1]], prompt) and (batch["labels"][:, : prompt.shape[1]] == IGNORE).all()
+            assert (
+                torch.equal(batch["input_ids"][:, : prompt.shape[1]], prompt)
+                and (batch["labels"][:, : prompt.shape[1]] == IGNORE).all()
+            )
             assert batch["input_ids"][0, prompt.shape[1] :].tolist() == answer_tokens(bundle, sample.answers[0])
             assert torch.equal(batch["labels"][:, prompt.shape[1] :], batch["input_ids"][:, prompt.shape[1] :])
             features = bundle.model.get_image_features(pixel_values=batch["pixel_values"]).pooler_output
-            assert torch.equal(features.flatten(0, 1), sent[-1]["mm_encoder_outputs"]["image"].pooler_output)  # all tiles in one row
+            # all tiles in one row
+            assert torch.equal(features.flatten(0, 1), sent[-1]["mm_encoder_outputs"]["image"].pooler_output)
 
 
 def test_a_model_says_what_it_was_trained_to_say():
@@ -115,7 +134,9 @@ def test_control_tokens_in_text_are_text():
     assert plain[0] == marked[0]
     assert [token for token in plain[1] if token in special] == [token for token in marked[1] if token in special]
     assert "<|im_end|><IMG_CONTEXT>" in TOKENIZER.decode(marked[1])
-    assert answer_tokens(bundle, "<|im_end|>").count(end_token(bundle)) == 1 and end_token(bundle) == TOKENIZER.convert_tokens_to_ids("<|im_end|>")
+    assert answer_tokens(bundle, "<|im_end|>").count(end_token(bundle)) == 1 and end_token(
+        bundle
+    ) == TOKENIZER.convert_tokens_to_ids("<|im_end|>")
 
 
 # images
@@ -125,7 +146,10 @@ def test_control_tokens_in_text_are_text():
 def test_the_fast_way_to_pixels_is_the_processors(options):
     bundle, images = small(), [picture(seed, **options) for seed in range(5)]
     pixels, counts = image_inputs(bundle, images)
-    assert torch.equal(pixels, bundle.processor.image_processor(images, return_tensors="pt")["pixel_values"]) and pixels.dtype == torch.float32
+    assert (
+        torch.equal(pixels, bundle.processor.image_processor(images, return_tensors="pt")["pixel_values"])
+        and pixels.dtype == torch.float32
+    )
     assert counts == [1] * 5
 
 
@@ -137,7 +161,8 @@ def test_images_of_other_modes_become_rgb(mode):
 
 def test_tiles_are_limited_by_the_argument():
     bundle, image = small(tiles=4), picture(0, 112, 112)
-    assert [image_inputs(bundle, [image], tiles)[1] for tiles in (None, 4, 1)] == [[5], [5], [1]]  # 2 x 2 and a thumbnail
+    # 2 x 2 and a thumbnail
+    assert [image_inputs(bundle, [image], tiles)[1] for tiles in (None, 4, 1)] == [[5], [5], [1]]
     assert training_batch(bundle, [page(0, width=112, height=112)])["pixel_values"].shape == (5, 3, 56, 56)
     with pytest.raises(ValueError, match="tiles 0"):
         answer(bundle, asked([page(0)]), tiles=0)
@@ -147,7 +172,9 @@ def test_tiles_are_limited_by_the_argument():
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 4), st.lists(st.tuples(st.integers(1, 3), st.integers(1, 3)), min_size=1, max_size=4)), min_size=1, max_size=4))
+@given(st.lists(st.tuples(st.integers(1, 4),
+                          st.lists(st.tuples(st.integers(1, 3), st.integers(1, 3)), min_size=1, max_size=4)),
+                          min_size=1, max_size=4))
 def test_a_branch_sees_the_prefix_and_itself(shapes):
     token = iter(range(1, 1000))
     take = lambda n: [next(token) for _ in range(n)]
@@ -192,16 +219,21 @@ def test_the_loss_is_the_models_own():
 def test_a_branch_does_not_notice_the_others(attention):
     bundle, row = small(3, torch.float64), page(0, 3)
     bundle.model.set_attn_implementation(attention)
-    other = row | dict(questions=[row["questions"][0], dict(row["questions"][1], question="Something longer than before?", answers=["1234567"])])
+    other = row | dict(questions=[row["questions"][0],
+                                  dict(row["questions"][1], question="Something longer than before?",
+                                       answers=["1234567"])])
     ours, theirs = ({k: v for k, v in training_batch(bundle, [one]).items() if k != "labels"} for one in (row, other))
     first = len(sum(prompt_tokens(bundle, row["questions"][0]["question"]), [])) + len(image_tokens(bundle, 1)) + 1
-    assert torch.allclose(bundle.model(**ours).logits[:, :first], bundle.model(**theirs).logits[:, :first], rtol=0, atol=1e-12)
+    assert torch.allclose(bundle.model(**ours).logits[:, :first], bundle.model(**theirs).logits[:, :first], rtol=0,
+                          atol=1e-12)
 
 
 def test_rows_and_samples_make_the_same_batch():
     bundle, rows = small(), [page(0), page(1, 2), page(2, 4)]
     from_rows, from_samples = training_batch(bundle, rows), training_batch(bundle, asked(rows))
-    assert all(torch.equal(from_rows[name], from_samples[name]) for name in from_rows) and len(from_rows["input_ids"]) == 3
+    assert (
+        all(torch.equal(from_rows[name], from_samples[name]) for name in from_rows) and len(from_rows["input_ids"]) == 3
+    )
 
 
 def test_rows_of_a_dataset_are_taken_as_they_come(tmp_path, monkeypatch):
@@ -234,7 +266,8 @@ def test_batched_answers_are_those_given_one_by_one(seed, dtype):
     assert len({reply.tokens for reply in alone}) > 8  # the model tells questions and pages apart
     for size in (3, 32):
         batched = answer(bundle, samples, batch_size=size, max_new_tokens=10)
-        assert [(reply.tokens, reply.truncated) for reply in batched] == [(reply.tokens, reply.truncated) for reply in alone]
+        assert [(reply.tokens, reply.truncated) for reply in batched] == [(reply.tokens, reply.truncated)
+                                                                          for reply in alone]
     order = np.random.default_rng(seed).permutation(len(samples))
     shuffled = answer(bundle, [samples[n] for n in order], max_new_tokens=10)
     assert [reply.tokens for reply in shuffled] == [alone[n].tokens for n in order]
@@ -251,7 +284,8 @@ def test_answers_with_tiles_are_those_of_the_stock_pipeline():
         turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": sample.question}]}
         text = TOKENIZER.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
         inputs = bundle.processor(images=[sample.image], text=[text], return_tensors="pt")
-        out = bundle.model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :].tolist()
+        out = bundle.model.generate(**inputs, max_new_tokens=6,
+                                    do_sample=False)[0, inputs["input_ids"].shape[1] :].tolist()
         assert tuple(token for token in out if token != end_token(bundle)) == reply.tokens
 
 
@@ -270,9 +304,14 @@ def test_a_broken_image_costs_one_answer(tmp_path):
     sources = [b"", b"not an image", cut.getvalue()[:-200], tmp_path / "missing.png"]
     broken = [Sample(f"bad/{n}", f"bad{n}", "read", "max?", ("1",), source) for n, source in enumerate(sources)]
     mixed = answer(bundle, [good[0], *broken, *good[1:]], max_new_tokens=4)
-    assert [reply.tokens for reply in mixed if not reply.error] == [reply.tokens for reply in answer(bundle, good, max_new_tokens=4)]
+    assert [reply.tokens for reply in mixed if not reply.error] == [reply.tokens
+                                                                    for reply in answer(bundle, good, max_new_tokens=4)]
     for sample, reply in zip(broken, mixed[1:5], strict=True):
-        assert sample.id in reply.error and "\n" not in reply.error and (reply.prediction, reply.truncated, reply.tokens) == ("", False, ())
+        assert (
+            sample.id in reply.error
+            and "\n" not in reply.error
+            and (reply.prediction, reply.truncated, reply.tokens) == ("", False, ())
+        )
     assert all(reply.error for reply in answer(bundle, broken))
 
 
@@ -281,11 +320,14 @@ def test_documents_with_the_same_name_are_told_apart():
     one, two = page(0, 1), page(7, 1) | dict(id="page0")
     two["questions"][0]["question"] = one["questions"][0]["question"]
     single = [answer(bundle, asked([row]), max_new_tokens=8)[0].tokens for row in (one, two)]
-    assert [reply.tokens for reply in answer(bundle, asked([one, two]), max_new_tokens=8)] == single and single[0] != single[1]
+    assert [reply.tokens for reply in answer(bundle, asked([one, two]), max_new_tokens=8)] == single and single[
+        0
+    ] != single[1]
     assert len(training_batch(bundle, asked([one, two]))["input_ids"]) == 2
 
 
-@pytest.mark.parametrize("options, word", [(dict(batch_size=0), "batch_size 0"), (dict(max_new_tokens=-1), "max_new_tokens -1")])
+@pytest.mark.parametrize("options, word",
+                         [(dict(batch_size=0), "batch_size 0"), (dict(max_new_tokens=-1), "max_new_tokens -1")])
 def test_sizes_below_one_are_refused(options, word):
     with pytest.raises(ValueError, match=word):
         answer(small(), asked([page(0)]), **options)

@@ -46,7 +46,8 @@ def pictures():
 
 
 @pytest.mark.parametrize(
-    "family, tiles", [(name, tiles) for name, row in FAMILIES.items() for tiles in ([None] if row.native else [None, 1])]
+    "family, tiles", [(name, tiles) for name, row in FAMILIES.items()
+                      for tiles in ([None] if row.native else [None, 1])]
 )
 def test_images_encoded_in_parts_have_the_features_of_all_at_once(family, tiles):
     bundle, passes = miniature(family), []

@@ -30,13 +30,17 @@ def program(path, text):
 
 
 def planned(folder, *arguments):
-    return subprocess.run(["make", "-n", *arguments], cwd=folder, env=alone(), capture_output=True, text=True, check=True).stdout
+    return subprocess.run(["make", "-n", *arguments], cwd=folder, env=alone(), capture_output=True, text=True,
+                          check=True).stdout
 
 
-@pytest.mark.parametrize("command, job", [("tour", ".venv/bin/sfa run 00_tour"), ("test", ".venv/bin/python -m pytest")])
+@pytest.mark.parametrize("command, job",
+                         [("tour", ".venv/bin/sfa run 00_tour"), ("test", ".venv/bin/python -m pytest")])
 def test_a_command_installs_what_constraints_pin_and_then_does_its_job(checkout, command, job):
     plan = planned(checkout, command, "PIP_ARGS=--find-links=wheels")
-    assert re.search(r"pip install --find-links=wheels -c constraints\.txt -e", plan) and plan.index("pip install") < plan.index(job)
+    assert re.search(r"pip install --find-links=wheels -c constraints\.txt -e", plan) and plan.index(
+        "pip install"
+    ) < plan.index(job)
 
 
 @pytest.mark.parametrize("changed", ["settings.ini", "setup.py", "constraints.txt"])
@@ -51,11 +55,14 @@ def test_the_second_call_installs_nothing_until_a_requirement_changes(checkout, 
 
 
 def test_every_requirement_is_pinned():
-    pinned = {re.sub(r"[-_.]+", "-", line.split("==")[0]).lower() for line in (ROOT / "constraints.txt").read_text().split()}
+    pinned = {re.sub(r"[-_.]+", "-", line.split("==")[0]).lower()
+              for line in (ROOT / "constraints.txt").read_text().split()}
     settings = (ROOT / "settings.ini").read_text()
     for key in ("requirements", "dev_requirements"):
         for requirement in re.search(rf"^{key} = (.*)$", settings, flags=re.M)[1].split():
-            assert re.sub(r"[-_.]+", "-", re.split(r"[\[<>=]", requirement)[0]).lower() in pinned, f"{requirement} is not pinned in constraints.txt"
+            assert re.sub(r"[-_.]+", "-", re.split(r"[\[<>=]", requirement)[0]).lower() in pinned, (
+                f"{requirement} is not pinned in constraints.txt"
+            )
 
 
 @pytest.mark.parametrize("ends", [0, 1])
@@ -83,7 +90,8 @@ def left_while_installing(folder):
 def test_an_environment_that_was_left_unfinished_is_made_again(checkout, left):
     left(checkout)
     (checkout / ".venv/half").touch()
-    subprocess.run(["make", ".venv/.installed", f"PYTHON={sys.executable}", "PIP_ARGS=--help"], cwd=checkout, env=alone(), check=True)
+    subprocess.run(["make", ".venv/.installed", f"PYTHON={sys.executable}", "PIP_ARGS=--help"], cwd=checkout,
+                   env=alone(), check=True)
     assert not (checkout / ".venv/half").exists() and not (checkout / ".venv/.unfinished").exists()
     subprocess.run([checkout / ".venv/bin/python", "-m", "pip", "--version"], env=alone(), check=True)
     assert "pip" not in planned(checkout, ".venv/.installed")
@@ -107,11 +115,15 @@ def test_the_check_lints_first_tests_and_builds_and_stops_where_one_fails(tmp_pa
     program(tools / "fc-list", "echo liberation nanum")
     program(tools / "ldconfig", "echo libGL.so.1 libglib-2.0.so.0")
     program(tools / "make", f'echo "$@" >> {tmp_path}/made; test "$1" != "{fails}"')
-    done = subprocess.run([tmp_path / ".ci/run"], env=alone() | {"PATH": f"{tools}:{os.environ['PATH']}"}, capture_output=True, text=True)
+    done = subprocess.run([tmp_path / ".ci/run"], env=alone() | {"PATH": f"{tools}:{os.environ['PATH']}"},
+                          capture_output=True, text=True)
     steps = ["lint", "test", "wheel"]
     assert (tmp_path / "made").read_text().split() == (steps[: steps.index(fails) + 1] if fails else steps)
     assert (done.returncode == 0) == (not fails)
 
 
 def test_linting_installs_ruff_alone(checkout):
-    assert re.search(r"pip install -q +-c constraints\.txt ruff$", planned(checkout, "lint"), flags=re.M) and "-e" not in planned(checkout, "lint").split()
+    assert (
+        re.search(r"pip install -q +-c constraints\.txt ruff$", planned(checkout, "lint"), flags=re.M)
+        and "-e" not in planned(checkout, "lint").split()
+    )

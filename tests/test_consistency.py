@@ -13,7 +13,14 @@ from sfa_core.tokens.adaptive import attach_tokens, detach_tokens
 from sfa_core.models.sequences import IGNORE, answer_loss, training_batch
 from sfa_core.structure.inject import eject, inject
 from sfa_core.training.checkpoints import TIMING
-from sfa_core.training.consistency import SCRConfig, consistency_table, dense_queries, entropy_loss, tile_density, with_consistency
+from sfa_core.training.consistency import (
+    SCRConfig,
+    consistency_table,
+    dense_queries,
+    entropy_loss,
+    tile_density,
+    with_consistency,
+)
 from sfa_core.tokens.density import load_density
 from sfa_core.documents.generate import documents
 from sfa_core.documents.samples import samples
@@ -28,7 +35,8 @@ from sfa_core.training.visible import number_page, number_pages, number_targets,
 from tiny_internvl import SMALLEST
 
 TINY = replace(SMALLEST, initializer_range=0.3)
-ALONE = {name: SCRConfig(**dict(entropy=0, grounding=0, stability=0, floor=0.0) | {name: 1.0}) for name in ("entropy", "grounding", "stability")}
+ALONE = {name: SCRConfig(**dict(entropy=0, grounding=0, stability=0, floor=0.0) | {name: 1.0})
+         for name in ("entropy", "grounding", "stability")}
 QUICK = dict(steps=3, batch_size=4, questions=3, learning_rate=5e-3, structure_rate=5e-3, checkpoint_every=0)
 
 
@@ -97,7 +105,8 @@ def test_adaptive_rows_count_their_areas_and_no_padding(bundle, charts):
     with torch.no_grad():
         [p.zero_() for name, p in bundle.model.named_parameters() if ".structure." in name]
     result, losses, counts = run(bundle, rows, ALONE["entropy"], learn=False)
-    assert float(losses["entropy"]) == pytest.approx(plain, rel=1e-5)  # a structural bias of zero is none, with the same areas
+    # a structural bias of zero is none, with the same areas
+    assert float(losses["entropy"]) == pytest.approx(plain, rel=1e-5)
     assert float(counts["entropy_relative"] / counts["entropy_rows"]) <= 1 + 1e-6
 
 
@@ -113,12 +122,15 @@ def test_numbers_of_a_page_are_matched_with_their_tokens_and_no_others(bundle, c
         answer = bundle.tokenizer.decode([int(batch["labels"][row, at + 1])])
         found = [(int(images[i, 0]), i - 64 * int(images[i, 0])) for i in mark.nonzero()[:, 0].tolist()]
         assert {page for page, _ in found} == {row}  # the value of the own page
-        touched = [{v for v, box in zip(pages[row].values, pages[row].boxes) if overlap(shown[row][token], box)} for _, token in found]
+        touched = [{v for v, box in zip(pages[row].values, pages[row].boxes) if overlap(shown[row][token], box)}
+                   for _, token in found]
         assert all(len(values) == 1 and answer.strip() in f"{next(iter(values)):g}" for values in touched)
         value = next(iter(touched[0]))
         for i in other.nonzero()[:, 0].tolist():
             page, token = divmod(i, 64)
-            assert value not in {v for v, box in zip(pages[page].values, pages[page].boxes) if overlap(shown[page][token], box)}
+            assert value not in {v
+                                 for v, box in zip(pages[page].values, pages[page].boxes)
+                                 if overlap(shown[page][token], box)}
         assert {divmod(i, 64)[0] for i in other.nonzero()[:, 0].tolist()} - {row}  # other pages of the batch take part
 
 
@@ -128,15 +140,23 @@ def test_every_digit_of_a_visible_answer_is_a_target_and_no_other_token(bundle, 
     targets = number_targets(bundle, batch, pages, [shown_boxes(bundle, page.size) for page in pages])
     labels = batch["labels"]
     texts = [bundle.tokenizer.decode([int(labels[row, at + 1])]) for row, at in targets.digits.tolist()]
-    assert texts and all(re.search(r"\d", text) for text in texts) and len(set(map(tuple, targets.digits.tolist()))) == len(texts)
+    assert (
+        texts
+        and all(re.search(r"\d", text) for text in texts)
+        and len(set(map(tuple, targets.digits.tolist()))) == len(texts)
+    )
     every = sum(bool(re.search(r"\d", bundle.tokenizer.decode([int(token)]))) for token in labels[labels != IGNORE])
     assert len(texts) < every, "digits of answers that are not printed, or touch another number, are no targets"
-    assert targets.positive.shape == targets.negative.shape == (len(texts), len(targets.images)) and targets.positive.any(1).all()
+    assert (
+        targets.positive.shape == targets.negative.shape == (len(texts), len(targets.images))
+        and targets.positive.any(1).all()
+    )
 
 
 @pytest.mark.parametrize("printed, answer, same", [
-    ("1,250", "1250", True), ("12 %", "12%", True), ("5.2 million", "5,200,000", True), ("$ 80", "80", True), ("−3.5", "-3.5", True),
-    ("1 250", "1250", True), ("5만", "50000", True), ("12", "13", False), ("Q1", "1", False), ("12 of 80", "12", False)])
+    ("1,250", "1250", True), ("12 %", "12%", True), ("5.2 million", "5,200,000", True), ("$ 80", "80", True),
+    ("−3.5", "-3.5", True),
+    ("1 250", "1250", True), ("5만", "50000", True), ("12", "13", False), ("Q1", "1", False), ("12 of 80", "12", False)])  # noqa: E501
 def test_a_number_is_the_same_however_it_is_written(printed, answer, same):
     page = number_page(Image.new("RGB", (40, 20)), [("oak", (0, 0, 9, 9)), (printed, (10, 0, 30, 9))], [(answer, [1])])
     assert [place for _, place in page.asked] == ([[0]] if same else [[]])
@@ -224,7 +244,8 @@ def test_a_batch_without_text_or_numbers_gives_zero_and_no_nan(bundle, charts):
     row = dict(list(charts)[0])
     white = documents(1, seed=5)[0]["image"]
     white.paste((255, 255, 255), (0, 0, *white.size))
-    blank = row | {"image": white, "texts": [], "questions": [dict(id="q", kind="k", question="Is it?", answers=["yes"], evidence=[])]}
+    blank = row | {"image": white, "texts": [],
+                   "questions": [dict(id="q", kind="k", question="Is it?", answers=["yes"], evidence=[])]}
     (total, targets), losses, counts = run(bundle, [blank], SCRConfig())
     assert float(losses["entropy"]) == 0 == float(losses["grounding"]) and counts["entropy_rows"] == 0
     assert counts["grounding_questions"] == counts["grounding_skipped"] == 1 and counts["grounding_digits"] == 0
@@ -242,7 +263,8 @@ def test_padding_and_special_tokens_are_never_dense(bundle, charts):
 
     rows = list(charts)[:4]
     batch = training_batch(bundle, rows)
-    with catching(bundle.model, bundle.family.attentions_of(bundle.model)[-1:], lambda at, call: seen.append(Placed.now(call, control))):
+    with catching(bundle.model, bundle.family.attentions_of(bundle.model)[-1:],
+                  lambda at, call: seen.append(Placed.now(call, control))):
         answer_loss(bundle.model, batch)
     tiles = {id(plan): [at] for at, plan in enumerate(control.last)}
     for placed in seen:
@@ -251,7 +273,9 @@ def test_padding_and_special_tokens_are_never_dense(bundle, charts):
     assert entropy_loss([])[0] == 0
 
 
-@pytest.mark.parametrize("wrong", [dict(entropy=-1), dict(density=2), dict(temperature=0), dict(distance="far"), dict(layers=0), dict(rows=0)])
+@pytest.mark.parametrize("wrong",
+                         [dict(entropy=-1), dict(density=2), dict(temperature=0), dict(distance="far"), dict(layers=0),
+                          dict(rows=0)])
 def test_a_rule_out_of_range_is_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         SCRConfig(**wrong)
@@ -266,11 +290,13 @@ def test_every_loss_and_its_gradient_norm_are_in_the_log(bundle, charts, tmp_pat
     log = result.log
     names = ("answer", "entropy", "grounding", "stability")
     np.testing.assert_allclose(log["loss"], sum(log[f"loss_{name}"] for name in names), rtol=1e-6)
-    assert all((log[f"gradient_norm_{name}"].notna() == [True, False, True]).all() and (log[f"gradient_norm_{name}"].dropna() > 0).all() for name in names)
+    assert all((log[f"gradient_norm_{name}"].notna() == [True, False, True]).all()
+               and (log[f"gradient_norm_{name}"].dropna() > 0).all() for name in names)
     table = consistency_table(log)
     assert (table["entropy"] > 0).all() and (table["relative"] <= 1.001).all()
     assert table["at_floor"].between(0, 1).all() and table["skipped"].between(0, 1).all()
-    silent = finetune(bundle, charts, FinetuneConfig("full", **QUICK, scr=replace(scr, norms_every=0)), tmp_path / "b", progress=False)
+    silent = finetune(bundle, charts, FinetuneConfig("full", **QUICK, scr=replace(scr, norms_every=0)), tmp_path / "b",
+                      progress=False)
     assert np.array_equal(silent.log["loss"], log["loss"])  # measuring norms changes nothing
     with load_arm(bundle, result.arm) as loaded:
         assert loaded.about["config"]["scr"]["entropy"] == 0.5 and loaded.about["against"] == "vision_adat"
@@ -294,7 +320,8 @@ def test_a_mixture_is_the_same_however_it_is_cut_and_resumes_exactly(bundle, tmp
     ids = lambda batch: [row["id"] for [row] in batch]
     whole, cut = batches(mixed, 6, questions=2), batches(mixed, 6, 3, questions=2)
     assert ids(whole(700, 0)) == [i for micro in range(3) for i in ids(cut(700, micro))]
-    assert whole(700, 0) == batches(Mixture(parts, {"bars": 4, "tables": 2}), 6, questions=2)(700, 0)  # only shares matter
+    # only shares matter
+    assert whole(700, 0) == batches(Mixture(parts, {"bars": 4, "tables": 2}), 6, questions=2)(700, 0)
     config = FinetuneConfig("control", **QUICK | dict(checkpoint_every=1))
     full = finetune(bundle, mixed, config, tmp_path / "a", progress=False)
     for until in (1, 2, None):
@@ -303,7 +330,9 @@ def test_a_mixture_is_the_same_however_it_is_cut_and_resumes_exactly(bundle, tmp
     with pytest.raises(ValueError, match="identity.data is"):
         finetune(bundle, other, config, tmp_path / "a", progress=False)
     single = DocumentSet(parts["bars"])
-    assert [index for _, index in single.visit(0, 0, 5)] == [index for _, index in Mixture({"bars": parts["bars"]}).visit(0, 0, 5)]
+    assert [index for _, index in single.visit(0, 0, 5)] == [
+        index for _, index in Mixture({"bars": parts["bars"]}).visit(0, 0, 5)
+    ]
 
 
 @pytest.mark.parametrize("sources,weights", [({}, None), ({"a": [1]}, {"b": 1}), ({"a": [1]}, {"a": 0})])

@@ -1,4 +1,5 @@
-"""What a pass costs is counted as it is: operations by formula, memory to the byte, and structure adds little of either."""
+"""What a pass costs is counted as it is: operations by formula, memory to the byte, and structure adds little of
+either."""
 
 import gc
 import time
@@ -20,7 +21,8 @@ def table():
     "Both passes of an encoder with 1,025 tokens and heads as wide as InternViT's."
     model = random_model(32, SMALL)
     inject(bundle_of(model))
-    return {kind: costs(model, torch.randn(1, 3, 448, 448), 1, training=kind == "training") for kind in ("training", "inference")}
+    return {kind: costs(model, torch.randn(1, 3, 448, 448), 1, training=kind == "training")
+            for kind in ("training", "inference")}
 
 
 def test_operations_are_those_of_the_formula(table):
@@ -28,19 +30,27 @@ def test_operations_are_those_of_the_formula(table):
     patches = 2 * 1024 * 3 * 14 * 14 * width
     linear, pairs = 2 * tokens * (4 * width * width + 2 * width * hidden), 4 * tokens**2 * width
     assert table["inference"].operations["plain"] == patches + layers * (linear + pairs)
-    training = patches + layers * (3 * linear + 3.5 * pairs)  # the kernel recomputes its scores; the pixels get no gradient, the patches' weight does
+    # the kernel recomputes its scores; the pixels get no gradient, the patches' weight does
+    training = patches + layers * (3 * linear + 3.5 * pairs)
     assert table["training"].operations["plain"] == training + patches
     strips = table["training"].operations["low rank"]
-    assert strips == table["training"].operations["plain"], "the strips add to scores and sum over them, and multiply nothing more"
+    assert strips == table["training"].operations["plain"], (
+        "the strips add to scores and sum over them, and multiply nothing more"
+    )
     assert table["training"].operations["dense"] > strips
 
 
 def test_structure_keeps_and_makes_hardly_more_than_plain_attention(table):
     "The aim is 1.3 times the activations kept; what writes all pairs out is far beyond."
     training = table["training"]
-    assert training.kept_ratio["low rank"] < 1.02 and training.kept_ratio["dense"] > 1.3 and training.kept_ratio["eager"] > 1.3
+    assert (
+        training.kept_ratio["low rank"] < 1.02
+        and training.kept_ratio["dense"] > 1.3
+        and training.kept_ratio["eager"] > 1.3
+    )
     all_pairs = 4 * 1025**2
-    assert training.largest_bytes["low rank"] < all_pairs <= min(training.largest_bytes["dense"], training.largest_bytes["eager"])
+    assert training.largest_bytes["low rank"] < all_pairs <= min(training.largest_bytes["dense"],
+                                                                 training.largest_bytes["eager"])
     assert training.parameters["low rank"] - training.parameters["plain"] == 2 * (3 + 16)
     assert list(training.index) == list(WAYS) and (training.ratio > 0).all() and training.ratio["plain"] == 1
 
@@ -70,7 +80,8 @@ def test_what_is_kept_is_counted_once_and_without_parameters():
     assert saved_bytes(lambda: layer(x), tuple(layer.parameters())) == 4 * 70
     assert saved_bytes(lambda: layer(x) * layer(x), tuple(layer.parameters())) == 4 * 70 * 3
     query = torch.randn(1, 1, 8, 4, requires_grad=True)
-    assert saved_bytes(lambda: scaled_dot_product_attention(query, query, query)) == 4 * (32 + 32 + 8)  # query, output, a number a row
+    # query, output, a number a row
+    assert saved_bytes(lambda: scaled_dot_product_attention(query, query, query)) == 4 * (32 + 32 + 8)
     tied = torch.nn.Linear(10, 10, bias=False)
     tied.weight = layer.weight
     assert held_bytes([layer, tied]) == 4 * 110
@@ -86,5 +97,7 @@ def test_wrong_measurements_are_refused():
 
 def test_time_is_named_after_the_clock_that_read_it():
     table = in_turns({"a": lambda: sum(range(1000)), "b": lambda: time.sleep(0.2)}, rounds=1)
-    assert list(table) == ["processor_seconds", "ratio", "lowest", "highest"] and table.processor_seconds["b"] < 0.1, "a CPU that waits takes none"
+    assert list(table) == ["processor_seconds", "ratio", "lowest", "highest"] and table.processor_seconds["b"] < 0.1, (
+        "a CPU that waits takes none"
+    )
     assert clock_name(torch.device("cuda:1")) == "seconds"

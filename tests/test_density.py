@@ -37,13 +37,15 @@ def shipped():
 
 
 def fresh(count, start=70_000):
-    return [make_document(("bar", "table", "form", "line")[i % 4], start + i, preset="rich" if i % 2 else "embedded").pixels for i in range(count)]
+    return [make_document(("bar", "table", "form", "line")[i % 4], start + i,
+                          preset="rich" if i % 2 else "embedded").pixels for i in range(count)]
 
 
 def test_the_label_is_the_published_recipe():
     page = make_document("table", 1, preset="rich").pixels
     grey = cv2.cvtColor(page, cv2.COLOR_RGB2GRAY)
-    marks = (cv2.Canny(grey, 50, 150) > 0) | (cv2.adaptiveThreshold(grey, 255, cv2.ADAPTIVE_THRESH_GAUSSIAN_C, cv2.THRESH_BINARY_INV, 11, 2) > 0)
+    marks = (cv2.Canny(grey, 50, 150) > 0) | (cv2.adaptiveThreshold(grey, 255, cv2.ADAPTIVE_THRESH_GAUSSIAN_C,
+                                                                    cv2.THRESH_BINARY_INV, 11, 2) > 0)
     blurred = cv2.GaussianBlur(marks.astype(np.uint8) * 255, (15, 15), 5)
     cells = blurred.reshape(28, 16, 28, 16).mean((1, 3)) / 255
     assert np.allclose(pseudo_label(page, normalise="none"), cells, atol=1e-5)
@@ -75,13 +77,21 @@ def test_the_estimator_agrees_with_the_label_on_pages_it_never_saw(shipped):
     label = torch.stack([torch.from_numpy(pseudo_label(page, (32, 32), unit=card["unit"])) for page in pages])
     given = torch.cat([estimate_density(estimator, as_pixels(page_pixels(page)[None]), (32, 32)) for page in pages])
     apart = (density_blocks(label) - density_blocks(given)).abs().float()
-    assert apart.mean() < 1 and (apart <= 2).float().mean() > 0.9, "blocks of label and estimate are the same or neighbours"
+    assert apart.mean() < 1 and (apart <= 2).float().mean() > 0.9, (
+        "blocks of label and estimate are the same or neighbours"
+    )
 
 
 def test_the_shipped_estimator_is_small_and_says_what_it_is(shipped):
     estimator, card = shipped
-    assert (SHIPPED / "density.safetensors").stat().st_size < 1e6 and 185_000 < sum(p.numel() for p in estimator.parameters()) < 187_000
-    assert card["scores"]["r2"] > 0.9 and not any(p.requires_grad for p in estimator.parameters()) and not estimator.training
+    assert (SHIPPED / "density.safetensors").stat().st_size < 1e6 and 185_000 < sum(
+        p.numel() for p in estimator.parameters()
+    ) < 187_000
+    assert (
+        card["scores"]["r2"] > 0.9
+        and not any(p.requires_grad for p in estimator.parameters())
+        and not estimator.training
+    )
 
 
 def test_training_repeats_itself_and_leaves_the_random_state_alone():
@@ -136,7 +146,8 @@ def test_wrong_requests_are_named():
 
 
 @settings(max_examples=40, deadline=None)
-@given(arrays(np.float32, st.tuples(st.integers(1, 40), st.integers(1, 40)), elements=st.floats(0, 1, width=32)), st.integers(1, 40), st.integers(1, 40))
+@given(arrays(np.float32, st.tuples(st.integers(1, 40), st.integers(1, 40)), elements=st.floats(0, 1, width=32)),
+       st.integers(1, 40), st.integers(1, 40))
 def test_area_resize_keeps_the_mean_and_the_range(values, rows, columns):
     resized = area_resize(torch.from_numpy(values).double(), (rows, columns))
     assert resized.shape == (rows, columns) and np.isclose(resized.mean(), values.mean(), atol=1e-5)

@@ -6,7 +6,8 @@ import pytest
 from sfa_core.runs.collect import differing
 from sfa_core.runs.runs import run_study
 
-STUDY, TOLERANCE = "10_baseline_eval", 0.05  # of a rate over the 40 questions of the smoke run: sums in another order may turn two close calls
+# of a rate over the 40 questions of the smoke run: sums in another order may turn two close calls
+STUDY, TOLERANCE = "10_baseline_eval", 0.05
 
 
 @pytest.fixture
@@ -30,7 +31,13 @@ def test_the_same_run_has_the_same_bytes_and_other_threads_change_little_and_are
     before = os.environ.get("OMP_NUM_THREADS")
     third = again(threads="1" if before != "1" else "2")
     summaries = [json.loads((run / "metrics.json").read_text())["summary"] for run in (first, third)]
-    rates = [{"all": summary["rate"]} | {kind: found["rate"] for kind, found in summary["kinds"].items() if found["n"] >= 10} for summary in summaries]
-    assert rates[0].keys() == rates[1].keys() and all(abs(rates[0][kind] - rates[1][kind]) <= TOLERANCE for kind in rates[0])
+    rates = [{"all": summary["rate"]}
+             | {kind: found["rate"] for kind, found in summary["kinds"].items() if found["n"] >= 10}
+             for summary in summaries]
+    assert rates[0].keys() == rates[1].keys() and all(
+        abs(rates[0][kind] - rates[1][kind]) <= TOLERANCE for kind in rates[0]
+    )
     found = differing([first, third])
-    assert set(found["what"]) == {"hardware.threads"} and sorted(found["value"]) == sorted([str(before), "1" if before != "1" else "2"])
+    assert set(found["what"]) == {"hardware.threads"} and sorted(found["value"]) == sorted(
+        [str(before), "1" if before != "1" else "2"]
+    )

@@ -1,4 +1,5 @@
-"""Generated documents: boxes hold all ink, answers follow from the table, seeds are disjoint, bad requests are refused."""
+"""Generated documents: boxes hold all ink, answers follow from the table, seeds are disjoint, bad requests are
+refused."""
 import io
 
 import numpy as np
@@ -13,7 +14,8 @@ from sfa_core.documents.samples import Sample, samples
 from sfa_core.documents.drawing import Text, paint, text_box
 from sfa_core.documents.questions import DOCUMENT_KINDS, KINDS, READ_KINDS, YES_NO
 
-anywhere = dict(kind=st.sampled_from(DOCUMENT_KINDS), seed=st.integers(0, 10**6), preset=st.sampled_from(sorted(PRESETS)),
+anywhere = dict(kind=st.sampled_from(DOCUMENT_KINDS), seed=st.integers(0, 10**6),
+                preset=st.sampled_from(sorted(PRESETS)),
                 language=st.sampled_from(["en", "ko"]))
 
 
@@ -34,7 +36,9 @@ def test_all_ink_of_a_text_lies_in_its_box_and_on_the_page(kind, seed, preset, l
         page = paint([Text(**{**vars(placed.item), "colour": (0, 0, 0)})], (size, size))
         inked = (page < 255).any(2)
         assert inked.any() and inked.sum() == inked[y0:y1, x0:x1].sum()
-        assert inked[y0].any() and inked[y1 - 1].any() and inked[:, x0].any() and inked[:, x1 - 1].any(), "the box is tight"
+        assert inked[y0].any() and inked[y1 - 1].any() and inked[:, x0].any() and inked[:, x1 - 1].any(), (
+            "the box is tight"
+        )
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
@@ -46,7 +50,8 @@ def test_an_image_of_any_mode_is_read_as_it_looks(mode):
         image = Image.fromarray(grey.astype(np.uint16) * 257)
     elif mode in ("LA", "RGBA"):
         ink = grey < 255
-        image = Image.merge("LA", [Image.fromarray(np.where(ink, values, 0).astype(np.uint8)) for values in (grey, 255)])
+        image = Image.merge("LA",
+                            [Image.fromarray(np.where(ink, values, 0).astype(np.uint8)) for values in (grey, 255)])
         image = image.convert(mode)
     else:
         image = Image.fromarray(grey).convert(mode if mode in ("L", "P", "1") else "RGB").convert(mode)
@@ -59,7 +64,8 @@ def test_an_image_of_any_mode_is_read_as_it_looks(mode):
 def numbers(row):
     "The table of a dataset row as numbers, by label and series."
     clean = lambda cell: float(cell.replace(",", "").rstrip("%"))
-    return {line[0]: {name: clean(cell) for name, cell in zip(row["table"][0][1:], line[1:])} for line in row["table"][1:]}
+    return {line[0]: {name: clean(cell) for name, cell in zip(row["table"][0][1:], line[1:])}
+            for line in row["table"][1:]}
 
 
 @settings(max_examples=80, deadline=None)
@@ -126,7 +132,10 @@ def test_the_cache_is_used_and_left_clean_when_generation_fails(tmp_path, monkey
     monkeypatch.setenv("SFA_EXPORTS", str(tmp_path))
     first = documents(3, seed=5)
     stamp = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.arrow")}
-    assert documents(3, seed=5)["id"] == first["id"] and {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.arrow")} == stamp
+    assert (
+        documents(3, seed=5)["id"] == first["id"]
+        and {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.arrow")} == stamp
+    )
     with pytest.raises(ValueError, match="at least 64"):
         documents(3, seed=6, size=16)
     assert set(tmp_path.rglob("*.*")) == set(stamp), "nothing half-written stays"

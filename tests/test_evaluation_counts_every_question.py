@@ -1,4 +1,5 @@
-"""Every question asked is counted, every rate can be recomputed from the records, and better is said only when the interval says so."""
+"""Every question asked is counted, every rate can be recomputed from the records, and better is said only when the
+interval says so."""
 import io
 import json
 from functools import lru_cache
@@ -44,7 +45,8 @@ def records_of(right, per_document=2, kinds=("read", "count")):
     return make_records(asked, [reply("1" if r else "2") for r in right])
 
 
-OUTCOMES = st.lists(st.tuples(st.sampled_from(["1", "1.04", "2", "", "1 apple"]), st.booleans(), st.booleans()), min_size=1, max_size=25)
+OUTCOMES = st.lists(st.tuples(st.sampled_from(["1", "1.04", "2", "", "1 apple"]), st.booleans(), st.booleans()),
+                    min_size=1, max_size=25)
 
 
 @settings(max_examples=40, deadline=None)
@@ -55,12 +57,17 @@ def test_nothing_is_lost_between_questions_and_summary(outcomes):
     records = make_records(asked, replies)
     summary = summarise(records, draws=200)
     assert list(records.columns) == list(COLUMNS) and list(records["id"]) == [s.id for s in asked]
-    assert summary["asked"] == len(outcomes) == summary["n"] + summary["errors"] and summary["errors"] == sum(broken for *_, broken in outcomes)
+    assert summary["asked"] == len(outcomes) == summary["n"] + summary["errors"] and summary["errors"] == sum(
+        broken for *_, broken in outcomes
+    )
     assert summary["truncated"] == sum(cut and not broken for _, cut, broken in outcomes)
     assert not records.loc[records["error"] != "", ["correct", "strict", "lenient"]].any(axis=None)
     for name, text in (("default", {"1", "1.04"}), ("strict", {"1", "1.04"}), ("lenient", {"1", "1.04", "1 apple"})):
         assert summary["profiles"][name]["right"] == sum(t in text and not broken for t, _, broken in outcomes)
-    assert sum(kind["n"] for kind in summary["kinds"].values()) == summary["n"] and sum(k["right"] for k in summary["kinds"].values()) == summary["right"]
+    assert (
+        sum(kind["n"] for kind in summary["kinds"].values()) == summary["n"]
+        and sum(k["right"] for k in summary["kinds"].values()) == summary["right"]
+    )
     if summary["n"]:
         assert summary["low"] <= summary["rate"] == summary["right"] / summary["n"] <= summary["high"]
     json.dumps(summary, allow_nan=False)
@@ -78,7 +85,9 @@ def test_a_set_without_a_single_readable_image_has_no_rate():
 
 def test_one_document_has_a_wilson_interval_and_none_over_documents():
     summary = summarise(records_of([1, 1, 0, 1], per_document=4))
-    assert summary["by_document"] == {"mean": 0.75, "low": None, "high": None} and summary["low"] < 0.75 < summary["high"]
+    assert (
+        summary["by_document"] == {"mean": 0.75, "low": None, "high": None} and summary["low"] < 0.75 < summary["high"]
+    )
 
 
 def test_shared_documents_widen_the_interval():
@@ -89,9 +98,12 @@ def test_shared_documents_widen_the_interval():
 
 
 @pytest.mark.parametrize("scorer, question, answers, kind, text, score, correct", [
-    ("relaxed", "?", ("100",), "read", "104", 1, True), ("exact", "?", ("cat",), "read", " Cat", 1, True), ("exact", "?", ("cat",), "read", "cats", 0, False),
-    ("anls", "?", ("abcdefgh",), "read", "abcdwxyz", 0.5, True), ("anls", "?", ("abcdefghij",), "read", "abcdvwxyzq", 0, False),
-    ("vqa", "?", ("a b",) * 2 + ("c",) * 8, "read", "a b", 0.6, True), ("vqa", "?", ("d",) + ("c",) * 9, "read", "d", 0.3, False),
+    ("relaxed", "?", ("100",), "read", "104", 1, True), ("exact", "?", ("cat",), "read", " Cat", 1, True),
+    ("exact", "?", ("cat",), "read", "cats", 0, False),
+    ("anls", "?", ("abcdefgh",), "read", "abcdwxyz", 0.5, True),
+    ("anls", "?", ("abcdefghij",), "read", "abcdvwxyzq", 0, False),
+    ("vqa", "?", ("a b",) * 2 + ("c",) * 8, "read", "a b", 0.6, True),
+    ("vqa", "?", ("d",) + ("c",) * 9, "read", "d", 0.3, False),
     ("containment", "?", ("62",), "Doc-oriented VQA", "Total: 62 units", 1, True),
     ("containment", "?", ("x^2",), "Handwritten Mathematical Expression Recognition", "x ^ 2", 1, True),
     ("letter", with_choices("Which?", ["leaf", "root"]), ("B",), "ai2d", "The answer is (B).", 1, True),
@@ -108,7 +120,8 @@ def test_every_benchmark_names_a_scorer():
 
 def test_replies_that_name_no_option_are_reported():
     question = with_choices("Which?", ["leaf", "root"])
-    records = make_records([ask(i, "B", question=question) for i in range(3)], [reply("B"), reply("A or B"), reply("hm")], "letter")
+    records = make_records([ask(i, "B", question=question) for i in range(3)],
+                           [reply("B"), reply("A or B"), reply("hm")], "letter")
     assert summarise(records, {"scorer": "letter"})["unreadable"] == 2
 
 
@@ -121,7 +134,8 @@ def test_profiles_change_only_the_default_column():
 
 @pytest.fixture
 def model(monkeypatch):
-    "A bundle whose replies are looked up, with everything it was asked; real answers are tested with the embedded model."
+    """A bundle whose replies are looked up, with everything it was asked; real answers are tested with the embedded
+    model."""
     import sfa_core.models.evaluate
     calls = []
 
@@ -139,7 +153,8 @@ def model(monkeypatch):
 
     def bundle(max_patches=1, replies=(), **config):
         processor = SimpleNamespace(image_processor=SimpleNamespace(max_patches=max_patches, crop_to_patches=False))
-        return SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(**config), dtype="torch.float32"), processor=processor, name="some/model",
+        return SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(**config), dtype="torch.float32"),
+                               processor=processor, name="some/model",
                                revision="abc", replies=dict(replies), family=FAMILIES["internvl"])
     bundle.calls = calls
     return bundle
@@ -148,7 +163,12 @@ def model(monkeypatch):
 def test_evaluate_keeps_broken_images_in_view(model):
     asked = [ask(0), ask(1, per_document=1), Sample("q9", "d9", "read", "?", ("1",), b"no image")]
     records, summary = parts(evaluate(model(), asked))
-    assert "q9" in records.loc[2, "error"] and (summary["asked"], summary["n"], summary["errors"], summary["rate"]) == (3, 2, 1, 1.0)
+    assert "q9" in records.loc[2, "error"] and (summary["asked"], summary["n"], summary["errors"], summary["rate"]) == (
+        3,
+        2,
+        1,
+        1.0,
+    )
 
 
 def test_settings_that_decide_the_score_stand_beside_it(model):
@@ -157,16 +177,21 @@ def test_settings_that_decide_the_score_stand_beside_it(model):
     assert model.calls[-1] == dict(batch_size=32, max_new_tokens=16, suffix=SHORT, tiles=12, progress=False)
     assert summary["settings"].pop("packages").keys() == {"torch", "transformers"}
     assert summary["settings"] == dict(
-        benchmark="chartqa", scorer="relaxed", profile="pix2struct", suffix=SHORT, tiles=12, max_new_tokens=16, batch_size=32, bootstrap_seed=0,
-        bootstrap_draws=10_000, model="some/model", revision="abc", precision="float32", quantisation=None, intervention=None, data=data_digest(asked))
+        benchmark="chartqa", scorer="relaxed", profile="pix2struct", suffix=SHORT, tiles=12, max_new_tokens=16,
+        batch_size=32, bootstrap_seed=0,
+        bootstrap_draws=10_000, model="some/model", revision="abc", precision="float32", quantisation=None,
+        intervention=None, data=data_digest(asked))
     evaluate(model(max_patches=1, prompt_suffix=""), asked, "chartqa")
-    assert model.calls[-1]["suffix"] == "" and model.calls[-1]["tiles"] == 1, "the model's own suffix, and one tile for a model of one tile"
+    assert model.calls[-1]["suffix"] == "" and model.calls[-1]["tiles"] == 1, (
+        "the model's own suffix, and one tile for a model of one tile"
+    )
     _, summary = parts(evaluate(model(max_patches=12), asked, "docvqa", suffix=" !", tiles=3, scorer="exact"))
     assert (model.calls[-1]["suffix"], model.calls[-1]["tiles"], summary["settings"]["scorer"]) == (" !", 3, "exact")
 
 
 @pytest.mark.parametrize("given_names, words", [
-    (dict(benchmark="mmmu"), "unknown benchmark 'mmmu'.*chartqa"), (dict(scorer="bleu"), "unknown scorer 'bleu'.*relaxed"),
+    (dict(benchmark="mmmu"), "unknown benchmark 'mmmu'.*chartqa"),
+    (dict(scorer="bleu"), "unknown scorer 'bleu'.*relaxed"),
     (dict(profile="chart"), "unknown profile 'chart'.*pix2struct"), (dict(tiles=0), "tiles")])
 def test_names_are_checked_before_the_model_starts(model, given_names, words):
     with pytest.raises(ValueError, match=words):
@@ -187,9 +212,11 @@ def test_the_digest_of_data_sees_questions_answers_and_pixels(tmp_path):
     base = [ask(0), ask(1)]
     file = tmp_path / "a.png"
     file.write_bytes(png(0))
-    others = [[ask(0)], [ask(0), ask(1, "2")], [ask(0, question="!"), ask(1)], [Sample("q0", "d0", "read", "?", ("1",), png(9)), ask(1)]]
+    others = [[ask(0)], [ask(0), ask(1, "2")], [ask(0, question="!"), ask(1)],
+              [Sample("q0", "d0", "read", "?", ("1",), png(9)), ask(1)]]
     assert len({data_digest(asked) for asked in [base, *others]}) == 5
-    assert data_digest([Sample("q0", "d0", "read", "?", ("1",), file), ask(1)]) == data_digest(base), "a file and its bytes are the same image"
+    assert data_digest([Sample("q0", "d0", "read", "?", ("1",), file),
+                        ask(1)]) == data_digest(base), "a file and its bytes are the same image"
     assert data_digest([Sample("q0", "d0", "read", "?", ("1",), Image.new("RGB", (4, 4))), ask(1)])
 
 
@@ -208,7 +235,10 @@ def test_a_comparison_is_its_records_whatever_their_order(pairs, random):
     assert result["both"] + result["lost"] + result["won"] + result["neither"] == result["n"] == len(pairs)
     changed = result["lost"] + result["won"]
     assert result["p"] == pytest.approx(stats.binomtest(result["won"], changed).pvalue if changed else 1)
-    assert sum(kind["won"] for kind in result["kinds"].values()) == result["won"] and sum(kind["n"] for kind in result["kinds"].values()) == result["n"]
+    assert (
+        sum(kind["won"] for kind in result["kinds"].values()) == result["won"]
+        and sum(kind["n"] for kind in result["kinds"].values()) == result["n"]
+    )
     assert list(compare(a, b, draws=200).table().index) == [*result["kinds"], "all"]
     json.dumps(result, allow_nan=False)
 
@@ -232,7 +262,8 @@ def test_broken_images_are_left_out_of_both_sides_and_counted():
 
 @pytest.mark.parametrize("change, words", [
     (lambda r: r.iloc[:3], "different questions: 1 ids are in only one"), (lambda r: r.iloc[:0], "0 rows"),
-    (lambda r: pd.concat([r, r.iloc[:1]]), "distinct ids"), (lambda r: r.assign(question="other"), "different question"),
+    (lambda r: pd.concat([r, r.iloc[:1]]), "distinct ids"),
+    (lambda r: r.assign(question="other"), "different question"),
     (lambda r: r.assign(answers=[["7"]] * 4), "different answers"),
     (lambda r: r.assign(document="x"), "different document")])
 def test_only_the_same_questions_are_compared(change, words):
@@ -257,14 +288,20 @@ def test_better_and_worse_are_said_for_real_differences():
 
 def test_chance_is_called_better_as_rarely_as_promised():
     rng = np.random.default_rng(4)
-    said = [compare(records_of(rng.random(120) < 0.6), records_of(rng.random(120) < 0.6), draws=400).verdict for _ in range(100)]
+    said = [compare(records_of(rng.random(120) < 0.6), records_of(rng.random(120) < 0.6), draws=400).verdict
+            for _ in range(100)]
     assert sum(text.startswith("b is") for text in said) <= 12, "5 % of 100, with room for chance"
     assert all("question" in text and "interval" in text for text in said)
 
 
 def test_few_documents_resolve_nothing():
     result = compare(records_of([0] * 12, per_document=3), records_of([1] * 12, per_document=3))
-    assert result.low > 0 and result.outcome == "not tested" and str(result).startswith("No difference") and "Fewer than 10 documents" in str(result)
+    assert (
+        result.low > 0
+        and result.outcome == "not tested"
+        and str(result).startswith("No difference")
+        and "Fewer than 10 documents" in str(result)
+    )
     single = compare(records_of([0, 0], per_document=2), records_of([1, 1], per_document=2))
     assert single.low is None and single.widest == (None, None) and "no interval" in repr(single)
 
@@ -274,18 +311,28 @@ def test_seeds_give_the_t_interval_and_every_value():
     result = compare_seeds(pairs, ("control", "arm"), draws=500)
     differences = [b["score"].mean() - a["score"].mean() for a, b in pairs]
     expected = stats.t.interval(0.95, 2, np.mean(differences), stats.sem(differences))
-    assert [seed.difference for seed in result.seeds] == pytest.approx(differences) and (result.low, result.high) == pytest.approx(expected)
-    assert result.over_documents[0] < result.difference < result.over_documents[1] and result.widest[0] == min(result.low, result.over_documents[0])
+    assert [seed.difference for seed in result.seeds] == pytest.approx(differences) and (
+        result.low,
+        result.high,
+    ) == pytest.approx(expected)
+    assert result.over_documents[0] < result.difference < result.over_documents[1] and result.widest[0] == min(
+        result.low, result.over_documents[0]
+    )
     assert len(result.table()) == 4 and "3 seeds" in result.verdict and "<table" in result._repr_html_()
     written = json.loads(json.dumps(result.to_dict(), allow_nan=False))
-    assert written["document_low"] == result.over_documents[0] and written["seeds"][0]["lost"] == result.seeds[0].changes.lost
+    assert (
+        written["document_low"] == result.over_documents[0]
+        and written["seeds"][0]["lost"] == result.seeds[0].changes.lost
+    )
 
 
 def test_seeds_that_disagree_resolve_nothing_even_when_each_is_clear():
     better, worse = shifted(np.random.default_rng(0), 300, 0.3), shifted(np.random.default_rng(1), 300, 0.3)[::-1]
     assert "is better" in compare(*better).verdict and "is worse" in compare(*worse).verdict
     assert compare_seeds([better, worse]).verdict.startswith("No difference")
-    assert compare_seeds([better]).verdict.startswith("No difference") and "single seed" in compare_seeds([better]).verdict
+    assert (
+        compare_seeds([better]).verdict.startswith("No difference") and "single seed" in compare_seeds([better]).verdict
+    )
     with pytest.raises(ValueError, match="one pair per seed"):
         compare_seeds([])
 
@@ -296,11 +343,20 @@ def test_the_embedded_architecture_is_evaluated_end_to_end():
     from sfa_core.models.embedded import EmbeddedConfig, train_tokenizer
     from sfa_core.models.load import new_bundle
     config = EmbeddedConfig(vision_width=32, vision_layers=1, vision_heads=1, vision_hidden=32,
-                            language_width=32, language_layers=1, language_heads=1, language_kv_heads=1, language_hidden=32)
+                            language_width=32, language_layers=1, language_heads=1, language_kv_heads=1,
+                            language_hidden=32)
     data = documents(2, seed=41)
     bundle = new_bundle(config, train_tokenizer(["Value of Oslo? 12"], 300))
     records, summary = parts(evaluate(bundle, data, max_new_tokens=3, batch_size=8))
-    assert len(records) == sum(len(row["questions"]) for row in data) == summary["n"] and (records["seconds"] > 0).all() and summary["errors"] == 0
+    assert (
+        len(records) == sum(len(row["questions"]) for row in data) == summary["n"]
+        and (records["seconds"] > 0).all()
+        and summary["errors"] == 0
+    )
     again, repeated = parts(evaluate(bundle, data, max_new_tokens=3, batch_size=5))
     assert again["prediction"].tolist() == records["prediction"].tolist()
-    assert {**summary, "settings": 0} == {**repeated, "settings": 0} and summary["settings"]["tiles"] == 1 and summary["settings"]["suffix"] == ""
+    assert (
+        {**summary, "settings": 0} == {**repeated, "settings": 0}
+        and summary["settings"]["tiles"] == 1
+        and summary["settings"]["suffix"] == ""
+    )

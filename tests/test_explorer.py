@@ -26,7 +26,8 @@ from sfa_core.attention.probes import record
 from sfa_core.figures.views import Choice, Recorder, look, view_figure
 
 PLOT = "document.querySelector('.sfa-explorer .js-plotly-plot')"
-QUESTION = "text => document.querySelectorAll('.sfa-explorer select')[1].selectedOptions[0].text.replaceAll('\\u00a0', ' ') === text"
+QUESTION = ("text => document.querySelectorAll('.sfa-explorer "
+            "select')[1].selectedOptions[0].text.replaceAll('\\u00a0', ' ') === text")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,9 @@ def asked():
 @pytest.fixture(scope="module")
 def arms(bundle, tmp_path_factory):
     config = FinetuneConfig("vision", steps=1, batch_size=2, questions=2, learning_rate=1e-3, structure_rate=0.5)
-    return {"baseline": None, "vision": finetune(bundle, documents(4, seed=1), config, tmp_path_factory.mktemp("arm"), progress=False).arm}
+    return {"baseline": None,
+            "vision": finetune(bundle, documents(4, seed=1), config, tmp_path_factory.mktemp("arm"),
+                               progress=False).arm}
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +64,21 @@ def test_two_arms_their_difference_and_the_bias(bundle, arms, both, asked):
             assert np.allclose(view.maps[arm], seen.map(0, 3, token, head=2), atol=1e-6)
             assert np.allclose(view.entropy[arm], seen.entropy[0, :, 2, token], atol=1e-5)
             if folder:
-                assert np.allclose(view.bias, structural_maps(bundle, 3, token, head=2)["combined"], atol=1e-6) and np.abs(view.bias).max() > 1e-3
+                assert (
+                    np.allclose(view.bias, structural_maps(bundle, 3, token, head=2)["combined"], atol=1e-6)
+                    and np.abs(view.bias).max() > 1e-3
+                )
     with pytest.raises(ValueError, match="call inject first"):
         structures_of(bundle)
     figure = view_figure(view)
     maps = [trace for trace in figure.data if isinstance(trace, go.Heatmap)]
-    assert len(maps) == 5 and np.allclose(maps[3].z, view.maps["vision"] - view.maps["baseline"]) and np.abs(maps[3].z).max() > 1e-4
-    assert [note.text for note in figure.layout.annotations][::-1][:4] == ["page", "baseline", "control + SFA", "difference"]
+    assert (
+        len(maps) == 5
+        and np.allclose(maps[3].z, view.maps["vision"] - view.maps["baseline"])
+        and np.abs(maps[3].z).max() > 1e-4
+    )
+    assert [note.text for note in figure.layout.annotations][::-1][:4] == ["page", "baseline", "control + SFA",
+                                                                           "difference"]
 
 
 def test_words_are_drawn_on_the_page(bundle, asked):
@@ -86,7 +97,10 @@ def test_a_large_model_records_a_place_when_it_is_asked_for(bundle, asked, monke
     page = recorder.page(asked[0])
     assert page.vision["baseline"].maps.size == 0
     part = look(recorder, page, Choice(layer=1, place=(90, 20)))
-    assert np.allclose(part.maps["baseline"], whole.maps["baseline"], atol=1e-6) and page.vision["baseline"].maps.shape[3] == 1
+    assert (
+        np.allclose(part.maps["baseline"], whole.maps["baseline"], atol=1e-6)
+        and page.vision["baseline"].maps.shape[3] == 1
+    )
 
 
 def test_a_tile_is_drawn_where_it_is_and_the_thumbnail_over_all(bundle, asked):
@@ -97,7 +111,11 @@ def test_a_tile_is_drawn_where_it_is_and_the_thumbnail_over_all(bundle, asked):
     cut = look(recorder, page, Choice(layer=2, place=(300, 200)))
     inside = np.zeros((16, 24), dtype=bool)
     inside[8:, 16:] = True
-    assert cut.maps["baseline"].shape == (16, 24) and (cut.maps["baseline"][~inside] == 0).all() and cut.maps["baseline"][inside].sum() > 0.5
+    assert (
+        cut.maps["baseline"].shape == (16, 24)
+        and (cut.maps["baseline"][~inside] == 0).all()
+        and cut.maps["baseline"][inside].sum() > 0.5
+    )
     assert cut.box[0] >= 224 and cut.box[2] - cut.box[0] == 14
     whole = look(recorder, page, Choice(layer=2, place=(300, 200), thumbnail=True))
     assert (whole.maps["baseline"][~inside] > 0).any() and whole.box[2] - whole.box[0] == 42
@@ -109,10 +127,16 @@ def test_hidden_sinks_are_left_out(bundle, asked, monkeypatch):
     page = recorder.page(asked[0])
     shown, hidden = (look(recorder, page, Choice(layer=0, sinks=sinks)).maps["baseline"] for sinks in (True, False))
     received = page.vision["baseline"].received[0, 0].mean(0)[1:]
-    assert np.array_equal(np.isnan(hidden).ravel(), received > 1.5 * received.mean()) and np.isnan(hidden).any() and not np.isnan(shown).any()
+    assert (
+        np.array_equal(np.isnan(hidden).ravel(), received > 1.5 * received.mean())
+        and np.isnan(hidden).any()
+        and not np.isnan(shown).any()
+    )
 
 
-@pytest.mark.parametrize("wrong", [{"layer": 4}, {"head": 4}, {"place": (112, 3)}, {"place": (-1, 3)}, {"tower": "language", "layer": 3}, {"word": -1}])
+@pytest.mark.parametrize("wrong",
+                         [{"layer": 4}, {"head": 4}, {"place": (112, 3)}, {"place": (-1, 3)},
+                          {"tower": "language", "layer": 3}, {"word": -1}])
 def test_a_choice_that_does_not_exist_is_refused(bundle, both, asked, wrong):
     with pytest.raises(ValueError, match="expected a layer below"):
         look(both, both.page(asked[0]), Choice(**wrong))
@@ -123,10 +147,15 @@ def test_own_questions_and_images(bundle, asked, tmp_path):
     picture = io.BytesIO()
     Image.new("RGB", (300, 200), "white").save(picture, "PNG")
     view = explorer.ask("How many bars?", picture.getvalue())
-    assert view.page.image.size == (300, 200) and explorer.document.value.startswith("own-") and view.page.sample.question == "How many bars?"
+    assert (
+        view.page.image.size == (300, 200)
+        and explorer.document.value.startswith("own-")
+        and view.page.sample.question == "How many bars?"
+    )
     buttons = [button.description for row in explorer.words.children for button in row.children[1:]]
     assert buttons == [word.strip() or "␣" for word in view.page.language["baseline"].words[0]]
-    for question, image, message in (("  ", None, "the question is empty"), ("What?", b"no image", "cannot be decoded")):
+    for question, image, message in (("  ", None, "the question is empty"),
+                                     ("What?", b"no image", "cannot be decoded")):
         with pytest.raises(ValueError, match=message):
             explorer.ask(question, image)
     assert explorer.view is view
@@ -149,15 +178,20 @@ def test_a_picture_is_written_while_everything_else_goes_on(bundle, asked, tmp_p
     wait, views = Event(), []
     explorer = AttentionExplorer(bundle, asked, folder=tmp_path, max_new_tokens=4)
     clicked = explorer.choose(layer=1, head=2)
-    monkeypatch.setattr("sfa_core.figures.explorer.save_figure", lambda figure, path, formats, **size: wait.wait(30) and views.append(figure) or [path])
+    monkeypatch.setattr("sfa_core.figures.explorer.save_figure",
+                        lambda figure, path, formats, **size: wait.wait(30) and views.append(figure) or [path])
     writing = explorer.save_beside()
     assert explorer.save_button.disabled and writing.is_alive() and "saved" not in explorer.notes.value
     assert explorer.choose(layer=3).choice.layer == 3 and writing.is_alive()
     wait.set()
     writing.join(30)
-    assert f"saved {clicked.page.sample.id.replace('/', '_')}-vision-layer1-head2" in explorer.notes.value and not explorer.save_button.disabled
+    assert (
+        f"saved {clicked.page.sample.id.replace('/', '_')}-vision-layer1-head2" in explorer.notes.value
+        and not explorer.save_button.disabled
+    )
     assert "layer 1, head 2" in views[0].layout.title.text and np.allclose(views[0].data[2].z, clicked.maps["baseline"])
-    monkeypatch.setattr("sfa_core.figures.explorer.save_figure", lambda *arguments, **size: (_ for _ in ()).throw(FileNotFoundError("png needs Chromium")))
+    monkeypatch.setattr("sfa_core.figures.explorer.save_figure",
+                        lambda *arguments, **size: (_ for _ in ()).throw(FileNotFoundError("png needs Chromium")))
     explorer.save_beside().join(30)
     assert "<b>not saved</b>: png needs Chromium" in explorer.notes.value and not explorer.save_button.disabled
 
@@ -165,10 +199,11 @@ def test_a_picture_is_written_while_everything_else_goes_on(bundle, asked, tmp_p
 CELLS = """import sys
 sys.path.insert(0, {root!r})
 from sfa_core.documents.generate import documents
+from sfa_core.documents.samples import samples
 from sfa_core.figures.explorer import AttentionExplorer
 from sfa_core.models.load import load_model
 explorer = AttentionExplorer(load_model("embedded"), samples(documents(2, seed=11)), folder={folder!r}, max_new_tokens=4)
-explorer"""
+explorer"""  # noqa: E501
 
 
 def shown(page):
@@ -176,7 +211,7 @@ def shown(page):
     return json.loads(page.evaluate(f"""() => {{ const p = {PLOT}, d = p._fullData;
         return JSON.stringify({{z: d[2].z.map(row => Array.from(row)), x: Array.from(d[1].x || []), title: p._fullLayout.title.text,
                                 pages: p._fullLayout.images.map(image => [image.source, image.sizex, image.sizey]),
-                                right: p._fullLayout.xaxis2.range[1], bottom: p._fullLayout.yaxis2.range[0]}}) }}"""))
+                                right: p._fullLayout.xaxis2.range[1], bottom: p._fullLayout.yaxis2.range[0]}}) }}"""))  # noqa: E501
 
 
 def wait_for_title(page, text):
@@ -185,7 +220,8 @@ def wait_for_title(page, text):
 
 
 def test_explorer_answers_the_mouse_in_jupyterlab(bundle, asked, run_in_lab, tmp_path):
-    "Slider, dropdown, click on the map, click on a word, own question: after each, the browser holds the numbers that the model gives for that choice."
+    """Slider, dropdown, click on the map, click on a word, own question: after each, the browser holds the numbers
+    that the model gives for that choice."""
     notebook = tmp_path / "explore.ipynb"
     cell = nbformat.v4.new_code_cell(CELLS.format(root=str(ROOT), folder=str(tmp_path)))
     kernel = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
@@ -199,7 +235,8 @@ def test_explorer_answers_the_mouse_in_jupyterlab(bundle, asked, run_in_lab, tmp
         found = shown(page)
         assert np.allclose(found["z"], wanted.maps["baseline"], atol=1e-5), choice
         assert found["pages"] == [[wanted.page.source, *wanted.page.image.size]] * 2, "the page lies below the map"
-        assert [found["right"], found["bottom"]] == pytest.approx([1.02 * side for side in wanted.page.image.size]), "all of it is seen"
+        assert [found["right"],
+                found["bottom"]] == pytest.approx([1.02 * side for side in wanted.page.image.size]), "all of it is seen"
         return found
 
     expect(asked[0])
@@ -239,18 +276,21 @@ def test_explorer_answers_the_mouse_in_jupyterlab(bundle, asked, run_in_lab, tmp
     with page.expect_file_chooser() as chooser:
         page.locator(".sfa-explorer .jupyter-button", has_text="image").click()
     chooser.value.set_files(str(picture))  # an own image
-    page.wait_for_function("() => document.querySelector('.sfa-explorer').innerText.includes('image (1)')", timeout=30_000)
+    page.wait_for_function("() => document.querySelector('.sfa-explorer').innerText.includes('image (1)')",
+                           timeout=30_000)
     page.locator(".sfa-explorer input[type=text]").first.fill("What is here?")
     page.get_by_role("button", name="ask", exact=True).click()
     page.wait_for_function(QUESTION, arg="What is here?", timeout=60_000)
     page.wait_for_timeout(500)
-    expect(replace(own, id="own", question="What is here?", source=Image.open(picture)), tower="language", layer=2, head=1)
+    expect(replace(own, id="own", question="What is here?", source=Image.open(picture)), tower="language", layer=2,
+           head=1)
     page.locator(".sfa-explorer .js-plotly-plot").hover()
     with page.expect_download() as download:
         page.locator(".sfa-explorer .modebar-btn[data-title*='PNG']").click()  # the browser draws
     download.value.save_as(tmp_path / "camera.png")
     page.get_by_role("button", name="save picture").click()
-    page.wait_for_function("() => document.querySelector('.sfa-explorer').innerText.includes('saved ')", timeout=120_000)
+    page.wait_for_function("() => document.querySelector('.sfa-explorer').innerText.includes('saved ')",
+                           timeout=120_000)
     (saved,) = (path for path in tmp_path.glob("*.png") if path.name not in ("own.png", "camera.png"))
     height = view_figure(look(recorder, recorder.page(other), Choice())).layout.height
     assert Image.open(saved).size == Image.open(tmp_path / "camera.png").size == (2200, 2 * height)

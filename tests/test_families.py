@@ -1,4 +1,5 @@
-"""Every row of the table of families agrees with the real class: places, structural attention, prompts, answers, files."""
+"""Every row of the table of families agrees with the real class: places, structural attention, prompts, answers,
+files."""
 import copy
 import re
 import runpy
@@ -21,7 +22,15 @@ from sfa_core.interventions.sink_places import sink_table
 from sfa_core.models.evaluate import tiles_of
 from sfa_core.models.answers import answer
 from sfa_core.models.sequences import answer_loss, answer_tokens, prompt_tokens, training_batch
-from sfa_core.structure.inject import eject, inject, set_blocks, set_geometry, structures_of, use_attention, vision_attention
+from sfa_core.structure.inject import (
+    eject,
+    inject,
+    set_blocks,
+    set_geometry,
+    structures_of,
+    use_attention,
+    vision_attention,
+)
 from sfa_core.structure.store import load_structure, save_structure
 from sfa_core.documents.samples import Sample
 from sfa_core.core.families import FAMILIES, split_windows
@@ -68,7 +77,8 @@ def features(bundle, images=IMAGES, blocks=None, tiles=None):
 def random_blocks(bundle, batch):
     "Block ids of each image as its content decides, so that one alone gets those it has in a batch."
     if bundle.family.native:
-        return [(torch.arange(int(size[1:].prod())) * 7 + int(size.sum())) % 4 for size in batch.inputs["image_grid_thw"]]
+        return [(torch.arange(int(size[1:].prod())) * 7 + int(size.sum())) % 4
+                for size in batch.inputs["image_grid_thw"]]
     grid, tiles = bundle.family.grid(bundle.model), sum(batch.views)
     return (torch.arange(tiles)[:, None] + torch.arange(grid.height * grid.width)[None] * 7) % 4
 
@@ -85,7 +95,8 @@ def attached(name, factor=30.0, **options):
 def gradients(bundle, **options):
     "Features, and the gradient of every weight of encoder and projector."
     tower, projector = bundle.family.tower_of(bundle.model), bundle.family.projector_of(bundle.model)
-    weights = {f"{root}.{name}": w for root, part in (("tower", tower), ("projector", projector)) for name, w in part.named_parameters()}
+    weights = {f"{root}.{name}": w for root, part in (("tower", tower), ("projector", projector))
+               for name, w in part.named_parameters()}
     bundle.model.zero_grad()
     output = features(bundle, **options)
     output.square().mean().backward()
@@ -100,7 +111,8 @@ def error_of(ours, theirs):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 8), st.integers(1, 8)), min_size=1, max_size=3), st.sampled_from([28, 56, 84, 112]))
+@given(st.lists(st.tuples(st.integers(1, 8), st.integers(1, 8)), min_size=1, max_size=3),
+       st.sampled_from([28, 56, 84, 112]))
 def test_sequences_of_a_windowed_tower_are_those_of_transformers(halves, window):
     "Merge order, window order and the lengths of all calls, for several images of any size."
     sizes = [(2 * rows, 2 * columns) for rows, columns in halves]
@@ -112,7 +124,9 @@ def test_sequences_of_a_windowed_tower_are_those_of_transformers(halves, window)
     for grids in (windows, whole):
         assert np.array_equal(np.concatenate([np.stack([g.row, g.column], 1) for g in grids]), expected)
     assert [len(g) for g in windows] == edges.diff().tolist() and [len(g) for g in whole] == [h * w for h, w in sizes]
-    assert [g.image for g in whole] == list(range(len(sizes))) and {(g.image, g.height, g.width) for g in windows} == {(i, *s) for i, s in enumerate(sizes)}
+    assert [g.image for g in whole] == list(range(len(sizes))) and {(g.image, g.height, g.width) for g in windows} == {
+        (i, *s) for i, s in enumerate(sizes)
+    }
 
 
 @settings(max_examples=30, deadline=None)
@@ -120,8 +134,10 @@ def test_sequences_of_a_windowed_tower_are_those_of_transformers(halves, window)
 def test_a_windows_bias_is_that_part_of_the_images(rows, columns, side, seed):
     "Counted from its own corner, with few factors, and still the same numbers; float64."
     (whole,) = FAMILIES["qwen3_vl"].sequences(shared("qwen3_vl").model, [(2 * rows, 2 * columns)])[0]
-    bias, ids = StructuralBias(2, 3, seed=seed).double(), torch.randint(3, (4 * rows * columns,), generator=torch.Generator().manual_seed(seed))
-    reference = bias.dense(block_geometry(uniform_geometry(2 * rows, 2 * columns), FAMILIES["internvl"].layout(PLAIN(2 * rows, 2 * columns), 0), ids, 3))
+    bias, ids = StructuralBias(2, 3, seed=seed).double(), torch.randint(3, (4 * rows * columns,),
+                                                                        generator=torch.Generator().manual_seed(seed))
+    reference = bias.dense(block_geometry(uniform_geometry(2 * rows, 2 * columns),
+                                          FAMILIES["internvl"].layout(PLAIN(2 * rows, 2 * columns), 0), ids, 3))
     for window in split_windows(whole, side):
         part = block_geometry(sequence_geometry(window), window, ids, 3)
         cells = window.row * window.width + window.column
@@ -139,7 +155,8 @@ def PLAIN(rows, columns):
 @each_family
 @torch.no_grad()
 def test_a_changed_pixel_changes_the_tokens_that_show_it(name):
-    "Without attention nothing mixes: exactly the language tokens whose box holds the changed patch change, whatever the order inside the tower."
+    """Without attention nothing mixes: exactly the language tokens whose box holds the changed patch change,
+    whatever the order inside the tower."""
     bundle = fresh(name)
     model, family = bundle.model, bundle.family
     for attention in family.attentions_of(model):
@@ -164,7 +181,8 @@ def test_a_changed_pixel_changes_the_tokens_that_show_it(name):
 
 
 @pytest.mark.parametrize("name, size", [
-    ("internvl", (196, 84)), ("internvl", (60, 60)), ("llava_onevision", (196, 84)), ("llava_onevision", (70, 150)), ("llava", (90, 60))])
+    ("internvl", (196, 84)), ("internvl", (60, 60)), ("llava_onevision", (196, 84)), ("llava_onevision", (70, 150)),
+    ("llava", (90, 60))])
 def test_regions_show_what_the_processor_cut(name, size):
     "An image whose colours are its own coordinates: the mean colour of every tile is the middle of its region."
     bundle, (width, height) = shared(name), size
@@ -178,14 +196,19 @@ def test_regions_show_what_the_processor_cut(name, size):
     for tile, (x0, y0, x1, y1) in zip(seen, regions, strict=True):
         inside = tile[2] > 0.99  # the rest is padding
         left, right, top, bottom = max(x0, 0), min(x1, width), max(y0, 0), min(y1, height)
-        assert abs(tile[0][inside].mean() * 255 - (left + right - 1) / 2) < 2 and abs(tile[1][inside].mean() * 255 - (top + bottom - 1) / 2) < 2
+        assert (
+            abs(tile[0][inside].mean() * 255 - (left + right - 1) / 2) < 2
+            and abs(tile[1][inside].mean() * 255 - (top + bottom - 1) / 2) < 2
+        )
 
 
 @each_family
 def test_tile_limits_are_obeyed_or_refused_and_said(name):
     bundle = shared(name)
     if bundle.family.views in ("tiles", "anyres"):
-        assert image_batch(bundle, IMAGES, 1).views == [1, 1, 1] == [len(tile_regions(bundle, image.size, 1)) for image in IMAGES]
+        assert image_batch(bundle, IMAGES, 1).views == [1, 1,
+                                                        1] == [len(tile_regions(bundle, image.size, 1))
+                                                               for image in IMAGES]
         assert "one tile" in describe_views(bundle, 1) and describe_views(bundle) != describe_views(bundle, 1)
     if name == "internvl":
         assert image_batch(bundle, IMAGES, 4).views == [3, 1, 3] and "up to 4 tiles" in describe_views(bundle, 4)
@@ -198,14 +221,18 @@ def test_tile_limits_are_obeyed_or_refused_and_said(name):
 @pytest.mark.parametrize("crop", [False, True], ids=["as_published", "crop_to_patches"])
 @pytest.mark.parametrize("tiles", [None, 4, 1])
 def test_one_rule_says_how_many_tiles_an_image_becomes(crop, tiles):
-    "Inputs, regions, words, training, evaluation, probes, sinks and the explorer agree with the stock processor as its class is called."
-    bundle, pages = fresh("internvl"), [Sample(f"p{i}", f"p{i}", "own", "What?", ("12",), image) for i, image in enumerate(IMAGES)]
+    """Inputs, regions, words, training, evaluation, probes, sinks and the explorer agree with the stock processor
+    as its class is called."""
+    bundle, pages = fresh("internvl"), [Sample(f"p{i}", f"p{i}", "own", "What?", ("12",), image)
+                                        for i, image in enumerate(IMAGES)]
     bundle.processor.image_processor.crop_to_patches = crop
     limit = {} if tiles is None else dict(crop_to_patches=tiles > 1, max_patches=tiles)
     text = bundle.tokenizer.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}], tokenize=False)
-    stock = [len(bundle.processor(images=[image], text=[text], return_tensors="pt", **limit)["pixel_values"]) for image in IMAGES]
+    stock = [len(bundle.processor(images=[image], text=[text], return_tensors="pt", **limit)["pixel_values"])
+             for image in IMAGES]
     assert stock == {None: [11, 1, 3], 4: [3, 1, 3], 1: [1, 1, 1]}[tiles]
-    assert image_batch(bundle, IMAGES, tiles).views == stock == [len(tile_regions(bundle, image.size, tiles)) for image in IMAGES]
+    assert image_batch(bundle, IMAGES,
+                       tiles).views == stock == [len(tile_regions(bundle, image.size, tiles)) for image in IMAGES]
     assert len(training_batch(bundle, pages, tiles=tiles)["pixel_values"]) == sum(stock)
     words = describe_views(bundle, tiles)
     assert ("one tile" in words) == (tiles == 1) and (tiles == 1 or f"up to {tiles or 12} tiles" in words)
@@ -216,7 +243,8 @@ def test_one_rule_says_how_many_tiles_an_image_becomes(crop, tiles):
     assert (~np.isnan(shown.boxes).any(-1)).sum(-1).tolist() == [grid * views for views in stock]
     places = sink_table(bundle, pages, [0], layers=[1], tiles=tiles)
     assert places.groupby("sample", sort=False).size().tolist() == [grid * views for views in stock]
-    assert [len(Recorder(bundle, tiles=tiles, max_new_tokens=1).page(page).vision["baseline"].region) for page in pages] == stock
+    assert [len(Recorder(bundle, tiles=tiles, max_new_tokens=1).page(page).vision["baseline"].region)
+            for page in pages] == stock
 
 
 # structural attention
@@ -233,7 +261,8 @@ def test_zero_weights_are_stock_attention(name, grad):
 @each_family
 @pytest.mark.parametrize("blocks", [None, random_blocks], ids=["one_block", "blocks_per_image"])
 def test_low_rank_equals_the_dense_oracle_inside_the_model(name, blocks):
-    "Outputs and gradients of encoder, projector and structural weights; in float64, as far as a tower keeps it (Qwen's rotations and norms round to float32)."
+    """Outputs and gradients of encoder, projector and structural weights; in float64, as far as a tower keeps it
+    (Qwen's rotations and norms round to float32)."""
     bundle, results = attached(name), {}
     bundle.model.double()
     for function in ("sfa", "sfa_dense", "sfa_eager"):
@@ -270,7 +299,9 @@ def test_every_structural_weight_gets_a_gradient_and_unused_layers_have_none(nam
     bundle = attached(name, 1.0)
     found = gradients(bundle, blocks=random_blocks)[1]
     layers = len(bundle.family.attentions_of(bundle.model))
-    assert sum(".structure." in weight for weight in found) == 4 * layers and all(found[w].abs().sum() > 0 for w in found if ".structure." in w)
+    assert sum(".structure." in weight for weight in found) == 4 * layers and all(
+        found[w].abs().sum() > 0 for w in found if ".structure." in w
+    )
     assert layers == bundle.model.config.vision_config.num_hidden_layers - (name == "llava")
     assert len(bundle.family.geometry(bundle.model, [(4, 4)] if bundle.family.native else None)) == layers
 
@@ -306,7 +337,10 @@ def test_several_images_of_one_sample_go_through_the_stock_pipeline(name):
         for weight in bias.parameters():
             weight.zero_()
     stock = shared(name).model(**inputs).logits
-    assert error_of(logits["sfa"], logits["sfa_dense"]) < 1e-4 < error_of(logits["sfa"], stock) and error_of(bundle.model(**inputs).logits, stock) < 1e-4
+    assert (
+        error_of(logits["sfa"], logits["sfa_dense"]) < 1e-4 < error_of(logits["sfa"], stock)
+        and error_of(bundle.model(**inputs).logits, stock) < 1e-4
+    )
 
 
 @each_family
@@ -316,8 +350,10 @@ def test_eject_gives_the_model_back_and_copies_are_independent(name):
     with_bias, twin = features(bundle), copy.deepcopy(bundle)
     eject(bundle)
     assert vision_attention(bundle.model) == "sdpa" and torch.equal(features(bundle), features(shared(name)))
-    left = [(type(m).__name__, m._forward_pre_hooks, m._forward_hooks) for m in bundle.family.tower_of(bundle.model).modules()]
-    own = [(type(m).__name__, m._forward_pre_hooks, m._forward_hooks) for m in shared(name).family.tower_of(shared(name).model).modules()]
+    left = [(type(m).__name__, m._forward_pre_hooks, m._forward_hooks)
+            for m in bundle.family.tower_of(bundle.model).modules()]
+    own = [(type(m).__name__, m._forward_pre_hooks, m._forward_hooks)
+           for m in shared(name).family.tower_of(shared(name).model).modules()]
     assert [(kind, len(a), len(b)) for kind, a, b in left] == [(kind, len(a), len(b)) for kind, a, b in own]
     assert torch.equal(features(twin), with_bias)
 
@@ -342,7 +378,9 @@ def test_what_does_not_fit_a_native_tower_is_refused(name):
     bundle = attached(name, 1.0)
     with pytest.raises(ValueError, match="places their tokens at every forward pass"):
         set_geometry(bundle, uniform_geometry(4, 4))
-    wrong = ([torch.zeros(4)], "torch.float32, expected .* integers"), ([torch.zeros(2, 2).long()], r"\(2, 2\)"), ([torch.full((4,), 9)], "from 9 to 9")
+    wrong = ([torch.zeros(4)],
+             "torch.float32, expected .* integers"), ([torch.zeros(2, 2).long()],
+                                                      r"\(2, 2\)"), ([torch.full((4,), 9)], "from 9 to 9")
     for ids, words in wrong:
         with pytest.raises(ValueError, match=words):
             set_blocks(bundle, ids)
@@ -385,7 +423,8 @@ ANSWERS = ["12", "elm 9, cat 31", "7"]
 
 
 def asked():
-    return [Sample(f"{i}/{q}", f"page{i}", "read", QUESTIONS[q], (ANSWERS[q],), image) for i, image in enumerate(IMAGES) for q in range(3)]
+    return [Sample(f"{i}/{q}", f"page{i}", "read", QUESTIONS[q], (ANSWERS[q],), image)
+            for i, image in enumerate(IMAGES) for q in range(3)]
 
 
 @each_family
@@ -393,7 +432,9 @@ def test_the_prompt_is_what_the_stock_processor_writes(name):
     bundle = shared(name)
     for image, question in zip(IMAGES, QUESTIONS[:2]):
         turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
-        stock = bundle.processor.apply_chat_template([{**turn, "content": [{"type": "image", "image": image}, turn["content"][1]]}], add_generation_prompt=True,
+        stock = bundle.processor.apply_chat_template([{**turn,
+                                                       "content": [{"type": "image", "image": image},
+                                                                   turn["content"][1]]}], add_generation_prompt=True,
                                                      tokenize=True, return_dict=True, return_tensors="pt")
         batch, (before, after) = image_batch(bundle, [image]), prompt_tokens(bundle, question, "")
         assert stock["input_ids"][0].tolist() == before + batch.tokens[0] + after
@@ -416,10 +457,12 @@ def test_answers_are_those_of_the_stock_pipeline(name):
     bundle = shared(name)
     for sample in [asked()[n] for n in (0, 4, 7)]:
         content = [{"type": "image", "image": sample.image}, {"type": "text", "text": sample.question}]
-        inputs = bundle.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
+        inputs = bundle.processor.apply_chat_template([{"role": "user", "content": content}],
+                                                      add_generation_prompt=True, tokenize=True, return_dict=True,
                                                       return_tensors="pt")
         inputs = {key: value for key, value in inputs.items() if key != "num_patches"}
-        out = bundle.model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :].tolist()
+        out = bundle.model.generate(**inputs, max_new_tokens=6,
+                                    do_sample=False)[0, inputs["input_ids"].shape[1] :].tolist()
         (reply,) = answer(bundle, [sample], max_new_tokens=6, suffix="")
         assert list(reply.tokens) == out[: len(reply.tokens)] and len(reply.tokens) + (not reply.truncated) >= len(out)
 
@@ -430,7 +473,8 @@ def test_the_packed_loss_is_that_of_single_questions_and_of_the_model(name):
     with torch.no_grad():
         together, targets = answer_loss(bundle.model, training_batch(bundle, asked()))
         alone = [answer_loss(bundle.model, training_batch(bundle, [sample])) for sample in asked()]
-        assert targets == sum(count for _, count in alone) == 3 * sum(len(answer_tokens(bundle, text)) for text in ANSWERS)
+        assert targets == sum(count for _, count in alone) == 3 * sum(len(answer_tokens(bundle, text))
+                                                                      for text in ANSWERS)
         assert torch.isclose(together, sum(loss for loss, _ in alone), rtol=1e-4)
         sample, bundle.model.model.rope_deltas = asked()[5], None
         before, after = prompt_tokens(bundle, sample.question)
@@ -440,7 +484,8 @@ def test_the_packed_loss_is_that_of_single_questions_and_of_the_model(name):
         labels = ids.clone()
         labels[:, : len(prompt)] = -100
         kinds = {"mm_token_type_ids": (ids == bundle.model.config.image_token_id).int()} if bundle.family.native else {}
-        own = bundle.model(input_ids=ids, labels=labels, attention_mask=torch.ones_like(ids), **batch.inputs, **kinds).loss
+        own = bundle.model(input_ids=ids, labels=labels, attention_mask=torch.ones_like(ids), **batch.inputs,
+                           **kinds).loss
         loss, count = answer_loss(bundle.model, training_batch(bundle, [sample]))
         assert torch.isclose(loss / count, own, rtol=1e-4)
 
@@ -450,12 +495,14 @@ def test_the_packed_loss_is_that_of_single_questions_and_of_the_model(name):
 
 @each_family
 @pytest.mark.parametrize("options, dtype", [
-    (dict(precision="bfloat16"), torch.bfloat16), (dict(language_bits=8), torch.float32), (dict(language_bits=4), torch.float32)])
+    (dict(precision="bfloat16"), torch.bfloat16), (dict(language_bits=8), torch.float32),
+    (dict(language_bits=4), torch.float32)])
 def test_only_the_language_model_is_quantised(name, options, dtype, saved):
     bundle = load_model(saved(name), placement="cpu", **options)
     family, model = bundle.family, bundle.model
     assert next(family.tower_of(model).parameters()).dtype == dtype
-    assert not any(quantized_layers(part) for part in (family.tower_of(model), family.projector_of(model), model.lm_head))
+    assert not any(quantized_layers(part)
+                   for part in (family.tower_of(model), family.projector_of(model), model.lm_head))
     layers = len(quantized_layers(family.language_of(model)))
     assert layers == (14 if "language_bits" in options else 0)
     biases = inject(bundle_of(model))
@@ -484,7 +531,8 @@ def test_four_bits_are_the_same_on_every_processor(name, avx512, saved, processo
         model.zero_grad()
         loss, _ = answer_loss(model, training_batch(bundle, batch))
         loss.backward()
-        return loss.detach(), {weight: own.grad.clone() for weight, own in model.named_parameters() if own.grad is not None}
+        return loss.detach(), {weight: own.grad.clone()
+                               for weight, own in model.named_parameters() if own.grad is not None}
 
     loss, before = learn()
     answer(bundle, batch, max_new_tokens=2)
@@ -531,9 +579,12 @@ def saved(tmp_path_factory):
 def test_the_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     "Trained structural weights, loaded with the model by their folder; fewer documents and steps than on the page."
     text = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
-    (block,) = [part for part in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if "structure=folder" in part]
+    (block,) = [part for part in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+                if "structure=folder" in part]
     monkeypatch.chdir(tmp_path)
-    Path("example.py").write_text(block.replace("steps=20, batch_size=16", "steps=1, batch_size=2").replace("generate(200", "generate(2"), encoding="utf-8")
+    Path("example.py").write_text(block.replace("steps=20, batch_size=16",
+                                                "steps=1, batch_size=2").replace("generate(200", "generate(2"),
+                                                encoding="utf-8")
     runpy.run_path("example.py")
     assert (tmp_path / "my_sfa" / "arm" / "structure.safetensors").is_file() and capsys.readouterr().out.strip()
 
@@ -541,9 +592,19 @@ def test_the_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):
 def test_memory_is_reported_as_it_is_stored(saved):
     choices = {}, dict(precision="bfloat16"), dict(language_bits=4)
     plain, half, packed = (memory_table(load_model(saved("llava"), placement="cpu", **options)) for options in choices)
-    assert plain.loc["all", "parameters"] == half.loc["all", "parameters"] == packed.loc["all", "parameters"] == shared("llava").model.num_parameters()
-    assert plain.loc["all", "share"] == pytest.approx(2, abs=0.01) and half.loc["all", "share"] == pytest.approx(1, abs=0.01)
-    assert packed.loc["encoder", "MiB"] == plain.loc["encoder", "MiB"] and packed.loc["language model", "MiB"] < plain.loc["language model", "MiB"]
+    assert (
+        plain.loc["all", "parameters"]
+        == half.loc["all", "parameters"]
+        == packed.loc["all", "parameters"]
+        == shared("llava").model.num_parameters()
+    )
+    assert plain.loc["all", "share"] == pytest.approx(2, abs=0.01) and half.loc["all", "share"] == pytest.approx(
+        1, abs=0.01
+    )
+    assert (
+        packed.loc["encoder", "MiB"] == plain.loc["encoder", "MiB"]
+        and packed.loc["language model", "MiB"] < plain.loc["language model", "MiB"]
+    )
 
 
 @pytest.mark.parametrize("model, benchmark, score, asked, verdict", [
@@ -552,12 +613,15 @@ def test_memory_is_reported_as_it_is_stored(saved):
     ("/models/Qwen2.5-VL-7B-Instruct", "docvqa", 0.957, 5349, "reproduced"),
     ("/models/Qwen2.5-VL-7B-Instruct", "ocrbench", 0.864, 1000, "reproduced"),
     ("/models/Qwen2.5-VL-3B-Instruct", "chartqa", 0.873, 2500, "no published score for this model and benchmark"),
-    ("llava-hf/llava-onevision-qwen2-7b-ov-hf", "textvqa", 0.7, 5000, "no published score for this model and benchmark"),
-    ("llava-hf/llava-onevision-qwen2-7b-ov-hf", "chartqa", 0.8, 2499, "not comparable: 2,499 questions of test, published on 2,500 of test"),
+    ("llava-hf/llava-onevision-qwen2-7b-ov-hf", "textvqa", 0.7, 5000,
+     "no published score for this model and benchmark"),
+    ("llava-hf/llava-onevision-qwen2-7b-ov-hf", "chartqa", 0.8, 2499, "not comparable: 2,499 questions of test, "
+                                                                      "published on 2,500 of test"),
     ("embedded", "synthetic", 0.9, 100, "no published score for this model and benchmark"),
     ("/models/InternVL3_5-8B-HF-mine", "chartqa", 0.867, 2500, "no published score for this model and benchmark"),
     ("me/InternVL3_5-8B-HF_chart", "chartqa", 0.867, 2500, "no published score for this model and benchmark"),
-    ("/models/InternVL3_5-8B-HF/step-00000200", "chartqa", 0.867, 2500, "no published score for this model and benchmark"),
+    ("/models/InternVL3_5-8B-HF/step-00000200", "chartqa", 0.867, 2500, "no published score for this model and "
+                                                                        "benchmark"),
     ("/models/InternVL3_5-8B-HF/", "chartqa", 0.867, 2500, "reproduced"),
     ("/hub/models--OpenGVLab--InternVL3_5-8B-HF/snapshots/0123", "chartqa", 0.867, 2500, "reproduced"),
     ("OpenGVLab/InternVL3_5-8B-HF@main", "chartqa", 0.867, 2500, "reproduced"),

@@ -39,9 +39,12 @@ def executed_at_once(monkeypatch):
     monkeypatch.setattr(sfa_core.runs.runs, "execute", execute)
 
 
-@pytest.mark.parametrize("function, call", [("write_atomic", 1), ("out_folder", 1), ("write_atomic", 2), ("write_timings", 1), ("write_json", 1)],
+@pytest.mark.parametrize("function, call",
+                         [("write_atomic", 1), ("out_folder", 1), ("write_atomic", 2), ("write_timings", 1),
+                          ("write_json", 1)],
                          ids=["parameters", "figures folder", "notebook", "timings", "provenance"])
-def test_a_disk_that_fills_up_at_any_file_of_a_run_leaves_no_finished_run(home, monkeypatch, executed_at_once, capsys, function, call):
+def test_a_disk_that_fills_up_at_any_file_of_a_run_leaves_no_finished_run(home, monkeypatch, executed_at_once, capsys,
+                                                                          function, call):
     kept, calls, real = run_study("draw", {"seed": 7}), [], getattr(sfa_core.runs.runs, function)
 
     def fail(*arguments):
@@ -61,13 +64,18 @@ def test_a_disk_without_room_for_a_folder_is_one_line(home, monkeypatch, capsys)
     def fail(*arguments, **options):
         raise FULL
     monkeypatch.setattr(Path, "mkdir", fail)
-    assert main(["run", "draw"]) == 1 and capsys.readouterr().err.splitlines()[-1] == "sfa: [Errno 28] No space left on device"
+    assert (
+        main(["run", "draw"]) == 1
+        and capsys.readouterr().err.splitlines()[-1] == "sfa: [Errno 28] No space left on device"
+    )
     assert run_table() == []
 
 
 def test_records_that_do_not_fit_on_the_disk_are_not_there(home):
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # bytes, for this process and its kernel
-    process = subprocess.run([*SFA, "run", "draw", "-p", "size", "100000"], capture_output=True, text=True, preexec_fn=limit, timeout=300)
+    # bytes, for this process and its kernel
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+    process = subprocess.run([*SFA, "run", "draw", "-p", "size", "100000"], capture_output=True, text=True,
+                             preexec_fn=limit, timeout=300)
     assert process.returncode == 1 and "File too large" in process.stderr.splitlines()[-1]
     row, = run_table()
     failed = home / "exports" / "runs" / row[0]
@@ -95,8 +103,14 @@ run(folder / "checkpoint", losses=broken, max_bad_steps=3)
     write_study(home / "studies", code=CODE.replace("print(\"drawing\")", training))
     (home / "one.yaml").write_text("study: draw\nparameters: {size: 3}\n")
     event, = run_grid(home / "one.yaml", workers=1).values()
-    assert event.state == "failed" and "3 steps in a row were skipped, step 7 because: loss answer is not finite; last good checkpoint" in event.reason
-    assert (Path(event.folder) / "checkpoint" / "checkpoints" / "step-00000006" / "SHA256SUMS").is_file() and finished_runs() == []
+    assert (
+        event.state == "failed"
+        and "3 steps in a row were skipped, step 7 because: loss answer is not finite; last good checkpoint"
+        in event.reason
+    )
+    assert (
+        Path(event.folder) / "checkpoint" / "checkpoints" / "step-00000006" / "SHA256SUMS"
+    ).is_file() and finished_runs() == []
 
 
 # Data that is not what it should be
@@ -112,31 +126,43 @@ def bomb(side=30_000):
     chunk = lambda kind, data: len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
     packer = zlib.compressobj(9)
     lines = b"".join(packer.compress(bytes(1 + side // 8)) for _ in range(100)) + packer.flush()
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", side.to_bytes(4, "big") * 2 + bytes([1, 0, 0, 0, 0])) + chunk(b"IDAT", lines) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", side.to_bytes(4, "big") * 2 + bytes([1, 0, 0, 0, 0]))
+        + chunk(b"IDAT", lines)
+        + chunk(b"IEND", b"")
+    )
 
 
 GOOD = png(Image.new("RGB", (112, 112), "white"))
-BROKEN = {"corrupt": GOOD[:60] + bytes(40) + GOOD[100:], "cut off": GOOD[:80], "empty": b"", "no image": b"<html></html>", "bomb": bomb()}
+BROKEN = {"corrupt": GOOD[:60] + bytes(40) + GOOD[100:], "cut off": GOOD[:80], "empty": b"",
+          "no image": b"<html></html>", "bomb": bomb()}
 
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_an_image_that_cannot_be_used_is_named(name):
-    with pytest.raises(ValueError, match="page 7: the image cannot be decoded .*; expected a PNG or JPEG file") as error:
+    with pytest.raises(ValueError,
+                       match="page 7: the image cannot be decoded .*; expected a PNG or JPEG file") as error:
         decode(BROKEN[name], "page 7")
     assert name != "bomb" or "decompression bomb" in str(error.value)
 
 
 def test_broken_images_of_a_data_set_are_counted_and_the_others_answered(tmp_path):
     (tmp_path / "images").mkdir()
-    files = BROKEN | {"good": GOOD, "grey": png(Image.new("L", (90, 60), 200)), "clear": png(Image.new("RGBA", (112, 112), (0, 0, 0, 0)))}
+    files = BROKEN | {"good": GOOD, "grey": png(Image.new("L", (90, 60), 200)),
+                      "clear": png(Image.new("RGBA", (112, 112), (0, 0, 0, 0)))}
     for name, content in files.items():
         (tmp_path / "images" / f"{name}.png").write_bytes(content)
-    lines = [json.dumps({"id": name, "image": f"{name}.png", "question": "value of oak?", "answers": ["1"]}) for name in files]
+    lines = [json.dumps({"id": name, "image": f"{name}.png", "question": "value of oak?", "answers": ["1"]})
+             for name in files]
     (tmp_path / "questions.jsonl").write_text("\n".join(lines))
-    records, summary = parts(evaluate(load_model("embedded", placement="cpu"), load_benchmark("folder", source=tmp_path), "folder", max_new_tokens=4))
+    records, summary = parts(evaluate(load_model("embedded", placement="cpu"),
+                                      load_benchmark("folder", source=tmp_path), "folder", max_new_tokens=4))
     assert (summary["asked"], summary["n"], summary["errors"]) == (8, 3, 5), "left out of the rate, and said to be"
     wrong = records.set_index("id")["error"]
-    assert (wrong[list(BROKEN)].str.contains("cannot be decoded")).all() and (wrong[["good", "grey", "clear"]] == "").all()
+    assert (wrong[list(BROKEN)].str.contains("cannot be decoded")).all() and (
+        wrong[["good", "grey", "clear"]] == ""
+    ).all()
 
 
 def test_a_question_without_answers_is_refused_before_the_model_is_asked(tmp_path):
@@ -153,7 +179,9 @@ def test_a_question_without_answers_is_refused_before_the_model_is_asked(tmp_pat
 # A run that somebody damaged
 
 @pytest.mark.parametrize("name", ["records.parquet", "provenance.json"])
-def test_a_damaged_file_of_a_finished_run_is_named_by_the_report_and_the_run_stays_as_it_is(home, forked_kernels, capsys, name):
+def test_a_damaged_file_of_a_finished_run_is_named_by_the_report_and_the_run_stays_as_it_is(
+    home, forked_kernels, capsys, name
+):
     run = run_study("draw", {"size": 3})
     (run / name).write_bytes(b"PAR1 and then nothing")
     (home / "one.yaml").write_text("study: draw\nparameters: {size: 3}\n")

@@ -1,4 +1,5 @@
-"""Figures hold exactly the numbers they were given, in the colours of the house, and are written whole or not at all."""
+"""Figures hold exactly the numbers they were given, in the colours of the house, and are written whole or not at
+all."""
 
 import math
 import os
@@ -15,13 +16,15 @@ from PIL import Image
 from sfa_core.figures.attention import attention_frames, entropy_violins
 from sfa_core.figures.density import cross_architecture, density_gallery, motivation
 from sfa_core.figures.charts import (
-    ARM_COLOURS, architecture, attention_maps, difference_forest, document_gallery, entropy_by_layer, head_grid, save_figure, score_by_kind, structural_bias,
+    ARM_COLOURS, architecture, attention_maps, difference_forest, document_gallery, entropy_by_layer, head_grid,
+    save_figure, score_by_kind, structural_bias,
     training_loss,
 )
 from sfa_core.figures.style import browser
 
 FACTS = {
-    "baseline": "#70757A", "control": "#9AA0A6", "vision": "#1A73E8", "adat": "#E8453C", "vision_adat": "#7B1FA2", "full": "#0D47A1", "sfa": "#00897B",
+    "baseline": "#70757A", "control": "#9AA0A6", "vision": "#1A73E8", "adat": "#E8453C", "vision_adat": "#7B1FA2",
+    "full": "#0D47A1", "sfa": "#00897B",
     "vision_blocks": "#F9AB00",
 }
 PAGE = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
@@ -30,17 +33,21 @@ PAGE = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
 def titled(figure, axes=True):
     "A figure has a title, and its axes say what they show."
     assert figure.layout.title.text and figure.layout.height > 100
-    assert not axes or (figure.layout.xaxis.title.text and (figure.layout.yaxis.title.text or len(figure.layout.yaxis.ticktext)))
+    assert not axes or (
+        figure.layout.xaxis.title.text and (figure.layout.yaxis.title.text or len(figure.layout.yaxis.ticktext))
+    )
     return figure
 
 
 def scores(rates, n=400):
     rates = np.asarray(rates)
-    return pd.DataFrame({"kind": ["a", "b", "c"][: len(rates)], "n": n, "rate": rates, "low": rates - 0.031, "high": rates + 0.027})
+    return pd.DataFrame({"kind": ["a", "b", "c"][: len(rates)], "n": n, "rate": rates, "low": rates - 0.031,
+                         "high": rates + 0.027})
 
 
 def test_figures_do_not_import_torch():
-    code = "import sys; import sfa_core.figures.charts; bad = [m for m in ('torch', 'transformers', 'datasets') if m in sys.modules]; assert not bad, bad"
+    code = ("import sys; import sfa_core.figures.charts; bad = [m for m in ('torch', 'transformers', "
+            "'datasets') if m in sys.modules]; assert not bad, bad")
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -53,16 +60,23 @@ def test_scores_hold_rates_and_intervals_of_every_arm():
     figure = titled(score_by_kind(tables))
     for trace, (arm, table) in zip(figure.data, tables.items(), strict=True):
         assert np.array_equal(trace.x, table["rate"]) and trace.marker.color == ARM_COLOURS[arm]
-        assert np.allclose(trace.x + trace.error_x.array, table["high"]) and np.allclose(trace.x - trace.error_x.arrayminus, table["low"])
+        assert np.allclose(trace.x + trace.error_x.array, table["high"]) and np.allclose(
+            trace.x - trace.error_x.arrayminus, table["low"]
+        )
         assert list(trace.customdata[:, 1]) == list(table["n"]) and list(np.round(trace.y)) == list(range(len(table)))
     assert "n = 200–400" in figure.layout.yaxis.ticktext[0] and "n = 400" in figure.layout.yaxis.ticktext[2]
     assert len({trace.marker.symbol for trace in figure.data}) == 2
 
 
 def test_forest_holds_differences_in_points_and_fills_what_is_resolved():
-    table = pd.DataFrame({"name": list("xyz"), "difference": [0.02, -0.05, 0.0], "low": [-0.01, -0.09, 0.0], "high": [0.05, -0.01, 0.0], "n": [10, 20000, 3]})
+    table = pd.DataFrame({"name": list("xyz"), "difference": [0.02, -0.05, 0.0], "low": [-0.01, -0.09, 0.0],
+                          "high": [0.05, -0.01, 0.0], "n": [10, 20000, 3]})
     figure = titled(difference_forest(table, better="b better"))
-    assert np.allclose(figure.data[0].x, [2, -5, 0]) and figure.data[0].marker.symbol == ("diamond-open", "diamond", "diamond-open")
+    assert np.allclose(figure.data[0].x, [2, -5, 0]) and figure.data[0].marker.symbol == (
+        "diamond-open",
+        "diamond",
+        "diamond-open",
+    )
     ends = [(shape.x0, shape.x1) for shape in figure.layout.shapes if shape.y0 == shape.y1]
     assert np.allclose(ends, [(-1, 5), (-9, -1), (0, 0)])
     assert any("n = 20,000" in note.text and "−5.0 [−9.0, −1.0]" in note.text for note in figure.layout.annotations)
@@ -80,15 +94,19 @@ def test_loss_holds_raw_values_and_their_weighted_mean():
 
 
 def test_attention_maps_share_a_scale_and_lie_on_their_patches():
-    maps = {"control": np.array([[0.1, 0.2, 0.0], [0.0, 0.3, 0.1]]), "vision": np.array([[0.0, 0.2, 0.0], [0.0, 0.5, 0.1]])}
+    maps = {"control": np.array([[0.1, 0.2, 0.0], [0.0, 0.3, 0.1]]),
+            "vision": np.array([[0.0, 0.2, 0.0], [0.0, 0.5, 0.1]])}
     figure = titled(attention_maps(PAGE, maps, query=(1, 2), difference=("control", "vision")), axes=False)
     layers = [trace for trace in figure.data if isinstance(trace, go.Heatmap)]
     for layer, expected in zip(layers, [*maps.values(), maps["vision"] - maps["control"]], strict=True):
         assert np.allclose(layer.z, expected, atol=1e-7) and layer.z.dtype == np.float32
-        assert (layer.x0 + 0.5, layer.dx, layer.y0 + 0.5, layer.dy) == (10, 20, 10, 20)  # 3 x 2 patches of 20 px over 60 x 40 px
+        # 3 x 2 patches of 20 px over 60 x 40 px
+        assert (layer.x0 + 0.5, layer.dx, layer.y0 + 0.5, layer.dy) == (10, 20, 10, 20)
     assert [layer.coloraxis for layer in layers] == ["coloraxis", "coloraxis", "coloraxis2"]
     assert figure.layout.coloraxis.cmin == 0 and np.isclose(figure.layout.coloraxis.cmax, 0.5)
-    assert figure.layout.coloraxis2.cmin == -figure.layout.coloraxis2.cmax and np.isclose(figure.layout.coloraxis2.cmax, 0.2)
+    assert figure.layout.coloraxis2.cmin == -figure.layout.coloraxis2.cmax and np.isclose(
+        figure.layout.coloraxis2.cmax, 0.2
+    )
     outlined = [(s.x0 + 0.5, s.x1 + 0.5, s.y0 + 0.5, s.y1 + 0.5) for s in figure.layout.shapes if s.line.width > 1]
     assert set(outlined) == {(40, 60, 20, 40)} and len(outlined) == 2 * 4
     assert len([trace for trace in attention_maps(PAGE, maps).data if isinstance(trace, go.Heatmap)]) == 2
@@ -104,7 +122,9 @@ def test_structural_terms_share_a_scale_centred_at_zero():
 def test_entropies_are_kept_per_layer_and_group():
     table = pd.DataFrame({"layer": [0, 0, 1, 1], "group": ["control", "vision"] * 2, "entropy": [1.0, 2.0, 3.0, 4.0]})
     figure = titled(entropy_by_layer(table, tokens=65))
-    assert [list(trace.y) for trace in figure.data] == [[1, 3], [2, 4]] and [list(trace.x) for trace in figure.data] == [["0", "1"]] * 2
+    assert [list(trace.y) for trace in figure.data] == [[1, 3], [2, 4]] and [
+        list(trace.x) for trace in figure.data
+    ] == [["0", "1"]] * 2
     assert [trace.line.color for trace in figure.data] == [ARM_COLOURS["control"], ARM_COLOURS["vision"]]
     assert np.isclose(figure.layout.shapes[0].y0, math.log(65))
 
@@ -112,7 +132,11 @@ def test_entropies_are_kept_per_layer_and_group():
 def test_grid_of_heads_holds_its_values():
     values = np.random.default_rng(1).normal(size=(3, 5))
     figure = titled(head_grid(values, "Change", "nats", scale="difference", layers=[4, 5, 6]))
-    assert np.allclose(figure.data[0].z, values, atol=1e-6) and figure.data[0].z.dtype == np.float32 and figure.data[0].y == ("4", "5", "6")
+    assert (
+        np.allclose(figure.data[0].z, values, atol=1e-6)
+        and figure.data[0].z.dtype == np.float32
+        and figure.data[0].y == ("4", "5", "6")
+    )
     assert figure.data[0].zmin == -figure.data[0].zmax
 
 
@@ -124,7 +148,8 @@ def test_gallery_keeps_order_and_captions():
 
 
 def test_architecture_names_parameters_and_what_is_trained():
-    rows = [("encoder", "2 layers", 1234, True, ""), ("bias", "row", 304, True, "encoder"), ("language model", "qwen3", 5678, False, "")]
+    rows = [("encoder", "2 layers", 1234, True, ""), ("bias", "row", 304, True, "encoder"),
+            ("language model", "qwen3", 5678, False, "")]
     parts = pd.DataFrame(rows, columns=["part", "detail", "parameters", "trained", "within"])
     texts = [note.text for note in titled(architecture(parts), axes=False).layout.annotations]
     for text in ("1,234 parameters, trained", "304 parameters, trained", "5,678 parameters, frozen"):
@@ -138,18 +163,22 @@ def regions_and_contrast():
     rows = [dict(layer=layer, head=head, region=region, value=draw.normal())
             for layer in (3, 5) for head in (0, 1) for region in ("text-dense", "sparse") for _ in range(9)]
     effects = [(3, 0, -0.8, -1.2, -0.4), (3, 1, 0.1, -0.2, 0.4), (5, 0, 0.9, 0.1, 1.7), (5, 1, 0.0, -0.1, 0.1)]
-    return pd.DataFrame(rows), pd.DataFrame(effects, columns=["layer", "head", "effect", "effect_low", "effect_high"]).assign(n=9)
+    return pd.DataFrame(rows), pd.DataFrame(effects,
+                                            columns=["layer", "head", "effect", "effect_low",
+                                                     "effect_high"]).assign(n=9)
 
 
 def test_violins_hold_every_document_and_print_each_effect_with_its_interval():
     table, contrast = regions_and_contrast()
     figure = titled(entropy_violins(table, contrast), axes=False)
     assert len(figure.data) == 4
-    for trace, (layer, group) in zip(figure.data, [(3, "text-dense"), (3, "sparse"), (5, "text-dense"), (5, "sparse")], strict=True):
+    for trace, (layer, group) in zip(figure.data, [(3, "text-dense"), (3, "sparse"), (5, "text-dense"), (5, "sparse")],
+                                     strict=True):
         part = table[(table["layer"] == layer) & (table["region"] == group)]
         assert np.allclose(trace.y, part["value"], atol=1e-6) and list(trace.x) == [str(head) for head in part["head"]]
     ticks = [*figure.layout.xaxis.ticktext, *figure.layout.xaxis2.ticktext]
-    assert ticks == ["head 0<br><b>−0.80</b><br>[−1.20, −0.40]", "head 1<br>+0.10<br>[−0.20, +0.40]", "head 0<br><b>+0.90</b><br>[+0.10, +1.70]",
+    assert ticks == ["head 0<br><b>−0.80</b><br>[−1.20, −0.40]", "head 1<br>+0.10<br>[−0.20, +0.40]",
+                     "head 0<br><b>+0.90</b><br>[+0.10, +1.70]",
                      "head 1<br>+0.00<br>[−0.10, +0.10]"]
 
 
@@ -162,15 +191,23 @@ def test_frames_hold_every_state_on_one_scale():
         assert list(frame.traces) == shown
         for trace, values in zip(frame.data, [*maps.values(), maps["vision"] - maps["control"]], strict=True):
             assert np.allclose(trace.z, values, atol=1e-6) and trace.z.dtype == np.float32
-    assert [list(step.args[0]) for step in figure.layout.sliders[0].steps] == [["0"], ["1"], ["2"]] == [[frame.name] for frame in figure.frames]
-    assert np.isclose(figure.layout.coloraxis.cmax, max(values.max() for maps in states.values() for values in maps.values()))
+    assert [list(step.args[0])
+            for step in figure.layout.sliders[0].steps] == [["0"], ["1"],
+                                                            ["2"]] == [[frame.name] for frame in figure.frames]
+    assert np.isclose(figure.layout.coloraxis.cmax,
+                      max(values.max() for maps in states.values() for values in maps.values()))
 
 
 def test_patches_are_drawn_around_their_pixels():
     uniform, adaptive = np.array([[0, 0, 30, 20], [30, 20, 60, 40]]), np.array([[0, 0, 60, 40]])
     figure = titled(motivation(PAGE, np.eye(2), uniform, adaptive), axes=False)
     lines = [trace for trace in figure.data if isinstance(trace, go.Scatter)]
-    assert np.nanmax(lines[0].x) == 59.5 and np.nanmin(lines[0].y) == -0.5 and len(lines[0].x) == 12 and len(lines[1].x) == 6
+    assert (
+        np.nanmax(lines[0].x) == 59.5
+        and np.nanmin(lines[0].y) == -0.5
+        and len(lines[0].x) == 12
+        and len(lines[1].x) == 6
+    )
     assert "uniform grid, 2 patches" in [note.text for note in figure.layout.annotations]
     assert np.array_equal(next(trace for trace in figure.data if isinstance(trace, go.Heatmap)).z, np.eye(2))
 
@@ -179,27 +216,40 @@ def test_density_gallery_holds_label_and_prediction_and_says_their_error():
     labels, found = [np.eye(2), np.zeros((2, 2))], [np.eye(2), np.full((2, 2), 0.25)]
     figure = titled(density_gallery([PAGE, PAGE], labels, found), axes=False)
     maps = [trace for trace in figure.data if isinstance(trace, go.Heatmap)]
-    assert all(np.array_equal(trace.z, values) for trace, values in zip(maps, [labels[0], found[0], labels[1], found[1]], strict=True))
-    assert [note.text for note in figure.layout.annotations][2::3] == ["prediction, mean error 0.000", "prediction, mean error 0.250"]
+    assert all(np.array_equal(trace.z, values)
+               for trace, values in zip(maps, [labels[0], found[0], labels[1], found[1]], strict=True))
+    assert [note.text for note in figure.layout.annotations][2::3] == ["prediction, mean error 0.000",
+                                                                       "prediction, mean error 0.250"]
     assert (figure.layout.coloraxis.cmin, figure.layout.coloraxis.cmax) == (0, 1)
 
 
 def test_architectures_hold_differences_in_points():
-    rows = [("A", "own", "vision", 0.01, 0.002, 0.02, 9), ("B", "SigLIP", "vision", -0.01, -0.02, 0.001, 9), ("B", "SigLIP", "sfa", 0.0, -0.1, 0.1, 9)]
+    rows = [("A", "own", "vision", 0.01, 0.002, 0.02, 9), ("B", "SigLIP", "vision", -0.01, -0.02, 0.001, 9),
+            ("B", "SigLIP", "sfa", 0.0, -0.1, 0.1, 9)]
     table = pd.DataFrame(rows, columns=["model", "encoder", "arm", "difference", "low", "high", "n"])
     figure = titled(cross_architecture(table))
-    assert np.allclose(figure.data[0].x, [1, -1]) and np.allclose(figure.data[0].error_x.array, [1, 1.1]) and np.allclose(figure.data[1].y, [1.15])
-    assert [name.endswith("open") for name in figure.data[0].marker.symbol] == [False, True] and "SigLIP" in figure.layout.yaxis.ticktext[1]
+    assert (
+        np.allclose(figure.data[0].x, [1, -1])
+        and np.allclose(figure.data[0].error_x.array, [1, 1.1])
+        and np.allclose(figure.data[1].y, [1.15])
+    )
+    assert [name.endswith("open") for name in figure.data[0].marker.symbol] == [
+        False,
+        True,
+    ] and "SigLIP" in figure.layout.yaxis.ticktext[1]
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: score_by_kind({}), "there are no arms, expected at least one table"),
-        (lambda: score_by_kind({"control": scores([]).drop(columns="n")}), "expected at least one row and kind, n, rate, low, high"),
-        (lambda: difference_forest(pd.DataFrame({"name": ["a"]})), "a table of differences has 1 rows and the columns name"),
+        (lambda: score_by_kind({"control": scores([]).drop(columns="n")}), "expected at least one row and kind, n, "
+                                                                           "rate, low, high"),
+        (lambda: difference_forest(pd.DataFrame({"name": ["a"]})), "a table of differences has 1 rows and the columns "
+                                                                   "name"),
         (lambda: training_loss({}), "there are no runs"),
-        (lambda: training_loss({"x": pd.DataFrame({"loss": [1.0]})}), "the log of 'x' has 1 rows and the columns loss, expected"),
+        (lambda: training_loss({"x": pd.DataFrame({"loss": [1.0]})}), "the log of 'x' has 1 rows and the columns loss, "
+                                                                      "expected"),
         (lambda: attention_maps(PAGE, {}), "maps are none"),
         (lambda: attention_maps(PAGE, {"a": np.zeros((2, 2)), "b": np.zeros((3, 2))}), "expected maps of one grid"),
         (lambda: attention_maps(PAGE, {"a": np.zeros((2, 2))}, difference=("a", "b")), "difference is of"),
@@ -212,11 +262,15 @@ def test_architectures_hold_differences_in_points():
         (lambda: entropy_violins(*regions_and_contrast(), layers=[9]), "expected at most 6 of the layers .3, 5."),
         (lambda: entropy_violins(*regions_and_contrast(), pair=("text-dense", "other")), "two of sparse, text-dense"),
         (lambda: attention_frames(PAGE, {}), "states are none"),
-        (lambda: attention_frames(PAGE, {"0": {"a": np.eye(2)}, "1": {"b": np.eye(2)}}), "expected at least one, and the same maps in each"),
-        (lambda: motivation(PAGE, np.eye(2), np.zeros((0, 4)), np.zeros((1, 4))), "patches have shapes .0, 4. and .1, 4."),
+        (lambda: attention_frames(PAGE, {"0": {"a": np.eye(2)}, "1": {"b": np.eye(2)}}), "expected at least one, and "
+                                                                                         "the same maps in each"),
+        (lambda: motivation(PAGE, np.eye(2), np.zeros((0, 4)), np.zeros((1, 4))),
+         "patches have shapes .0, 4. and .1, 4."),
         (lambda: density_gallery([PAGE], [], []), "1 images, 0 labels, 0 predictions and 0 names"),
-        (lambda: cross_architecture(pd.DataFrame({"model": ["a"]})), "a table of models has 1 rows and the columns model"),
-        (lambda: save_figure(go.Figure(), "x", formats=("svg",)), "formats are 'svg', expected one or more of html, png, pdf"),
+        (lambda: cross_architecture(pd.DataFrame({"model": ["a"]})), "a table of models has 1 rows and the columns "
+                                                                     "model"),
+        (lambda: save_figure(go.Figure(), "x", formats=("svg",)), "formats are 'svg', expected one or more of html, "
+                                                                  "png, pdf"),
         (lambda: save_figure(go.Figure(), "x", formats=()), "formats are none"),
     ],
 )

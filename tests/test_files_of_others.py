@@ -1,4 +1,5 @@
-"""What others wrote is read as it is meant, refused with its name, or counted: text, JSON by lines, pictures, names of files and models."""
+"""What others wrote is read as it is meant, refused with its name, or counted: text, JSON by lines, pictures, names
+of files and models."""
 import io
 import json
 import os
@@ -61,15 +62,18 @@ def test_lines_end_at_the_line_feed_only(own, tmp_path, mark, end):
     lines = [json.dumps(LINE | {"question": text, "answers": [text]}, ensure_ascii=False) for text in texts]
     folder = own(mark + f"{lines[0]}{end}{end}{lines[1]}{end}".encode())
     asked = load_benchmark("folder", source=folder)
-    assert [(s.question, s.answers, s.id) for s in asked] == [(text, (text,), f"line-{n}") for text, n in zip(texts, (1, 3))]
-    read = [json.dumps({"image": "a.png", "text": text, "box": [1, 2, 3, 4], "confidence": 1}, ensure_ascii=False) for text in texts]
+    assert [(s.question, s.answers, s.id) for s in asked] == [(text, (text,), f"line-{n}")
+                                                              for text, n in zip(texts, (1, 3))]
+    read = [json.dumps({"image": "a.png", "text": text, "box": [1, 2, 3, 4], "confidence": 1}, ensure_ascii=False)
+            for text in texts]
     (tmp_path / "ocr.jsonl").write_bytes(mark + end.join(read).encode())
     assert [text.text for text in read_ocr(tmp_path / "ocr.jsonl").evidence["a.png"].texts] == texts
 
 
 @pytest.mark.parametrize("encoding", ["cp949", "latin-1", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
 def test_another_encoding_is_refused_with_the_name_of_the_file(own, tmp_path, encoding):
-    content = json.dumps(LINE | {"question": "é?" if encoding == "latin-1" else "얼마?"}, ensure_ascii=False).encode(encoding)
+    content = json.dumps(LINE | {"question": "é?" if encoding == "latin-1" else "얼마?"},
+                         ensure_ascii=False).encode(encoding)
     with pytest.raises(ValueError, match="questions.jsonl is no UTF-8 text .*expected UTF-8"):
         load_benchmark("folder", source=own(content))
     (tmp_path / "ocr.jsonl").write_bytes(content)
@@ -80,7 +84,8 @@ def test_another_encoding_is_refused_with_the_name_of_the_file(own, tmp_path, en
 # Answers
 
 @pytest.mark.parametrize("given_, answers", [
-    (0, ("0",)), (0.0, ("0.0",)), (False, ("False",)), ("0", ("0",)), ([0], ("0",)), (["a", None], ("a",)), ([None, 0, None], ("0",)), (-3, ("-3",))])
+    (0, ("0",)), (0.0, ("0.0",)), (False, ("False",)), ("0", ("0",)), ([0], ("0",)), (["a", None], ("a",)),
+    ([None, 0, None], ("0",)), (-3, ("-3",))])
 def test_a_number_is_an_answer_and_null_is_none(own, tmp_path, given_, answers):
     asked, = load_benchmark("folder", source=own(json.dumps(LINE | {"answers": given_})))
     assert asked.answers == answers
@@ -97,8 +102,10 @@ def write_parquet(folder, answers, image=None, question="?"):
 
 
 @pytest.mark.parametrize("wrong, words", [
-    (None, "no answers"), ([], "no answers"), ([None], "no answers"), ([None, None], "no answers"), ("", "no answers"), ([" "], "no answers"),
-    ({"text": "5"}, "an answer is an object; expected"), ([{"text": "5"}], "an answer is an object"), ([["5"]], "an answer is a list"),
+    (None, "no answers"), ([], "no answers"), ([None], "no answers"), ([None, None], "no answers"), ("", "no answers"),
+    ([" "], "no answers"),
+    ({"text": "5"}, "an answer is an object; expected"), ([{"text": "5"}], "an answer is an object"),
+    ([["5"]], "an answer is a list"),
     ([[]], "an answer is a list")])
 def test_what_is_no_answer_is_an_error_with_its_line(own, tmp_path, wrong, words):
     with pytest.raises(ValueError, match=f"line 2:? .*{words}|line 2: {words}"):
@@ -112,26 +119,36 @@ def test_what_is_no_answer_is_an_error_with_its_line(own, tmp_path, wrong, words
         (tmp_path / "release" / "test" / part).mkdir()
     (tmp_path / "release" / "test" / "png" / "a.png").write_bytes(GOOD)
     for kind in ("human", "augmented"):
-        (tmp_path / "release" / "test" / f"test_{kind}.json").write_text(json.dumps([{"imgname": "a.png", "query": "?", "label": wrong}]))
+        (tmp_path / "release" / "test" / f"test_{kind}.json").write_text(
+            json.dumps([{"imgname": "a.png", "query": "?", "label": wrong}])
+        )
     with pytest.raises(ValueError, match=f"question 0 of test_human.json.*{words}"):
         load_benchmark("chartqa", source=tmp_path / "release")
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"question": {"en": "?"}}, "the question is an object"), ({"question": "\ud83d"}, "half of a character"), ({"answers": "\ud83d"}, "half of a character"),
-    ({"answers": float("nan")}, "finite"), ({"answers": [1e999]}, "finite"), ({"image": ["a.png"]}, "the image is a list"), ({"id": []}, "the id is a list"),
-    ({"evidence": {"texts": [{"text": "1", "box": [0, 0, 1, float("nan")]}]}}, "evidence"), ({"evidence": {"table": [[["x"]]]}}, "evidence"),
-    ({"evidence": {"texts": [{"text": None, "box": [0, 0, 1, 1]}]}}, "evidence"), ({"evidence": {"texts": [{"text": "1", "box": "1234"}]}}, "evidence")])
+    ({"question": {"en": "?"}}, "the question is an object"), ({"question": "\ud83d"}, "half of a character"),
+    ({"answers": "\ud83d"}, "half of a character"),
+    ({"answers": float("nan")}, "finite"), ({"answers": [1e999]}, "finite"),
+    ({"image": ["a.png"]}, "the image is a list"), ({"id": []}, "the id is a list"),
+    ({"evidence": {"texts": [{"text": "1", "box": [0, 0, 1, float("nan")]}]}}, "evidence"),
+    ({"evidence": {"table": [[["x"]]]}}, "evidence"),
+    ({"evidence": {"texts": [{"text": None, "box": [0, 0, 1, 1]}]}}, "evidence"),
+    ({"evidence": {"texts": [{"text": "1", "box": "1234"}]}}, "evidence")])
 def test_other_values_of_a_line_are_checked_too(own, change, words):
     with pytest.raises(ValueError, match=f"line 1: .*{words}"):
         load_benchmark("folder", source=own(json.dumps(LINE | change)))
 
 
 @pytest.mark.parametrize("entry", [
-    '{"image": "a", "text": "x", "box": "1234", "confidence": 1}', '{"image": "a", "text": "x", "box": {"1": 1, "2": 2, "3": 3, "4": 4}, "confidence": 1}',
-    '{"image": "a", "text": "x", "box": [NaN, 1, 2, 3], "confidence": 1}', '{"image": "a", "text": "x", "box": [1, 2, 3, 1e999], "confidence": 1}',
-    '{"image": null, "text": "x", "box": [1, 2, 3, 4], "confidence": 1}', '{"image": "a", "text": null, "box": [1, 2, 3, 4], "confidence": 1}',
-    '{"image": "a", "text": ["x"], "box": [1, 2, 3, 4], "confidence": 1}', '{"image": "a", "text": "x", "box": [1, 2, 3, 1' + "0" * 400 + '], "confidence": 1}',
+    '{"image": "a", "text": "x", "box": "1234", "confidence": 1}', '{"image": "a", "text": "x", "box": {"1": 1, "2": '
+                                                                   '2, "3": 3, "4": 4}, "confidence": 1}',
+    '{"image": "a", "text": "x", "box": [NaN, 1, 2, 3], "confidence": 1}', '{"image": "a", "text": "x", "box": [1, 2, '
+                                                                           '3, 1e999], "confidence": 1}',
+    '{"image": null, "text": "x", "box": [1, 2, 3, 4], "confidence": 1}', '{"image": "a", "text": null, "box": [1, 2, '
+                                                                          '3, 4], "confidence": 1}',
+    '{"image": "a", "text": ["x"], "box": [1, 2, 3, 4], "confidence": 1}', '{"image": "a", "text": "x", "box": [1, 2, '
+                                                                           '3, 1' + "0" * 400 + '], "confidence": 1}',
     '{"image": "a", "text": "x", "box": [1, 2, 3, 4], "confidence": NaN}', "[" * 100_000])
 def test_a_text_of_ocr_that_is_none_is_named_with_its_line(tmp_path, entry):
     (tmp_path / "ocr.jsonl").write_text("\n" + entry)
@@ -140,11 +157,13 @@ def test_a_text_of_ocr_that_is_none_is_named_with_its_line(tmp_path, entry):
 
 
 anything = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-                        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2), max_leaves=5)
+                        lambda inner: st.lists(inner, max_size=3)
+                        | st.dictionaries(st.text(max_size=3), inner, max_size=2), max_leaves=5)
 
 
 @settings(max_examples=300)
-@given(st.one_of(st.binary(max_size=60), st.text(alphabet='{}[]":,0123456789.eE-"\\\n\r\u2028\ufeffab', max_size=60).map(str.encode),
+@given(st.one_of(st.binary(max_size=60),
+                 st.text(alphabet='{}[]":,0123456789.eE-"\\\n\r\u2028\ufeffab', max_size=60).map(str.encode),
                  st.lists(anything, max_size=3).map(lambda lines: "\n".join(map(json.dumps, lines)).encode())))
 def test_any_file_is_read_by_lines_or_refused_with_its_name(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "fuzz.jsonl"
@@ -158,7 +177,10 @@ def test_any_file_is_read_by_lines_or_refused_with_its_name(tmp_path_factory, co
 
 
 @settings(max_examples=300)
-@given(st.fixed_dictionaries({}, optional={key: anything for key in ("image", "question", "answers", "id", "kind", "evidence", "text", "box", "confidence")}))
+@given(st.fixed_dictionaries({},
+                             optional={key: anything
+                                       for key in ("image", "question", "answers", "id", "kind", "evidence", "text",
+                                                   "box", "confidence")}))
 def test_any_line_is_read_or_refused_with_its_number(tmp_path_factory, change):
     folder = tmp_path_factory.getbasetemp() / "fuzzed"
     (folder / "images").mkdir(parents=True, exist_ok=True)
@@ -166,7 +188,9 @@ def test_any_line_is_read_or_refused_with_its_number(tmp_path_factory, change):
     (folder / "questions.jsonl").write_text(json.dumps(LINE | {"id": "first"}) + "\n" + json.dumps(LINE | change))
     try:
         first, second = load_benchmark("folder", source=folder)
-        assert first.answers == ("1",) and second.answers and all(isinstance(answer, str) for answer in second.answers), "no line changes another"
+        assert (
+            first.answers == ("1",) and second.answers and all(isinstance(answer, str) for answer in second.answers)
+        ), "no line changes another"
     except (ValueError, FileNotFoundError) as error:
         assert "line 2" in str(error) or "occurs 2 times" in str(error)
     text = {"image": "a", "text": "x", "box": [0, 0, 1, 1], "confidence": 0.7}
@@ -179,7 +203,9 @@ def test_any_line_is_read_or_refused_with_its_number(tmp_path_factory, change):
 
 # Names of files
 
-@pytest.mark.parametrize("name", ["../../secret.png", "{}/secret.png", "link.png", "pipe", "/dev/zero", "a\0b", "x" * 300, "loop", "."])
+@pytest.mark.parametrize("name",
+                         ["../../secret.png", "{}/secret.png", "link.png", "pipe", "/dev/zero", "a\0b", "x" * 300,
+                          "loop", "."])
 def test_a_row_names_no_file_outside_of_its_folder(own, tmp_path, name):
     folder, name = own(""), name.format(tmp_path)
     (tmp_path / "secret.png").write_bytes(GOOD)
@@ -190,7 +216,8 @@ def test_a_row_names_no_file_outside_of_its_folder(own, tmp_path, name):
         os.mkfifo(images / "pipe")
     own(json.dumps(LINE | {"image": name}))
     readers = [lambda: load_benchmark("folder", source=folder)]
-    (folder / "val_easy_qa.json").write_text(json.dumps([{"image": name, "template_id": "t", "question": "?", "answer": "1"}]))
+    (folder / "val_easy_qa.json").write_text(json.dumps([{"image": name, "template_id": "t", "question": "?",
+                                                          "answer": "1"}]))
     readers.append(lambda: load_benchmark("dvqa", source=folder))
     outside = Path(name) if name.startswith("/") else folder / "copy" / name
     if name not in ("link.png", "pipe", "loop", "."):  # of the copy itself
@@ -213,7 +240,9 @@ def test_a_folder_of_images_that_is_a_link_elsewhere_is_refused(own, tmp_path):
 
 # Pictures
 
-PAGE = Image.fromarray(np.arange(12 * 20 * 3, dtype=np.uint8).reshape(12, 20, 3) // 3 * 3).resize((80, 48), Image.Resampling.NEAREST)
+PAGE = Image.fromarray(np.arange(12 * 20 * 3, dtype=np.uint8).reshape(12, 20, 3) // 3 * 3).resize(
+    (80, 48), Image.Resampling.NEAREST
+)
 BACK = {Image.Transpose.ROTATE_90: Image.Transpose.ROTATE_270, Image.Transpose.ROTATE_270: Image.Transpose.ROTATE_90}
 
 
@@ -225,7 +254,9 @@ def stored(page, orientation, kind, **options):
     return png(page if turn is None else page.transpose(BACK.get(turn, turn)), kind, exif=note, **options)
 
 
-@pytest.mark.parametrize("kind, options", [("PNG", {}), ("TIFF", {}), ("WEBP", {"lossless": True}), ("JPEG", {"quality": 100, "subsampling": 0})])
+@pytest.mark.parametrize("kind, options",
+                         [("PNG", {}), ("TIFF", {}), ("WEBP", {"lossless": True}),
+                          ("JPEG", {"quality": 100, "subsampling": 0})])
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_page_comes_out_upright_however_the_camera_was_held(kind, options, mode, orientation):
@@ -233,9 +264,13 @@ def test_a_page_comes_out_upright_however_the_camera_was_held(kind, options, mod
     content = stored(page, orientation, kind, **options)
     seen = decode(content, "page")
     close = 12 if kind == "JPEG" else 0
-    assert seen.size == page.size and np.abs(np.asarray(seen).astype(int) - np.asarray(page.convert("RGB"))).max() <= close
+    assert (
+        seen.size == page.size and np.abs(np.asarray(seen).astype(int) - np.asarray(page.convert("RGB"))).max() <= close
+    )
     with Image.open(io.BytesIO(content)) as opened:
-        assert as_seen(opened).tobytes() == seen.tobytes() and as_seen(as_seen(opened)).tobytes() == seen.tobytes(), "a PIL image too, and once only"
+        assert as_seen(opened).tobytes() == seen.tobytes() and as_seen(as_seen(opened)).tobytes() == seen.tobytes(), (
+            "a PIL image too, and once only"
+        )
 
 
 def test_a_damaged_exif_block_costs_nothing():
@@ -257,7 +292,8 @@ def test_further_pages_are_left_out_and_it_is_said(kind, count):
 
 
 def test_no_other_program_is_started_and_no_size_is_too_much():
-    for content in (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n%%EndComments\n{} loop\nshowpage\n%%EOF\n", png(PAGE, "PPM"), png(PAGE, "PDF")):
+    for content in (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n%%EndComments\n{} loop\nshowpage\n%%EOF\n",
+                    png(PAGE, "PPM"), png(PAGE, "PDF")):
         with pytest.raises(ValueError, match="page 7: the image cannot be decoded"):
             decode(content, "page 7")
     side = int(MOST_PIXELS**0.5) + 2
@@ -267,7 +303,8 @@ def test_no_other_program_is_started_and_no_size_is_too_much():
 
 
 @settings(max_examples=150)
-@given(st.sampled_from(["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]), st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), max_size=6),
+@given(st.sampled_from(["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]),
+       st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), max_size=6),
        st.integers(0, 400))
 def test_any_damaged_picture_is_decoded_or_refused_with_its_name(kind, changes, cut):
     content = bytearray(png(PAGE, kind))
@@ -290,8 +327,11 @@ def test_any_damaged_picture_is_decoded_or_refused_with_its_name(kind, changes, 
 
 # Names of models and data sets
 
-@pytest.mark.parametrize("name", ["데이터/문서", "my--pages/set", "./model", "../a", "a/b/c", "~/model", "~nosuchuser/x", "owner/na me", "owner/..", "text",
-                                  "a\0/b", "what is it?", "x" * 5000, "tests/model", "owner/name.git", "-a/b", "a/b/", "/a/b", "a\\b/c"])
+@pytest.mark.parametrize("name",
+                         ["데이터/문서", "my--pages/set", "./model", "../a", "a/b/c", "~/model", "~nosuchuser/x",
+                          "owner/na me", "owner/..", "text",
+                                  "a\0/b", "what is it?", "x" * 5000, "tests/model", "owner/name.git", "-a/b", "a/b/",
+                                  "/a/b", "a\\b/c"])
 def test_a_path_or_a_text_is_never_asked_of_the_hub(name, monkeypatch):
     import datasets
     import sfa_core.models.load
@@ -300,7 +340,8 @@ def test_a_path_or_a_text_is_never_asked_of_the_hub(name, monkeypatch):
     def asked(*given_, **options):
         raise AssertionError(f"the hub was asked for {given_}")
     monkeypatch.chdir(ROOT)
-    for library, function in ((sfa_core.models.load, "snapshot_download"), (sfa_core.models.load, "try_to_load_from_cache"), (datasets, "load_dataset")):
+    for library, function in ((sfa_core.models.load, "snapshot_download"),
+                              (sfa_core.models.load, "try_to_load_from_cache"), (datasets, "load_dataset")):
         monkeypatch.setattr(library, function, asked)
     assert not is_hub_id(name)
     with pytest.raises(FileNotFoundError, match="no model folder") as error:
@@ -310,7 +351,9 @@ def test_a_path_or_a_text_is_never_asked_of_the_hub(name, monkeypatch):
         load_benchmark("chartqa", source=name)
 
 
-@pytest.mark.parametrize("name", ["OpenGVLab/InternVL3_5-1B-HF", "echo840/OCRBench", "llava-hf/llava-onevision-qwen2-7b-ov-hf", "a/b@0123abcd", "a/b@refs/pr/1",
+@pytest.mark.parametrize("name",
+                         ["OpenGVLab/InternVL3_5-1B-HF", "echo840/OCRBench", "llava-hf/llava-onevision-qwen2-7b-ov-hf",
+                          "a/b@0123abcd", "a/b@refs/pr/1",
                                   "me/set_v1.0"])
 def test_hub_ids_are_hub_ids(name):
     assert is_hub_id(name)
@@ -318,14 +361,17 @@ def test_hub_ids_are_hub_ids(name):
 
 def test_a_home_that_cannot_be_written_is_one_line_that_names_the_variable(tmp_path):
     write_parquet(tmp_path, "1")
-    code = ("import sys\nfrom sfa_core.documents.benchmarks import load_benchmark\ntry:\n    load_benchmark('chartqa', source=sys.argv[1])\n"
+    code = ("import sys\nfrom sfa_core.documents.benchmarks import load_benchmark\ntry:\n    load_benchmark('chartqa', "
+            "source=sys.argv[1])\n"
             "except ValueError as error:\n    print('said:', error)")
-    given_ = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "XDG_"))} | {"HOME": "/proc/nobody"}
+    given_ = {key: value
+              for key, value in os.environ.items() if not key.startswith(("HF_", "XDG_"))} | {"HOME": "/proc/nobody"}
     command = [sys.executable, "-c", code, str(tmp_path / "copy")]
     done = subprocess.run(command, env=given_, capture_output=True, text=True, cwd=ROOT)
     said = [line for line in done.stdout.splitlines() if line.startswith("said:")]
     assert len(said) == 1 and "set HF_HOME to a folder" in said[0] and "/proc/nobody" in said[0], done.stderr[-500:]
-    done = subprocess.run(command, env=given_ | {"HF_HOME": str(tmp_path / "hf")}, capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(command, env=given_ | {"HF_HOME": str(tmp_path / "hf")}, capture_output=True, text=True,
+                          cwd=ROOT)
     assert done.returncode == 0 and "said:" not in done.stdout, done.stderr[-500:]
 
 
@@ -349,33 +395,52 @@ def figures():
     import pandas as pd
     from sfa_core.figures.attention import attention_frames
     from sfa_core.figures.density import cross_architecture, density_gallery
-    from sfa_core.figures.charts import architecture, attention_maps, difference_forest, document_gallery, head_grid, score_by_kind
+    from sfa_core.figures.charts import (
+        architecture,
+        attention_maps,
+        difference_forest,
+        document_gallery,
+        head_grid,
+        score_by_kind,
+    )
     from sfa_core.figures.charts import structural_bias, training_loss
     from sfa_core.figures.learning import learning_curves
     from sfa_core.figures.sinks import place_shares, sink_scatter
     from sfa_core.figures.style import in_style
     from sfa_core.figures.tokens import cost_curves
 
-    page, grid, name, words = np.full((20, 30, 3), 255, np.uint8), np.full((2, 3), 0.1), HOSTILE, dict(title=HOSTILE, subtitle=HOSTILE)
+    page, grid, name, words = np.full((20, 30, 3), 255,
+                                      np.uint8), np.full((2, 3), 0.1), HOSTILE, dict(title=HOSTILE, subtitle=HOSTILE)
     rates = pd.DataFrame({"kind": [name], "n": [4], "rate": [0.5], "low": [0.2], "high": [0.8]})
-    changes = pd.DataFrame({"name": [name], "model": [name], "encoder": [name], "arm": [name], "difference": [0.1], "low": [0.0], "high": [0.2], "n": [4]})
-    places = pd.DataFrame([dict(place=name, sinks=1, share_sinks=0.5, tokens=4, share_all=0.2, enrichment=2.0, low=1.0, high=3.0)])
+    changes = pd.DataFrame({"name": [name], "model": [name], "encoder": [name], "arm": [name], "difference": [0.1],
+                            "low": [0.0], "high": [0.2], "n": [4]})
+    places = pd.DataFrame([dict(place=name, sinks=1, share_sinks=0.5, tokens=4, share_all=0.2, enrichment=2.0, low=1.0,
+                                high=3.0)])
     parts = pd.DataFrame([dict(part=name, detail=name, parameters=5, trained=True, within="")])
     bands = {name: pd.DataFrame([dict(step=s, measure=name, seeds=1, mean=0.5, low=0.4, high=0.6) for s in (1, 2)])}
     tokens = pd.DataFrame({"value": [1.0, 3.0], name: [0.1, 0.2], "sink": [False, True]})
     return {
-        "in_style": in_style(go.Figure(), name, name), "gallery": document_gallery([page], [name], **words), "scores": score_by_kind({name: rates}, **words),
-        "forest": difference_forest(changes, better=name, **words), "loss": training_loss({name: pd.DataFrame({"step": [1, 2], "loss": [2.0, 1.0]})}, **words),
-        "maps": attention_maps(page, {name: grid}, **words), "bias": structural_bias({name: grid}, (0, 0), **words), "heads": head_grid(grid, name, name, name),
-        "architecture": architecture(parts, **words), "density": density_gallery([page], [grid], [grid], [name], **words),
-        "cross": cross_architecture(changes, **words), "learning": learning_curves(bands, [name], unit=name, **words), "places": place_shares(places, **words),
-        "scatter": sink_scatter(tokens, 2.0, name, **words), "costs": cost_curves(rates.assign(method=name, encoder_tokens=5), **words),
+        "in_style": in_style(go.Figure(), name, name), "gallery": document_gallery([page], [name], **words),
+        "scores": score_by_kind({name: rates}, **words),
+        "forest": difference_forest(changes, better=name, **words),
+        "loss": training_loss({name: pd.DataFrame({"step": [1, 2], "loss": [2.0, 1.0]})}, **words),
+        "maps": attention_maps(page, {name: grid}, **words), "bias": structural_bias({name: grid}, (0, 0), **words),
+        "heads": head_grid(grid, name, name, name),
+        "architecture": architecture(parts, **words),
+        "density": density_gallery([page], [grid], [grid], [name], **words),
+        "cross": cross_architecture(changes, **words), "learning": learning_curves(bands, [name], unit=name, **words),
+        "places": place_shares(places, **words),
+        "scatter": sink_scatter(tokens, 2.0, name, **words),
+        "costs": cost_curves(rates.assign(method=name, encoder_tokens=5), **words),
         "frames": attention_frames(page, {name: {name: grid}}, what=name, **words)}
 
 
 def test_every_text_that_is_given_to_a_figure_is_shown_as_it_is():
     plain = figure_text(HOSTILE)
-    assert plain == "a &lt;b &amp;lt; &lt;i&gt;x&lt;/i&gt; &#36;y&#36; &#37;{q}" and html_text("<b title='x'>") == "&lt;b title=&#x27;x&#x27;&gt;"
+    assert (
+        plain == "a &lt;b &amp;lt; &lt;i&gt;x&lt;/i&gt; &#36;y&#36; &#37;{q}"
+        and html_text("<b title='x'>") == "&lt;b title=&#x27;x&#x27;&gt;"
+    )
     shown_in_html = ("legendgroup", "offsetgroup")  # names for the program, never drawn
     for name, figure in figures().items():
         content = figure.to_plotly_json()
@@ -385,8 +450,11 @@ def test_every_text_that_is_given_to_a_figure_is_shown_as_it_is():
         for slider in content["layout"].get("sliders", ()):
             for step in slider["steps"]:
                 step.pop("args")  # the name of a frame
-        drawn = [text for part in (content["data"], content["layout"]) for text in texts_of(part) if "a <b" in text or "a &lt;b" in text or "<i>" in text]
-        assert drawn and not [text for text in drawn if "<b &" in text or "<i>" in text or "$y" in text or "%{q" in text], name
+        drawn = [text for part in (content["data"], content["layout"])
+                 for text in texts_of(part) if "a <b" in text or "a &lt;b" in text or "<i>" in text]
+        assert drawn and not [
+            text for text in drawn if "<b &" in text or "<i>" in text or "$y" in text or "%{q" in text
+        ], name
 
 
 def test_no_widget_of_html_gets_text_that_is_not_escaped():
@@ -394,22 +462,36 @@ def test_no_widget_of_html_gets_text_that_is_not_escaped():
     import ast
     for module in ("figures/explorer", "figures/verdicts"):
         for node in ast.walk(ast.parse((ROOT / "sfa_core" / f"{module}.py").read_text("utf-8"))):
-            target = node.targets[0] if isinstance(node, ast.Assign) else node.target if isinstance(node, ast.AugAssign) else None
+            target = (
+                node.targets[0]
+                if isinstance(node, ast.Assign)
+                else node.target
+                if isinstance(node, ast.AugAssign)
+                else None
+            )
             html = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "HTML"
-            notes = isinstance(target, ast.Attribute) and target.attr == "value" and getattr(target.value, "attr", "") in ("notes", "text")
+            notes = (
+                isinstance(target, ast.Attribute)
+                and target.attr == "value"
+                and getattr(target.value, "attr", "") in ("notes", "text")
+            )
             for value in (node.args if html else [node.value] if notes else []):
                 for part in ast.walk(value):
                     if isinstance(part, ast.FormattedValue):
                         call = part.value
                         escaped = isinstance(call, ast.Call) and getattr(call.func, "id", "") == "html_text"
-                        safe = escaped or isinstance(call, ast.Name) and call.id in ("said", "name")  # escaped where it is made; a name of ours
+                        # escaped where it is made; a name of ours
+                        safe = escaped or isinstance(call, ast.Name) and call.id in ("said", "name")
                         assert safe, f"{module}.py line {part.lineno}: {ast.unparse(part.value)}"
 
 
 ODD = {
-    "corrupt": GOOD[:60] + bytes(40) + GOOD[90:], "empty": b"", "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n{} loop\n", "text": b"<html></html>",
-    "long": png(Image.new("RGB", (3000, 10), "white")), "tall": png(Image.new("RGB", (1, 4000), "white")), "bomb": png(Image.new("1", (9000, 9000)))}
-SOUND = {"turned": stored(PAGE, 6, "JPEG"), "pages": png(PAGE, "TIFF", save_all=True, append_images=[PAGE]), "grey": png(PAGE.convert("L"))}
+    "corrupt": GOOD[:60] + bytes(40) + GOOD[90:], "empty": b"", "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n{} loop\n",
+    "text": b"<html></html>",
+    "long": png(Image.new("RGB", (3000, 10), "white")), "tall": png(Image.new("RGB", (1, 4000), "white")),
+    "bomb": png(Image.new("1", (9000, 9000)))}
+SOUND = {"turned": stored(PAGE, 6, "JPEG"), "pages": png(PAGE, "TIFF", save_all=True, append_images=[PAGE]),
+         "grey": png(PAGE.convert("L"))}
 
 
 @pytest.mark.parametrize("model", ["qwen2_5_vl", "embedded"])
@@ -420,11 +502,13 @@ def test_odd_images_among_200_questions_cost_only_their_own_answers(own, model):
 
     bundle = load_model("embedded", placement="cpu") if model == "embedded" else miniature(model, seed=2, spread=0.3)
     rng = np.random.default_rng(0)
-    files = {f"good{i}": png(Image.fromarray(rng.integers(0, 256, (56, 56 + 28 * (i % 3), 3), dtype=np.uint8))) for i in range(12)} | SOUND
+    files = {f"good{i}": png(Image.fromarray(rng.integers(0, 256, (56, 56 + 28 * (i % 3), 3), dtype=np.uint8)))
+             for i in range(12)} | SOUND
     refused = {name for name in ODD if model != "embedded" or name not in ("long", "tall")}
     places = [*(list(files) * 14)[:179], *(list(ODD) * 3)]
     places = [places[i] for i in rng.permutation(200)]
-    folder = own("\n".join(json.dumps({"id": f"q{n}", "image": f"{name}.png", "question": f"value {n}?", "answers": [n]}) for n, name in enumerate(places)))
+    folder = own("\n".join(json.dumps({"id": f"q{n}", "image": f"{name}.png", "question": f"value {n}?",
+                                       "answers": [n]}) for n, name in enumerate(places)))
     for name, content in (files | ODD).items():
         (folder / "images" / f"{name}.png").write_bytes(content)
     asked = load_benchmark("folder", source=folder)
@@ -433,12 +517,18 @@ def test_odd_images_among_200_questions_cost_only_their_own_answers(own, model):
     records, summary = parts(evaluate(bundle, asked, "folder", **options))
     alone, without = parts(evaluate(bundle, good, "folder", **options))
     errors = records.set_index("id")["error"]
-    assert (summary["asked"], summary["n"], summary["errors"]) == (200, len(good), 200 - len(good)) and without["errors"] == 0
+    assert (summary["asked"], summary["n"], summary["errors"]) == (200, len(good), 200 - len(good)) and without[
+        "errors"
+    ] == 0
     answered = records[records["error"] == ""]
-    assert dict(zip(answered["id"], answered["prediction"])) == dict(zip(alone["id"], alone["prediction"])) and len(answered) == len(good)
+    assert dict(zip(answered["id"], answered["prediction"])) == dict(zip(alone["id"], alone["prediction"])) and len(
+        answered
+    ) == len(good)
     for sample, name in zip(asked, places):
         assert (errors[sample.id] != "") == (name in refused), name
-        assert name not in refused or any(why in errors[sample.id] for why in ("cannot be decoded", "cannot take an image of"))
+        assert name not in refused or any(
+            why in errors[sample.id] for why in ("cannot be decoded", "cannot take an image of")
+        )
     assert summary["notes"] and all("of 2 pages; only the first is used" in note for note in summary["notes"])
 
 
@@ -450,7 +540,8 @@ def test_a_shape_that_a_family_cannot_take_is_named_in_training_and_in_records()
     for family in ("qwen2_5_vl", "qwen3_vl"):
         bundle, page = miniature(family, seed=2, spread=0.3), Sample("long/1", "long", "k", "?", ("1",), ODD["long"])
         for call in (training_batch, record):
-            with pytest.raises(ValueError, match="long.*cannot take an image of 3,000 x 10 px .*expected another shape"):
+            with pytest.raises(ValueError,
+                               match="long.*cannot take an image of 3,000 x 10 px .*expected another shape"):
                 call(bundle, [page])
 
 

@@ -56,7 +56,9 @@ def bundle(shared):
     yield shared
     assert_equal(weights_of(shared.model), before)
     assert not shared.model.training and not any(isinstance(m, StructuralBias) for m in shared.model.modules())
-    assert flags == [p.requires_grad for p in shared.model.parameters()] and all(p.grad is None for p in shared.model.parameters())
+    assert flags == [p.requires_grad for p in shared.model.parameters()] and all(
+        p.grad is None for p in shared.model.parameters()
+    )
     assert shared.model.config.vision_config._attn_implementation == "sdpa"
 
 
@@ -82,7 +84,8 @@ def outputs(bundle, data):
 def part_of(name):
     if ".structure." in name:
         return "structure"
-    return {"model.vision_tower": "tower", "model.multi_modal_projector": "projector"}.get(".".join(name.split(".")[:2]), "language")
+    return {"model.vision_tower": "tower",
+            "model.multi_modal_projector": "projector"}.get(".".join(name.split(".")[:2]), "language")
 
 
 # What learns
@@ -137,8 +140,10 @@ def test_the_arms_of_the_real_model_have_the_known_sizes():
     inject(bundle_of(model))
     sizes = {arm: sum(p.numel() for p in trainable(bundle_of(model), arm).values()) for arm in ARMS}
     known = dict(sfa=7_296, control=337_583_104, vision=337_590_400, projector=33_570_816)
-    assert sizes == known | dict(vision_blocks=known["vision"], adat=known["control"], vision_adat=known["vision"], full=known["vision"])
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == sizes["full"]  # of the last call, nothing is left awake
+    assert sizes == known | dict(vision_blocks=known["vision"], adat=known["control"], vision_adat=known["vision"],
+                                 full=known["vision"])
+    # of the last call, nothing is left awake
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == sizes["full"]
 
 
 @pytest.mark.parametrize("arm", ARMS)
@@ -184,7 +189,8 @@ def test_all_arms_see_the_same_documents_and_questions_in_the_same_order(bundle,
 
     monkeypatch.setattr(finetune_module, "training_batch", spy)
     for arm in ARMS:
-        scr = SCRConfig(norms_every=0) if arm == "full" else None  # a measurement of norms would see a batch several times
+        # a measurement of norms would see a batch several times
+        scr = SCRConfig(norms_every=0) if arm == "full" else None
         run(bundle, charts, arm, tmp_path / arm, seed=len(arm), scr=scr)
     assert len({json.dumps(order) for order in seen.values()}) == 1 and len(seen) == len(ARMS)
     for arm in ("other",):
@@ -195,7 +201,8 @@ def test_all_arms_see_the_same_documents_and_questions_in_the_same_order(bundle,
 @given(st.integers(1, 30), st.integers(0, 3), st.sampled_from([1, 2, 4, 8]), st.integers(0, 6))
 def test_how_a_step_is_cut_does_not_change_its_documents(size, seed, accumulation, step):
     data = [type("S", (), dict(id=f"{i}/0", document=str(i), question="?", answers=("1",)))() for i in range(size)]
-    stream = [sample.document for i in range(step + 1) for [sample] in batches(DocumentSet(data), 8, data_seed=seed)(i, 0)]
+    stream = [sample.document for i in range(step + 1)
+              for [sample] in batches(DocumentSet(data), 8, data_seed=seed)(i, 0)]
     cut = batches(DocumentSet(data), 8, accumulation, data_seed=seed)
     assert [s.document for micro in range(accumulation) for [s] in cut(step, micro)] == stream[-8:]
     for start in range(0, len(stream) - size + 1, size):
@@ -215,7 +222,8 @@ def test_eight_by_one_is_two_by_four(bundle, charts, tmp_path):
 
 
 def test_samples_train_as_their_documents_do(bundle, charts, tmp_path):
-    a, b = run(bundle, charts, "control", tmp_path / "a", questions=0), run(bundle, samples(charts), "control", tmp_path / "b", questions=0)
+    a, b = run(bundle, charts, "control", tmp_path / "a", questions=0), run(bundle, samples(charts), "control",
+                                                                            tmp_path / "b", questions=0)
     assert a.log.drop(columns=list(TIMING)).equals(b.log.drop(columns=list(TIMING)))
 
 
@@ -248,7 +256,11 @@ def test_a_trained_arm_put_back_answers_as_it_did_when_training_ended(bundle, ch
     result, base = run(bundle, charts, arm, tmp_path), outputs(bundle, charts)
     loaded = load_arm(bundle, result.arm)
     assert torch.equal(outputs(bundle, charts), ended[0]) and not torch.equal(ended[0], base)
-    assert loaded.about["arm"] == arm and loaded.about["against"] == ARMS[arm].against and loaded.about["training"]["documents"] == 11
+    assert (
+        loaded.about["arm"] == arm
+        and loaded.about["against"] == ARMS[arm].against
+        and loaded.about["training"]["documents"] == 11
+    )
     loaded.remove()
     loaded.remove()
     assert torch.equal(outputs(bundle, charts), base)
@@ -261,9 +273,12 @@ def test_a_stopped_arm_goes_on_exactly(bundle, charts, tmp_path, arm):
         assert run(bundle, charts, arm, tmp_path / "b", until=until).arm is None
     parts = run(bundle, charts, arm, tmp_path / "b")
     assert parts.log.drop(columns=list(TIMING)).equals(whole.log.drop(columns=list(TIMING)))
-    assert {p.name: p.read_bytes() for p in whole.arm.iterdir()} == {p.name: p.read_bytes() for p in parts.arm.iterdir()}
+    assert {p.name: p.read_bytes() for p in whole.arm.iterdir()} == {p.name: p.read_bytes()
+                                                                     for p in parts.arm.iterdir()}
     written = {p: p.stat().st_mtime_ns for p in parts.arm.rglob("*")}
-    assert run(bundle, charts, arm, tmp_path / "b").log.equals(parts.log) and written == {p: p.stat().st_mtime_ns for p in parts.arm.rglob("*")}
+    assert run(bundle, charts, arm, tmp_path / "b").log.equals(parts.log) and written == {
+        p: p.stat().st_mtime_ns for p in parts.arm.rglob("*")
+    }
 
 
 def test_the_structure_of_an_arm_can_be_used_alone(bundle, charts, tmp_path):
@@ -335,7 +350,8 @@ def test_a_bfloat16_model_trains_in_float32_and_is_given_back(charts, tmp_path, 
     before, dtypes = weights_of(given.model), []
 
     def spy(model, batch):
-        dtypes.append({p.dtype for p in model.parameters() if p.requires_grad} | {str(p.dtype) for p in model.model.language_model.parameters()})
+        dtypes.append({p.dtype for p in model.parameters() if p.requires_grad}
+                      | {str(p.dtype) for p in model.model.language_model.parameters()})
         return answer_loss(model, batch)
 
     monkeypatch.setattr(finetune_module, "answer_loss", spy)

@@ -1,4 +1,5 @@
-"""The script for a graphics card does on a CPU, small, all that it does on a card, and says in one line that there is none."""
+"""The script for a graphics card does on a CPU, small, all that it does on a card, and says in one line that there
+is none."""
 import sys
 from pathlib import Path
 
@@ -13,7 +14,9 @@ import gpu_check
 @pytest.mark.parametrize("one", gpu_check.CHECKS, ids=lambda one: one.__name__)
 def test_a_check_runs_on_a_cpu(one, tmp_path):
     found = one("cpu", gpu_check.SMALL, tmp_path)
-    assert found and all(isinstance(value, float | int) and value == value and value >= 0 for value in found.values()), found
+    assert found and all(
+        isinstance(value, float | int) and value == value and value >= 0 for value in found.values()
+    ), found
     if one is gpu_check.two_devices:
         assert set(found) == {"cpu,cpu stock", "cpu,cpu cut", "cpu stock", "cpu cut"} and max(found.values()) < 1e-4
     elif one is gpu_check.low_rank_kernel:
@@ -58,4 +61,6 @@ def test_what_fails_and_what_time_was_not_left_for_is_written_down(monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card: make test-gpu")
 def test_without_a_card_it_says_so_in_one_line(tmp_path, capsys):
     assert gpu_check.main(["--out", str(tmp_path / "gpu")]) == 0
-    assert capsys.readouterr().out == "tests/gpu: skipped, there is no CUDA device\n" and not (tmp_path / "gpu").exists()
+    assert (
+        capsys.readouterr().out == "tests/gpu: skipped, there is no CUDA device\n" and not (tmp_path / "gpu").exists()
+    )

@@ -19,9 +19,10 @@ from sfa_core.runs.runs import run_table
 from sfa_core.runs.workers import on_this_machine, slots
 from toy_study import CODE, SFA, everything, wait_for, write_study
 
-CARD = CODE + "\nwith open(os.environ['DRAW_LOG'] + '.card', 'a') as stream: print(os.environ['CUDA_VISIBLE_DEVICES'], file=stream)"
+CARD = CODE + "\nwith open(os.environ['DRAW_LOG'] + '.card', 'a') as stream: print(os.environ['CUDA_VISIBLE_DEVICES'], file=stream)"  # noqa: E501
 KILLER = "import os, signal, time\nif size == 1: os.kill(os.getppid(), signal.SIGKILL); time.sleep(60)\n" + CODE
-RECORDS = CODE.replace('{"value": values}', '{"id": [str(i) for i in range(size)], "correct": values < rate, "error": ""}')
+RECORDS = CODE.replace('{"value": values}', '{"id": [str(i) for i in range(size)], "correct": values < rate, "error": '
+                                            '""}')
 
 
 @pytest.fixture
@@ -57,28 +58,46 @@ def kernels(home):
     return [int(line) for line in (home / "log").read_text().split()] if (home / "log").exists() else []
 
 
-def test_a_grid_is_made_once_failures_are_kept_and_only_they_are_made_again_on_request(home, write_grid, capsys, monkeypatch):
+def test_a_grid_is_made_once_failures_are_kept_and_only_they_are_made_again_on_request(
+    home, write_grid, capsys, monkeypatch
+):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     write_study(home / "studies", code=CARD)
     grid = write_grid(parameters={"size": [2, -1], "rate": 1}, seeds=[0, 1], gpus=1)
     assert main(["grid", str(grid), "--dry-run"]) == 0 and executions(home) == 0
-    assert re.findall(r"new +(.*)", capsys.readouterr().out) == ["size=2 seed=0", "size=2 seed=1", "size=-1 seed=0", "size=-1 seed=1"]
+    assert re.findall(r"new +(.*)", capsys.readouterr().out) == ["size=2 seed=0", "size=2 seed=1", "size=-1 seed=0",
+                                                                 "size=-1 seed=1"]
     assert main(["grid", str(grid), "--workers", "2"]) == 1, "the exit code says that not all are finished"
     said = capsys.readouterr()
-    assert "small: 2 of 4 runs are finished" in said.out and said.out.count("AssertionError: size is -1, expected at least 1; see ") == 2
+    assert (
+        "small: 2 of 4 runs are finished" in said.out
+        and said.out.count("AssertionError: size is -1, expected at least 1; see ") == 2
+    )
     assert len(re.findall(r"\] finished draw/", said.err)) == 2 and "[2/4]" in said.err
     assert [row[1] for row in run_table()] == ["finished"] * 2 + ["failed"] * 2
-    assert set((home / "log.card").read_text().split()) <= {"3", "5"} and len((home / "log.card").read_text().split()) == 2, "each run sees one card"
+    assert (
+        set((home / "log.card").read_text().split()) <= {"3", "5"} and len((home / "log.card").read_text().split()) == 2
+    ), "each run sees one card"
     assert executions(home) == 2
     facts = json.loads((finished_runs()[0] / "provenance.json").read_text())
-    assert facts["hardware"]["threads"] == str(max(1, len(os.sched_getaffinity(0)) // 2)), "the share of the cores is on record"
+    assert facts["hardware"]["threads"] == str(max(1, len(os.sched_getaffinity(0)) // 2)), (
+        "the share of the cores is on record"
+    )
     again = run_grid(grid, workers=2)
-    assert sorted(event.state for event in again.values()) == ["failed", "failed", "finished", "finished"] and executions(home) == 2
+    assert (
+        sorted(event.state for event in again.values()) == ["failed", "failed", "finished", "finished"]
+        and executions(home) == 2
+    )
     assert len(run_table()) == 4
     for path in (exports_root() / "runs" / "draw").glob("failed-*"):
-        assert "Exception encountered" in (path / "error.txt").read_text() and "size is -1" in (path / "notebook.ipynb").read_text()
-    assert main(["grid", str(grid), "--retry-failed"]) == 1 and executions(home) == 2 and len(run_table()) == 6, "the failed ones, and only they"
+        assert (
+            "Exception encountered" in (path / "error.txt").read_text()
+            and "size is -1" in (path / "notebook.ipynb").read_text()
+        )
+    assert main(["grid", str(grid), "--retry-failed"]) == 1 and executions(home) == 2 and len(run_table()) == 6, (
+        "the failed ones, and only they"
+    )
 
 
 def test_a_report_holds_every_run_and_everything_in_it_is_text(home, write_grid):
@@ -101,12 +120,16 @@ def test_a_report_holds_every_run_and_everything_in_it_is_text(home, write_grid)
 
 
 @pytest.mark.parametrize("text, said", [
-    ("study: drwa", "unknown study 'drwa'"), ("parameters: {size: 1}", "expected study and some of"), ("study: draw\nseed: [1]", "holds study, seed; expected"),
-    ("study: draw\nparameters: {sise: 1}", "parameter 'sise' of study 'draw' is unknown"), ("study: ../draw", "a study name is"),
-    ("study: draw\nparameters: {size: [1, x]}", "expects int, got 'x'"), ("study: draw\nseeds: [1.5]", "expects int, got 1.5"),
+    ("study: drwa", "unknown study 'drwa'"), ("parameters: {size: 1}", "expected study and some of"),
+    ("study: draw\nseed: [1]", "holds study, seed; expected"),
+    ("study: draw\nparameters: {sise: 1}", "parameter 'sise' of study 'draw' is unknown"),
+    ("study: ../draw", "a study name is"),
+    ("study: draw\nparameters: {size: [1, x]}", "expects int, got 'x'"),
+    ("study: draw\nseeds: [1.5]", "expects int, got 1.5"),
     ("study: draw\nseeds: [1, 1]", "2 times, expected every run once"), ("study: draw\ntimeout: 0", "seconds above 0"),
     ("study: draw\nparameters: {out_dir: /tmp}", "is set by the run itself"),
-    ("study: draw\ngpus: 1", "every run of the grid needs 1 GPU, this machine offers 0"), ("study: [", "is no YAML"), ("", "holds NoneType"),
+    ("study: draw\ngpus: 1", "every run of the grid needs 1 GPU, this machine offers 0"), ("study: [", "is no YAML"),
+    ("", "holds NoneType"),
     ("!!python/object/apply:os.system ['touch planted']", "is no YAML"),
 ], ids=lambda text: text[:40].replace("\n", " "))
 def test_a_grid_that_cannot_be_meant_is_refused_before_anything_starts(home, capsys, monkeypatch, text, said):
@@ -121,12 +144,17 @@ def test_a_grid_that_cannot_be_meant_is_refused_before_anything_starts(home, cap
 
 
 @pytest.mark.parametrize("arguments, said", [
-    (["--workers", "0"], "workers is 0, expected at least 1"), (["--workers", "1", "--scheduler", "tcp://h:1"], "one of them"),
-    (["--scheduler", "nonsense://h"], "no Dask scheduler answers at 'nonsense://h'")], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+    (["--workers", "0"], "workers is 0, expected at least 1"),
+    (["--workers", "1", "--scheduler", "tcp://h:1"], "one of them"),
+    (["--scheduler", "nonsense://h"], "no Dask scheduler answers at 'nonsense://h'")],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_a_place_to_run_that_cannot_be_meant_is_refused(home, write_grid, capsys, arguments, said):
     assert main(["grid", str(write_grid()), *arguments]) == 2
     assert said in capsys.readouterr().err and executions(home) == 0 and finished_runs() == []
-    assert main(["grid", "no_such_grid"]) == 2 and "expected a YAML file or one of ablation, small, tour" in capsys.readouterr().err
+    assert (
+        main(["grid", "no_such_grid"]) == 2
+        and "expected a YAML file or one of ablation, small, tour" in capsys.readouterr().err
+    )
 
 
 def test_a_worker_that_is_killed_costs_no_run(home, write_grid):
@@ -135,37 +163,48 @@ def test_a_worker_that_is_killed_costs_no_run(home, write_grid):
     for event in on_this_machine(plan(grid), slots(2)):
         seen.append(event)
         if event.state == "finished" and len(seen) == 3:
-            wait_for(lambda: any((exports_root() / "runs" / "draw").glob(".partial-*/checkpoint/state")), "the first checkpoint")
+            wait_for(lambda: any((exports_root() / "runs" / "draw").glob(".partial-*/checkpoint/state")),
+                     "the first checkpoint")
             wait_for(lambda: sum(map(alive, kernels(home))) == 1, "the end of the other run's kernel")
             first, = filter(alive, kernels(home))
             os.kill(parent_of(first), signal.SIGKILL)
     assert sorted(event.state for event in seen) == ["again", "finished", "finished", "running", "running", "running"]
     assert "its worker was killed by SIGKILL" in next(event.reason for event in seen if event.state == "again")
     assert len(kernels(home)) == 3 and not alive(first), "the kernel does not outlive its worker"
-    assert [row[1] for row in run_table()] == ["finished", "finished"], "from the checkpoint: it does not wait a minute again"
+    assert [row[1] for row in run_table()] == ["finished",
+                                               "finished"], "from the checkpoint: it does not wait a minute again"
 
 
 def test_a_run_that_takes_its_workers_down_is_given_up_and_the_others_go_on(home, write_grid, capsys):
     write_study(home / "studies", code=KILLER)
     grid = write_grid(parameters={"size": [1, 2, 3]})
     assert main(["grid", str(grid), "--workers", "1"]) == 1
-    assert re.search(r"unfinished draw/\w+: its worker was killed by SIGKILL \(from outside, or because memory ran out\)", capsys.readouterr().out)
+    assert re.search(r"unfinished draw/\w+: its worker was killed by SIGKILL \(from outside, or because memory ran "
+                     r"out\)", capsys.readouterr().out)
     assert sorted(row[1] for row in run_table()) == ["finished", "finished", "unfinished"]
-    assert sorted(event.state for event in survey(plan(read_grid(grid))).values()) == ["finished", "finished", "unfinished"]
+    assert sorted(event.state
+                  for event in survey(plan(read_grid(grid))).values()) == ["finished", "finished", "unfinished"]
 
 
 def test_a_study_that_hangs_ends_at_the_timeout_of_its_grid(home, write_grid):
     grid = write_grid(parameters={"seconds": 600}, timeout=2)
     event, = run_grid(grid, workers=1).values()
-    assert event.state == "failed" and event.reason == "study 'draw' failed: not finished within 2 seconds" and finished_runs() == []
+    assert (
+        event.state == "failed"
+        and event.reason == "study 'draw' failed: not finished within 2 seconds"
+        and finished_runs() == []
+    )
 
 
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
 def test_a_grid_that_is_stopped_leaves_nothing_running_and_goes_on_where_it_was(home, write_grid, ending):
     grid = write_grid(parameters={"seconds": 60, "checkpoint": True})
-    command = ["env", "--default-signal=INT", *SFA, "grid", str(grid), "--workers", "1"]  # a job in the background of a shell would ignore SIGINT
-    client = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    wait_for(lambda: any((exports_root() / "runs" / "draw").glob(".partial-*/checkpoint/state")), "the first checkpoint")
+    # a job in the background of a shell would ignore SIGINT
+    command = ["env", "--default-signal=INT", *SFA, "grid", str(grid), "--workers", "1"]
+    client = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                              start_new_session=True)
+    wait_for(lambda: any((exports_root() / "runs" / "draw").glob(".partial-*/checkpoint/state")),
+             "the first checkpoint")
     kernel, = kernels(home)
     worker = parent_of(kernel)
     client.send_signal(ending)
@@ -191,10 +230,12 @@ def cluster(home):
             return process
 
         file = home / "scheduler.json"
-        start("distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(file))
+        start("distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard",
+              "--scheduler-file", str(file))
         wait_for(lambda: file.exists() and file.read_text().strip(), "the scheduler")
         address = json.loads(file.read_text())["address"]
-        common = ("--nthreads", "1", "--no-nanny", "--no-dashboard", "--resources", "GPU=1", "--local-directory", str(home / "dask"))
+        common = ("--nthreads", "1", "--no-nanny", "--no-dashboard", "--resources", "GPU=1", "--local-directory",
+                  str(home / "dask"))
         workers = [start("distributed.cli.dask_worker", address, "--name", f"w{i}", *common) for i in range(2)]
         wait_for(lambda: (home / "cluster.log").read_text().count("Registered to") >= 2, "both workers")
         yield address, workers
@@ -205,7 +246,8 @@ def test_a_cluster_makes_a_grid_and_survives_its_workers_and_its_client(home, wr
     assert main(["grid", str(write_grid("hungry", gpus=2)), "--scheduler", address]) == 2
     assert f"no worker of {address} offers that" in capsys.readouterr().err
     state = exports_root() / "runs" / "draw"
-    command = [*SFA, "grid", str(write_grid(parameters={"size": [-1, 2], "seconds": 40}, gpus=1)), "--scheduler", address]
+    command = [*SFA, "grid", str(write_grid(parameters={"size": [-1, 2], "seconds": 40}, gpus=1)), "--scheduler",
+               address]
     client = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_for(lambda: any(state.glob(".partial-*/checkpoint/state")), "the first checkpoint")
     client.kill()
@@ -217,7 +259,11 @@ def test_a_cluster_makes_a_grid_and_survives_its_workers_and_its_client(home, wr
         assert line, said
     victim.kill()
     said += again.communicate(timeout=300)[0]
-    assert again.returncode == 1 and "small: 1 of 2 runs are finished" in said and "size is -1, expected at least 1" in said
+    assert (
+        again.returncode == 1
+        and "small: 1 of 2 runs are finished" in said
+        and "size is -1, expected at least 1" in said
+    )
     assert sorted(row[1] for row in run_table()) == ["failed", "finished"] and not alive(kernels(home)[0])
     assert executions(home) <= 3, "taken up from the checkpoint, not made twice"
 

@@ -1,4 +1,5 @@
-"""The table at the end of `make test` counts what a group and its processes took, and names smoke runs that are too long."""
+"""The table at the end of `make test` counts what a group and its processes took, and names smoke runs that are too
+long."""
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -35,11 +36,16 @@ def test_groups_of_all_workers_are_shown_the_slowest_first(monkeypatch):
     worker.pytest_sessionfinish(SimpleNamespace(config=node))
     printing = GroupTimes(None)
     printing.pytest_testnodedown(node)
-    printing.pytest_testnodedown(SimpleNamespace(workeroutput={"group_times": ({"b": 2.0, **{f"d{i}": 0.1 for i in range(20)}}, {}, {})}))
+    printing.pytest_testnodedown(
+        SimpleNamespace(workeroutput={"group_times": ({"b": 2.0, **{f"d{i}": 0.1 for i in range(20)}}, {}, {})})
+    )
     printing.pytest_testnodedown(SimpleNamespace())  # a worker that died
     reporter = Reporter()
     printing.pytest_terminal_summary(reporter)
     title, *lines, last = reporter.lines
     assert title.startswith(f"{SHOWN} slowest groups, 9 s") and len(lines) == SHOWN
     assert [(line.split()[-1], float(line.split()[0])) for line in lines[:3]] == [("b", 6.0), ("a", 1.0), ("c", 0.5)]
-    assert last == f"smoke run of long takes {SMOKE_RUN + 1:.1f} s of processor time, more than {SMOKE_RUN}: make it smaller"
+    assert (
+        last
+        == f"smoke run of long takes {SMOKE_RUN + 1:.1f} s of processor time, more than {SMOKE_RUN}: make it smaller"
+    )

@@ -1,4 +1,5 @@
-"""Head divergence, reinforcement, distance and importance are what they say, in batches, with caches, and in several real decoders."""
+"""Head divergence, reinforcement, distance and importance are what they say, in batches, with caches, and in
+several real decoders."""
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,16 @@ from sfa_core.models.sequences import answer_loss, training_batch
 from sfa_core.documents.generate import documents, make_document
 from sfa_core.documents.samples import samples
 from sfa_core.models.embedded import EmbeddedConfig, train_tokenizer
-from sfa_core.interventions.heads import VHRConfig, both_outputs, head_divergence, head_hooks, head_importance, head_table, reinforced_layers, vision_heads
+from sfa_core.interventions.heads import (
+    VHRConfig,
+    both_outputs,
+    head_divergence,
+    head_hooks,
+    head_importance,
+    head_table,
+    reinforced_layers,
+    vision_heads,
+)
 from sfa_core.models.load import new_bundle
 from sfa_core.interventions.prompts import decoder_layers, following
 from sfa_core.interventions.redistribution import VARConfig
@@ -28,14 +38,18 @@ def model(request):
 @pytest.fixture(scope="module")
 def bundle():
     rows = [make_document("bar", seed).row() for seed in range(3)]
-    tokenizer = train_tokenizer([text for row in rows for part in row["questions"] for text in (part["question"], part["answers"][0])])
+    tokenizer = train_tokenizer([text for row in rows for part in row["questions"]
+                                 for text in (part["question"], part["answers"][0])])
     return new_bundle(EmbeddedConfig(vision_layers=1, language_layers=3, initializer_range=0.1), tokenizer, seed=1)
 
 
 def divergences(model, prompts, layers=(1, 2, 3)):
     "What `both_outputs` finds in a batch."
     seen, found = {}, []
-    with head_hooks(model.bundle, layers, seen.__setitem__), following(model.bundle, lambda p, i: found.append(both_outputs(model.bundle, layers, seen, p, i))):
+    with (
+        head_hooks(model.bundle, layers, seen.__setitem__),
+        following(model.bundle, lambda p, i: found.append(both_outputs(model.bundle, layers, seen, p, i))),
+    ):
         model.logits(prompts, steps=1)
     return found[0]
 
@@ -47,7 +61,12 @@ def test_divergence_compares_the_prompt_with_its_text(model):
         pair = []
         for one in (prompt, words):
             kept = {}
-            handles = [layers[at].self_attn.o_proj.register_forward_pre_hook(lambda m, a, at=at, kept=kept: kept.update({at: a[0][0, -1]})) for at in (1, 2, 3)]
+            handles = [
+                layers[at].self_attn.o_proj.register_forward_pre_hook(
+                    lambda m, a, at=at, kept=kept: kept.update({at: a[0][0, -1]})
+                )
+                for at in (1, 2, 3)
+            ]
             with torch.no_grad():
                 model.bundle.model(**model.inputs([one]))
             for handle in handles:
@@ -55,9 +74,12 @@ def test_divergence_compares_the_prompt_with_its_text(model):
             pair.append(torch.stack([kept[at].unflatten(-1, (6, -1)) for at in (1, 2, 3)]))
         outputs.append(pair)
     divergence, alone = divergences(model, PROMPTS)
-    assert torch.allclose(divergence, torch.stack([(whole - only).norm(dim=-1) for whole, only in outputs]).float(), atol=1e-5)
+    assert torch.allclose(divergence, torch.stack([(whole - only).norm(dim=-1) for whole, only in outputs]).float(),
+                          atol=1e-5)
     assert torch.allclose(alone, torch.stack([only.norm(dim=-1) for _, only in outputs]).float(), atol=1e-5)
-    assert divergence[3].abs().max() < 1e-5 < divergence[:3].min(), "a prompt without an image does not diverge from itself"
+    assert divergence[3].abs().max() < 1e-5 < divergence[:3].min(), (
+        "a prompt without an image does not diverge from itself"
+    )
 
 
 def test_a_strength_of_one_is_the_identity(model):
@@ -79,12 +101,16 @@ def test_only_chosen_heads_get_louder_from_the_last_position_on(model):
     prompts, layers, before, after = PROMPTS[:2], reinforced_layers(4), {}, {}
     divergence, alone = divergences(model, prompts, layers)
     heads = vision_heads(divergence, alone)
-    with torch.no_grad(), head_hooks(model.bundle, layers[:1], lambda layer, out: before.update({layer: out}) if layer not in before else None):
-        with CONFIG.attach(model.bundle) as chosen, head_hooks(model.bundle, layers[:1], lambda layer, out: after.update({layer: out})):
+    with torch.no_grad(), head_hooks(model.bundle, layers[:1],
+                                     lambda layer, out: before.update({layer: out}) if layer not in before else None):
+        with CONFIG.attach(model.bundle) as chosen, head_hooks(model.bundle, layers[:1],
+                                                               lambda layer, out: after.update({layer: out})):
             model.bundle.model(**model.inputs(prompts))
             assert torch.equal(chosen["heads"], heads)
     stock, louder = before[layers[0]], after[layers[0]]
-    assert torch.equal(louder[:, :-1], stock[:, :-1]) and torch.allclose(louder[:, -1], stock[:, -1] * (1 + 2.0 * heads[:, 0, :, None]))
+    assert torch.equal(louder[:, :-1], stock[:, :-1]) and torch.allclose(
+        louder[:, -1], stock[:, -1] * (1 + 2.0 * heads[:, 0, :, None])
+    )
     assert 0 < heads[:, 0].sum() <= heads[:, 0].numel() / 2
 
 
@@ -99,11 +125,16 @@ def test_loud_heads_are_never_chosen_and_half_at_most_are(values, other):
 
 
 def test_published_layers():
-    assert reinforced_layers(32) == (1, *range(18, 32)) and reinforced_layers(40) == (1, *range(22, 40)) and reinforced_layers(3) == (1, 2)
+    assert (
+        reinforced_layers(32) == (1, *range(18, 32))
+        and reinforced_layers(40) == (1, *range(22, 40))
+        and reinforced_layers(3) == (1, 2)
+    )
 
 
 @pytest.mark.parametrize("wrong, message", [
-    (dict(layers=()), "expected one or more"), (dict(layers=(4,)), "from 0 to 3"), (dict(strength=-1.0), "strength is -1.0")])
+    (dict(layers=()), "expected one or more"), (dict(layers=(4,)), "from 0 to 3"),
+    (dict(strength=-1.0), "strength is -1.0")])
 def test_wrong_settings_are_refused(model, wrong, message):
     with pytest.raises(ValueError, match=message), replace(CONFIG, **wrong).attach(model.bundle):
         pass
@@ -139,7 +170,9 @@ def test_a_head_that_looks_at_one_place_has_its_distance(bundle):
     for sample, part in table.groupby("sample"):
         before, after = prompt_tokens(bundle, next(one.question for one in asked if one.id == sample))
         rows = np.arange(len(before) + 65, len(before) + 66 + len(after))  # the image is framed by two tokens
-        assert np.allclose(part["distance"], (rows / 2).mean(), rtol=1e-4) and np.allclose(part["image_mass"], (64 / (rows + 1)).mean(), rtol=1e-4)
+        assert np.allclose(part["distance"], (rows / 2).mean(), rtol=1e-4) and np.allclose(
+            part["image_mass"], (64 / (rows + 1)).mean(), rtol=1e-4
+        )
 
 
 def test_a_table_in_batches_is_a_table_one_by_one(bundle):
@@ -164,5 +197,10 @@ def test_importance_is_the_slope_of_the_loss(bundle):
                 loss, words = answer_loss(bundle.model, batch)
             losses.append(loss.item() / words)
         assert importance[layer, head] == pytest.approx(abs(losses[1] - losses[0]) / (2 * step), rel=0.05, abs=1e-4)
-    twice = head_importance(bundle, documents(3, seed=1), batch_size=1), head_importance(bundle, documents(3, seed=1), batch_size=3)
-    assert np.allclose(*twice, atol=1e-4) and not bundle.model.training and all(weight.grad is None for weight in bundle.model.parameters())
+    twice = head_importance(bundle, documents(3, seed=1),
+                            batch_size=1), head_importance(bundle, documents(3, seed=1), batch_size=3)
+    assert (
+        np.allclose(*twice, atol=1e-4)
+        and not bundle.model.training
+        and all(weight.grad is None for weight in bundle.model.parameters())
+    )

@@ -1,4 +1,5 @@
-"""What is attached to a model belongs to that model: copies run their own, two models do not meet, models can be pickled, and nothing is left behind."""
+"""What is attached to a model belongs to that model: copies run their own, two models do not meet, models can be
+pickled, and nothing is left behind."""
 
 import copy
 import pickle
@@ -39,24 +40,28 @@ def page(seed, size=(168, 112)):
 
 
 PAGES = [
-    Sample(f"p{seed}", f"p{seed}", "own", "What is it?", ("12",), page(seed), Evidence((), (TextBox("12", (20, 20, 60, 40)),), (0,)))
+    Sample(f"p{seed}", f"p{seed}", "own", "What is it?", ("12",), page(seed),
+           Evidence((), (TextBox("12", (20, 20, 60, 40)),), (0,)))
     for seed in range(3)
 ]
 
 
 @torch.no_grad()
 def features(bundle, pages=PAGES):
-    return torch.cat([part.flatten() for part in image_features(bundle, image_batch(bundle, [one.image for one in pages])).images])
+    return torch.cat([part.flatten()
+                      for part in image_features(bundle, image_batch(bundle, [one.image for one in pages])).images])
 
 
 def state(model):
     "Everything that an attachment might leave on a model: attributes, hooks, parts and kernels."
     found = {}
     for name, module in model.named_modules():
-        own = {key: value for key, value in vars(module).items() if key not in ("training", "config", "generation_config")}
+        own = {key: value for key, value in vars(module).items()
+               if key not in ("training", "config", "generation_config")}
         hooks = [len(value) for key, value in sorted(own.items()) if "hooks" in key and isinstance(value, dict | list)]
         found[name] = sorted(own), hooks, {key: id(value) for key, value in own["_modules"].items()}
-    kernels = [getattr(module.config, "_attn_implementation", None) for module in model.modules() if hasattr(module, "config")]
+    kernels = [getattr(module.config, "_attn_implementation", None)
+               for module in model.modules() if hasattr(module, "config")]
     return found, kernels, dict(vars(ALL_ATTENTION_FUNCTIONS))
 
 
@@ -88,7 +93,9 @@ def test_a_copy_with_adaptive_tokens_runs_its_own_control(adaptive):
             next(other.family.tower_of(other.model).parameters()).add_(1)
         assert not torch.equal(features(other), expected) and torch.equal(features(adaptive), expected)
     detach_tokens(other)
-    assert not torch.equal(features(other), features(adaptive)) and "forward" not in vars(other.family.tower_of(other.model))
+    assert not torch.equal(features(other), features(adaptive)) and "forward" not in vars(
+        other.family.tower_of(other.model)
+    )
 
 
 def test_a_model_with_adaptive_tokens_can_be_pickled(adaptive):
@@ -129,7 +136,9 @@ def test_recording_one_model_is_not_seen_by_another(name):
     inside = []
 
     def other(module, args):
-        assert dict(vars(ALL_ATTENTION_FUNCTIONS)) == registry, "the registry of all models is changed while one is recorded"
+        assert dict(vars(ALL_ATTENTION_FUNCTIONS)) == registry, (
+            "the registry of all models is changed while one is recorded"
+        )
         if not inside:
             inside.append(record(two, PAGES, queries="all"))
 
@@ -154,7 +163,9 @@ INTERVENTIONS = {
 def logits(bundle):
     "The logits before the first word of each answer."
     found = []
-    handle = bundle.model.lm_head.register_forward_hook(lambda module, args, output: found.append(output[:, -1].clone()))
+    handle = bundle.model.lm_head.register_forward_hook(
+        lambda module, args, output: found.append(output[:, -1].clone())
+    )
     answer(bundle, PAGES, max_new_tokens=2)
     handle.remove()
     return torch.cat(found)

@@ -1,11 +1,19 @@
-"""Intervals and tests agree with scipy and statsmodels, cover what they promise, and refuse input that has no answer."""
+"""Intervals and tests agree with scipy and statsmodels, cover what they promise, and refuse input that has no
+answer."""
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from sfa_core.scores.intervals import clustered_bootstrap, cluster_means, mcnemar, paired_bootstrap, seed_interval, wilson_interval
+from sfa_core.scores.intervals import (
+    clustered_bootstrap,
+    cluster_means,
+    mcnemar,
+    paired_bootstrap,
+    seed_interval,
+    wilson_interval,
+)
 
 RIGHT = st.lists(st.booleans(), min_size=1, max_size=60)
 PAIRS = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60)
@@ -52,12 +60,14 @@ def test_bootstrap_agrees_with_scipys():
 
 
 def test_counting_kinds_of_clusters_is_resampling_clusters():
-    "The multinomial shortcut has the distribution of the plain bootstrap, which draws cluster indices and pools their questions."
+    """The multinomial shortcut has the distribution of the plain bootstrap, which draws cluster indices and pools
+    their questions."""
     rng = np.random.default_rng(5)
     owner = np.sort(rng.integers(0, 60, 300))
     value = rng.integers(0, 2, 300) * 0.5 + rng.integers(0, 2, 60)[owner] * 0.5
     members = [value[owner == c] for c in np.unique(owner)]
-    plain = np.array([np.concatenate([members[i] for i in rng.integers(0, len(members), len(members))]).mean() for _ in range(4000)])
+    plain = np.array([np.concatenate([members[i] for i in rng.integers(0, len(members), len(members))]).mean()
+                      for _ in range(4000)])
     assert stats.ks_2samp(plain, cluster_means(value, owner, 4000, seed=1)).pvalue > 0.001
 
 
@@ -77,7 +87,8 @@ def test_many_distinct_clusters_stay_in_memory_and_time():
 
 
 def cover(interval_of, truth, trials=400):
-    return np.mean([low <= truth <= high for _, low, high in (interval_of(np.random.default_rng(i)) for i in range(trials))])
+    return np.mean([low <= truth <= high
+                    for _, low, high in (interval_of(np.random.default_rng(i)) for i in range(trials))])
 
 
 def test_clustered_interval_covers_when_questions_share_an_image_and_the_naive_one_does_not():
@@ -106,13 +117,15 @@ def test_one_sided_bound_holds_as_often_as_it_says():
     assert 0.92 <= np.mean([bound.high >= 0.7 for bound in bounds]) <= 0.98
     rng = np.random.default_rng(0)
     values = sample(rng)
-    assert clustered_bootstrap(*values, side="upper").high < clustered_bootstrap(*values).high, "one tail holds all of the doubt"
+    assert clustered_bootstrap(*values,
+                               side="upper").high < clustered_bootstrap(*values).high, "one tail holds all of the doubt"
     assert clustered_bootstrap(*values, side="lower").low > clustered_bootstrap(*values).low
 
 
 def test_wilson_covers_rates_near_one():
     rng = np.random.default_rng(11)
-    assert 0.92 <= np.mean([wilson_interval(k, 60).low <= 0.97 <= wilson_interval(k, 60).high for k in rng.binomial(60, 0.97, 2000)]) <= 0.985
+    assert 0.92 <= np.mean([wilson_interval(k, 60).low <= 0.97 <= wilson_interval(k, 60).high
+                            for k in rng.binomial(60, 0.97, 2000)]) <= 0.985
 
 
 @settings(deadline=None)
@@ -125,11 +138,16 @@ def test_seed_interval_is_the_t_interval(values):
 
 
 @pytest.mark.parametrize("call, words", [
-    (lambda: wilson_interval(0, 0), "n >= 1"), (lambda: wilson_interval(3, 2), "0 <= correct <= n"), (lambda: wilson_interval(-1, 2), "0 <= correct"),
-    (lambda: wilson_interval(1, 2, 95), "level"), (lambda: mcnemar([], []), "at least one question"), (lambda: mcnemar([1], [1, 0]), "equally long"),
-    (lambda: mcnemar([0.5], [1]), "booleans"), (lambda: paired_bootstrap([1, 0], [1]), "same questions"), (lambda: clustered_bootstrap([1.0]), "at least 2"),
-    (lambda: clustered_bootstrap([1, 0], ["a", "a"]), "1 clusters"), (lambda: clustered_bootstrap([1, 0], ["a"]), "equally long"),
-    (lambda: clustered_bootstrap([1, float("nan")]), "finite"), (lambda: clustered_bootstrap([1, 0], side="left"), "side"),
+    (lambda: wilson_interval(0, 0), "n >= 1"), (lambda: wilson_interval(3, 2), "0 <= correct <= n"),
+    (lambda: wilson_interval(-1, 2), "0 <= correct"),
+    (lambda: wilson_interval(1, 2, 95), "level"), (lambda: mcnemar([], []), "at least one question"),
+    (lambda: mcnemar([1], [1, 0]), "equally long"),
+    (lambda: mcnemar([0.5], [1]), "booleans"), (lambda: paired_bootstrap([1, 0], [1]), "same questions"),
+    (lambda: clustered_bootstrap([1.0]), "at least 2"),
+    (lambda: clustered_bootstrap([1, 0], ["a", "a"]), "1 clusters"),
+    (lambda: clustered_bootstrap([1, 0], ["a"]), "equally long"),
+    (lambda: clustered_bootstrap([1, float("nan")]), "finite"),
+    (lambda: clustered_bootstrap([1, 0], side="left"), "side"),
     (lambda: seed_interval([0.5]), "at least two")])
 def test_bad_input_is_named(call, words):
     with pytest.raises(ValueError, match=words):

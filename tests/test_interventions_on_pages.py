@@ -1,4 +1,5 @@
-"""Redistribution and reinforced heads are right on pages of every family, tiled or not: every image token is known, and a batch is its pages one by one."""
+"""Redistribution and reinforced heads are right on pages of every family, tiled or not: every image token is known,
+and a batch is its pages one by one."""
 from contextlib import ExitStack
 from functools import partial
 
@@ -15,7 +16,8 @@ from sfa_core.models.miniatures import miniature
 from sfa_core.interventions.redistribution import VARConfig, visual_redistribution
 from sfa_core.interventions.sinks import planted_sinks
 
-SINKS = VARConfig((5,), moved=1.0, ratio=0.0, mass=0.0, share=0.5, layers=(0,))  # half of the energy: the planted ones alone
+# half of the energy: the planted ones alone
+SINKS = VARConfig((5,), moved=1.0, ratio=0.0, mass=0.0, share=0.5, layers=(0,))
 QUESTIONS = ("What is the value of red in 2015?", "List all values.", "elm 9, cat 31")
 
 
@@ -27,20 +29,25 @@ def small(request):
 @pytest.fixture(scope="module")
 def pages():
     draw = np.random.default_rng(3)
-    return [Sample(f"{i}", f"page {i}", "", question, ("1",), Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8)))
-            for i, (question, (width, height)) in enumerate(zip(QUESTIONS, [(196, 84), (60, 60), (84, 168)], strict=True))]
+    return [Sample(f"{i}", f"page {i}", "", question, ("1",),
+                   Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8)))
+            for i, (question, (width, height)) in enumerate(zip(QUESTIONS, [(196, 84), (60, 60), (84, 168)],
+                                                                strict=True))]
 
 
 def test_some_pages_are_tiled_where_a_family_tiles(small, pages):
     views = image_batch(small, [page.image for page in pages]).views
-    assert (max(views) > 1) == (small.family.views in ("tiles", "anyres")) and (small.family.views != "tiles" or len(set(views)) > 1)
+    assert (max(views) > 1) == (small.family.views in ("tiles", "anyres")) and (
+        small.family.views != "tiles" or len(set(views)) > 1
+    )
 
 
 def test_every_image_token_of_every_tile_is_known_to_the_rule(small, pages):
     image = small.model.config.image_token_id
     for page in pages:
         expected, seen = image_batch(small, [page.image]).tokens[0].count(image), []
-        with planted_sinks(small, 5, (0, expected - 1), start=False), visual_redistribution(small, SINKS) as edits, ExitStack() as stack:
+        with planted_sinks(small, 5, (0, expected - 1),
+                           start=False), visual_redistribution(small, SINKS) as edits, ExitStack() as stack:
             look = partial(lambda found, *_: found.append(edits[0].columns), seen)
             stack.callback(small.model.lm_head.register_forward_pre_hook(look).remove)
             answer(small, [page], max_new_tokens=1)

@@ -1,4 +1,5 @@
-"""A mixture takes kinds of documents and benchmarks alike; an arm trained on it is asked about any benchmark, by its own scorer, and not trained again."""
+"""A mixture takes kinds of documents and benchmarks alike; an arm trained on it is asked about any benchmark, by
+its own scorer, and not trained again."""
 import datasets
 import pytest
 
@@ -18,24 +19,32 @@ def benchmark(tmp_path, monkeypatch):
     for split, seed in (("train", 5), ("test", 6)):
         rows = [dict(image=page["image"], query=q["question"], label=list(q["answers"]), human_or_machine=at % 2)
                 for page in documents(6, seed=seed) for at, q in enumerate(page["questions"])]
-        features = datasets.Features(image=datasets.Image(), query=datasets.Value("string"), label=datasets.List(datasets.Value("string")),
+        features = datasets.Features(image=datasets.Image(), query=datasets.Value("string"),
+                                     label=datasets.List(datasets.Value("string")),
                                      human_or_machine=datasets.ClassLabel(names=["human", "machine"]))
         (tmp_path / "copy").mkdir(exist_ok=True)
-        datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "copy" / f"{split}-00000-of-00001.parquet")
+        datasets.Dataset.from_list(rows,
+                                   features=features).to_parquet(tmp_path / "copy" / f"{split}-00000-of-00001.parquet")
     return tmp_path / "copy"
 
 
 def test_names_of_sources():
-    assert named_benchmark("chartqa") == ("chartqa", None, None) and named_benchmark("docvqa/train") == ("docvqa", "train", None)
+    assert named_benchmark("chartqa") == ("chartqa", None, None) and named_benchmark("docvqa/train") == (
+        "docvqa",
+        "train",
+        None,
+    )
     assert named_benchmark("chartqa/train@/data/Chart QA/x@y:1") == ("chartqa", "train", "/data/Chart QA/x@y:1")
     for name in ("lines", "", "lines/train@folder"):
-        with pytest.raises(ValueError, match=f"'{name}' is no source of documents, expected a kind .*bar.* or a benchmark .*chartqa"):
+        with pytest.raises(ValueError, match=f"'{name}' is no source of documents, expected a kind .*bar.* or a "
+                                             f"benchmark .*chartqa"):
             source_documents(name, 2, seed=0)
 
 
 @pytest.mark.parametrize("text", ["line", "line:", "line:x", "line: 1", "line:1,pie:2"])
 def test_what_is_no_mixture_is_refused(text):
-    with pytest.raises(ValueError, match="sources with weights such as 'line:1 chartqa/train:2' are expected|is no source of documents"):
+    with pytest.raises(ValueError, match="sources with weights such as 'line:1 chartqa/train:2' are expected|is no "
+                                         "source of documents"):
         mixture_of(text, 2, seed=0)
     with pytest.raises(ValueError, match="a weight above 0"):
         mixture_of("line:0", 2, seed=0)
@@ -57,13 +66,26 @@ def test_documents_of_a_benchmark_are_whole_and_chosen_by_the_seed(benchmark):
 def test_one_training_is_asked_about_kinds_and_benchmarks(benchmark, tmp_path, monkeypatch):
     monkeypatch.setenv("SFA_EXPORTS", str(tmp_path / "exports"))
     bundle, trained = load_model("embedded"), []
-    monkeypatch.setattr(cells, "finetune", lambda *arguments, original=cells.finetune, **options: trained.append(1) or original(*arguments, **options))
+    monkeypatch.setattr(cells, "finetune",
+                        lambda *arguments, original=cells.finetune, **options: trained.append(1)
+                        or original(*arguments, **options))
     mixed = mixture_of(f"line:1 chartqa/train@{benchmark}:3", 4, seed=1)
     assert mixed.names == ("line", f"chartqa/train@{benchmark}") and mixed.weights == (1.0, 3.0)
     base = FinetuneConfig("control", steps=2, batch_size=4, questions=2, checkpoint_every=0)
-    ask = lambda questions, name="synthetic": run_rows(bundle, mixed, questions, base, {"control": TABLE_1["control"]}, [0], 12, name)[0]["control"][0]
+    ask = lambda questions, name="synthetic": run_rows(bundle, mixed, questions, base, {"control": TABLE_1["control"]},
+                                                       [0], 12, name)[0]["control"][0]
     charts = load_benchmark("chartqa", source=benchmark)
     kinds, scored, again = ask(samples(documents(2, seed=3))[:4]), ask(charts, "chartqa"), ask(charts, "chartqa")
-    assert trained == [1] and len(kinds) == 4 and scored.equals(again) and set(scored["id"]) == {sample.id for sample in charts}
+    assert (
+        trained == [1]
+        and len(kinds) == 4
+        and scored.equals(again)
+        and set(scored["id"]) == {sample.id for sample in charts}
+    )
     exact = ask(charts, "dvqa")  # the same questions, scored without any tolerance
-    assert trained == [1] and scored["prediction"].equals(exact["prediction"]) and exact["correct"].sum() <= scored["correct"].sum() and scored["correct"].any()
+    assert (
+        trained == [1]
+        and scored["prediction"].equals(exact["prediction"])
+        and exact["correct"].sum() <= scored["correct"].sum()
+        and scored["correct"].any()
+    )

@@ -21,7 +21,8 @@ from sfa_core.models.quantization import quantized_layers
 
 TEXTS = ["What is the value of red in 2015?", "How much are cat and sun together?", "List all values.", "elm 9, cat 31"]
 TOKENIZER = train_tokenizer(TEXTS, 320)
-SMALL = EmbeddedConfig(image_size=56, vision_width=32, vision_layers=2, vision_heads=2, vision_hidden=64, language_width=64, language_layers=2,
+SMALL = EmbeddedConfig(image_size=56, vision_width=32, vision_layers=2, vision_heads=2, vision_hidden=64,
+                       language_width=64, language_layers=2,
                        language_heads=2, language_kv_heads=1, head_dim=32, language_hidden=64, downsample_ratio=0.5)
 
 
@@ -54,7 +55,10 @@ def test_a_saved_model_comes_back_weight_for_weight(saved):
     assert type(loaded.model) is InternVLForConditionalGeneration and not loaded.model.training
     ours, theirs = made.model.state_dict(), loaded.model.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert loaded.model.config.prompt_suffix == "" and loaded.model.generation_config.eos_token_id == TOKENIZER.eos_token_id
+    assert (
+        loaded.model.config.prompt_suffix == ""
+        and loaded.model.generation_config.eos_token_id == TOKENIZER.eos_token_id
+    )
     assert loaded.processor.image_seq_length == SMALL.image_tokens == 4
     assert loaded.processor.image_processor.to_dict() == made.processor.image_processor.to_dict()
     assert loaded.tokenizer.chat_template == TOKENIZER.chat_template
@@ -63,7 +67,8 @@ def test_a_saved_model_comes_back_weight_for_weight(saved):
 def test_the_revision_is_that_of_the_weights_and_settings(saved, folder, tmp_path):
     first = load_model(saved, placement="cpu").revision
     assert len(first) == 12 and load_model(folder, placement="cpu").revision == first
-    assert load_model(save_model(new_bundle(SMALL, TOKENIZER, seed=4), tmp_path / "other"), placement="cpu").revision != first
+    assert load_model(save_model(new_bundle(SMALL, TOKENIZER, seed=4), tmp_path / "other"),
+                      placement="cpu").revision != first
     edit(folder / "config.json", prompt_suffix=" Answer:")
     assert load_model(folder, placement="cpu").revision != first
 
@@ -84,7 +89,9 @@ def test_the_embedded_architecture_has_its_size():
     assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
 
 
-@pytest.mark.parametrize("change", [dict(image_size=110), dict(image_size=98, downsample_ratio=0.5), dict(vision_heads=3), dict(language_kv_heads=3)])
+@pytest.mark.parametrize("change",
+                         [dict(image_size=110), dict(image_size=98, downsample_ratio=0.5), dict(vision_heads=3),
+                          dict(language_kv_heads=3)])
 def test_numbers_that_do_not_fit_are_refused(change):
     with pytest.raises(ValueError, match="expected"):
         new_model(EmbeddedConfig(**change), TOKENIZER)
@@ -100,7 +107,10 @@ def test_any_text_round_trips(text):
 def test_the_loaded_tokenizer_is_the_saved_one(saved):
     loaded = load_model(saved, placement="cpu").tokenizer
     for text in (*TEXTS, "e\u0301 é Å 총 ½ 👩‍👩‍👧 \r\n\t", " <|im_start|> <img>", "\ufeff\u200b\x00"):
-        assert loaded(text)["input_ids"] == TOKENIZER(text)["input_ids"] and loaded.decode(loaded(text)["input_ids"]) == text
+        assert (
+            loaded(text)["input_ids"] == TOKENIZER(text)["input_ids"]
+            and loaded.decode(loaded(text)["input_ids"]) == text
+        )
 
 
 def test_every_digit_is_a_token_and_training_is_deterministic():
@@ -108,7 +118,8 @@ def test_every_digit_is_a_token_and_training_is_deterministic():
     pieces = TOKENIZER.convert_ids_to_tokens(TOKENIZER(text)["input_ids"])
     assert [piece for piece in pieces if any(map(str.isdigit, piece))] == list("1234520159")
     assert train_tokenizer(TEXTS, 320).get_vocab() == TOKENIZER.get_vocab()
-    assert all(len(TOKENIZER(token)["input_ids"]) == 1 for token in (*IMAGE_TOKENS.values(), "<|im_start|>", "<|im_end|>", "user", "assistant"))
+    assert all(len(TOKENIZER(token)["input_ids"]) == 1
+               for token in (*IMAGE_TOKENS.values(), "<|im_start|>", "<|im_end|>", "user", "assistant"))
     with pytest.raises(ValueError, match="vocab_size 100; expected at least"):
         train_tokenizer(TEXTS, 100)
 
@@ -124,7 +135,8 @@ def test_a_missing_model_is_named(tmp_path):
 def test_a_hub_id_without_a_network_says_how_to_get_it(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    message = refused("OpenGVLab/InternVL3_5-1B-HF", "hf download OpenGVLab/InternVL3_5-1B-HF", "path", error=FileNotFoundError)
+    message = refused("OpenGVLab/InternVL3_5-1B-HF", "hf download OpenGVLab/InternVL3_5-1B-HF", "path",
+                      error=FileNotFoundError)
     assert len(message) < 300
     refused("no such/na me", "no such/na me", error=FileNotFoundError)
 
@@ -135,7 +147,8 @@ def test_a_missing_embedded_model_names_its_study(monkeypatch, tmp_path):
         find_model("embedded")
 
 
-@pytest.mark.parametrize("text, word", [("{", "no model configuration"), ("[]", "no model configuration"), ("{}", "model_type")])
+@pytest.mark.parametrize("text, word",
+                         [("{", "no model configuration"), ("[]", "no model configuration"), ("{}", "model_type")])
 def test_a_broken_configuration_is_refused(folder, text, word):
     (folder / "config.json").write_text(text)
     refused(folder, "config.json", word)
@@ -161,10 +174,12 @@ def test_truncated_weights_are_refused(folder, share):
 
 
 def test_weights_of_another_model_are_refused(folder, tmp_path):
-    wider = save_model(new_bundle(EmbeddedConfig(**{**vars(SMALL), "vision_hidden": 96}), TOKENIZER), tmp_path / "wider")
+    wider = save_model(new_bundle(EmbeddedConfig(**{**vars(SMALL), "vision_hidden": 96}), TOKENIZER),
+                       tmp_path / "wider")
     shutil.copy2(wider / "model.safetensors", folder)
     refused(folder, "copy", "vision_tower")
-    deeper = save_model(new_bundle(EmbeddedConfig(**{**vars(SMALL), "vision_layers": 3}), TOKENIZER), tmp_path / "deeper")
+    deeper = save_model(new_bundle(EmbeddedConfig(**{**vars(SMALL), "vision_layers": 3}), TOKENIZER),
+                        tmp_path / "deeper")
     shutil.copy2(deeper / "model.safetensors", folder)
     refused(folder, "do not fit its config.json", "unexpected keys", "layer.2")
 
@@ -194,7 +209,8 @@ def test_a_folder_without_a_processor_is_refused(folder):
 
 def test_folders_as_others_write_them_are_read(saved, folder):
     ours = load_model(saved, placement="cpu").processor
-    edit(folder / "preprocessor_config.json", image_processor_type="GotOcr2ImageProcessorFast", processor_class="InternVLProcessor", default_to_square=True)
+    edit(folder / "preprocessor_config.json", image_processor_type="GotOcr2ImageProcessorFast",
+         processor_class="InternVLProcessor", default_to_square=True)
     edit(folder / "tokenizer_config.json", tokenizer_class="Qwen2Tokenizer", add_bos_token=False)
     theirs = load_model(folder, placement="cpu").processor
     assert theirs.image_processor.to_dict()["size"] == ours.image_processor.to_dict()["size"]
@@ -208,7 +224,8 @@ def test_folders_as_others_write_them_are_read(saved, folder):
 def test_code_in_a_folder_is_never_run(folder, tmp_path):
     ran = tmp_path / "ran"
     (folder / "modeling_own.py").write_text(f"open({str(ran)!r}, 'w')\nclass Own: pass\n")
-    own = {"AutoConfig": "modeling_own.Own", "AutoModelForImageTextToText": "modeling_own.Own", "AutoProcessor": "modeling_own.Own"}
+    own = {"AutoConfig": "modeling_own.Own", "AutoModelForImageTextToText": "modeling_own.Own",
+           "AutoProcessor": "modeling_own.Own"}
     edit(folder / "config.json", auto_map=own)
     edit(folder / "preprocessor_config.json", auto_map={"AutoImageProcessor": "modeling_own.Own"})
     edit(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["modeling_own.Own", None]})
@@ -232,7 +249,9 @@ def test_code_of_a_class_that_is_not_known_is_not_even_asked_about(folder, tmp_p
 
 @pytest.mark.parametrize("bits", [None, 4])
 @pytest.mark.parametrize("part", [None, "text_config", "vision_config"])
-@pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation", "_attn_implementation_internal", "_experts_implementation"])
+@pytest.mark.parametrize("key",
+                         ["_attn_implementation", "attn_implementation", "_attn_implementation_internal",
+                          "_experts_implementation"])
 def test_a_configuration_does_not_choose_the_code_of_the_attention(folder, key, part, bits):
     config = json.loads((folder / "config.json").read_text())
     (config[part] if part else config)[key] = "owner/name"
@@ -241,14 +260,17 @@ def test_a_configuration_does_not_choose_the_code_of_the_attention(folder, key, 
     assert {module.config._attn_implementation for module in model.modules() if hasattr(module, "config")} == {"sdpa"}
 
 
-@pytest.mark.parametrize("change", [dict(dtype="no_such_dtype"), dict(vision_config=7), dict(vision_config={"num_hidden_layers": "two"})])
+@pytest.mark.parametrize("change",
+                         [dict(dtype="no_such_dtype"), dict(vision_config=7),
+                          dict(vision_config={"num_hidden_layers": "two"})])
 def test_a_configuration_of_wrong_types_is_refused_in_one_line(folder, change):
     edit(folder / "config.json", **change)
     refused(folder, "config.json")
 
 
 @pytest.mark.parametrize("options, word", [
-    (dict(precision="fp8"), "bfloat16"), (dict(language_bits=3), "expected None, 4 or 8"), (dict(placement="gpu"), "'gpu'"),
+    (dict(precision="fp8"), "bfloat16"), (dict(language_bits=3), "expected None, 4 or 8"),
+    (dict(placement="gpu"), "'gpu'"),
     (dict(placement="cpu,cpu,cpu"), "3 devices"), (dict(placement="cuda:99"), "CUDA device"),
 ])
 def test_unknown_options_are_refused(saved, options, word):
@@ -268,7 +290,8 @@ def test_only_the_language_model_is_quantised(saved, bits):
     bundle = load_model(saved, language_bits=bits, placement="cpu")
     family, model = bundle.family, bundle.model
     assert len(quantized_layers(family.language_of(model))) == 2 * 7  # layers x (q, k, v, o, gate, up, down)
-    assert not any(quantized_layers(part) for part in (family.tower_of(model), family.projector_of(model), model.lm_head))
+    assert not any(quantized_layers(part)
+                   for part in (family.tower_of(model), family.projector_of(model), model.lm_head))
     ids = torch.tensor([[1, 40, 41, 42]])
     plain = load_model(saved, placement="cpu").model(ids).logits
     assert torch.isfinite(model(ids).logits).all() and not torch.equal(model(ids).logits, plain)
@@ -278,7 +301,9 @@ def test_saving_replaces_a_model_but_nothing_else(saved, folder, tmp_path, monke
     (folder / "README.md").write_text("card")
     bundle = new_bundle(SMALL, TOKENIZER, seed=5)
     save_model(bundle, folder)
-    assert (folder / "README.md").read_text() == "card" and load_model(folder, placement="cpu").revision != load_model(saved, placement="cpu").revision
+    assert (folder / "README.md").read_text() == "card" and load_model(folder, placement="cpu").revision != load_model(
+        saved, placement="cpu"
+    ).revision
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "thesis.txt").write_text("years")
     with pytest.raises(ValueError, match="holds no model"):
@@ -312,12 +337,16 @@ def test_structural_weights_are_attached_in_float32(saved, tmp_path):
     save_structure(trained, tmp_path / "structure")
     with pytest.raises(ValueError, match="save_structure"):
         save_model(trained, tmp_path / "model")
-    again, plain = load_model(saved, placement="cpu", structure=tmp_path / "structure"), load_model(saved, placement="cpu")
+    again, plain = load_model(saved, placement="cpu",
+                              structure=tmp_path / "structure"), load_model(saved, placement="cpu")
     assert again.revision.startswith(f"{plain.revision}+") and not again.model.training
     pixels = torch.rand(1, 3, 56, 56)
-    ours, theirs, bare = (bundle.model.get_image_features(pixel_values=pixels).pooler_output for bundle in (again, trained, plain))
+    ours, theirs, bare = (bundle.model.get_image_features(pixel_values=pixels).pooler_output
+                          for bundle in (again, trained, plain))
     assert torch.equal(ours, theirs) and not torch.equal(ours, bare)
     low = load_model(saved, placement="cpu", precision="bfloat16", structure=tmp_path / "structure")
     biases = structures_of(low)
-    assert low.model.dtype == torch.bfloat16 and {weight.dtype for bias in biases for weight in bias.parameters()} == {torch.float32}
+    assert low.model.dtype == torch.bfloat16 and {weight.dtype for bias in biases for weight in bias.parameters()} == {
+        torch.float32
+    }
     refused(saved, "nowhere", error=FileNotFoundError, structure=tmp_path / "nowhere")

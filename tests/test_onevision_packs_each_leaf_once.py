@@ -1,4 +1,5 @@
-"""LLaVA-OneVision reads each leaf once: the first of equal tokens stays, in the packing of its own code, and the prompt has as many."""
+"""LLaVA-OneVision reads each leaf once: the first of equal tokens stays, in the packing of its own code, and the
+prompt has as many."""
 
 import numpy as np
 import pytest
@@ -21,11 +22,13 @@ from sfa_core.models.resolution import at_resolution
 from sfa_core.training.visible import shown_boxes
 
 GUARDED, CELLS = PatchConfig(coarse=None, bucket=8), 16  # cells of a tile
-SIZES = [(168, 112), (300, 90), (60, 200), (130, 130), (120, 500), (62, 50)]  # width and height, pixels; of a tile: 62 x 62
+# width and height, pixels; of a tile: 62 x 62
+SIZES = [(168, 112), (300, 90), (60, 200), (130, 130), (120, 500), (62, 50)]
 
 
 def page(size, seed=0):
-    "Paper that darkens slowly from corner to corner, so that no two tiles are alike, with a few marks near its left and lower edges."
+    """Paper that darkens slowly from corner to corner, so that no two tiles are alike, with a few marks near its
+    left and lower edges."""
     rng, (width, height) = np.random.default_rng(seed), size
     shade = 255 - 25 * np.linspace(0, 1, width)[None, :, None] - 20 * np.linspace(0, 1, height)[:, None, None]
     image = Image.fromarray(np.repeat(shade, 3, axis=2).astype(np.uint8))
@@ -49,7 +52,8 @@ def bundle(shared):
     shared.model.config.vision_aspect_ratio = shared.processor.vision_aspect_ratio = "anyres_max_9"
     again, now = encoded(shared, images)
     assert all(torch.equal(a, b) for a, b in zip(again, before, strict=True)) and now.tokens == batch.tokens
-    assert not any("forward" in vars(module) or "pack_image_features" in vars(module) or CONTROL in vars(module) for module in shared.model.modules())
+    assert not any("forward" in vars(module) or "pack_image_features" in vars(module) or CONTROL in vars(module)
+                   for module in shared.model.modules())
 
 
 @torch.no_grad()
@@ -82,7 +86,9 @@ def firsts(every, line):
 @pytest.mark.parametrize("size", SIZES)
 def test_the_first_of_equal_features_stays_and_nothing_else(bundle, size, most, tiles):
     "Told from the features of a model that keeps all of them: by equality, without plans and packing."
-    image, unlimited, (_, stock) = page(size), len(language_boxes(bundle, size, tiles)), encoded(bundle, [page(size)], tiles)
+    image, unlimited, (_,
+                       stock) = page(size), len(language_boxes(bundle, size,
+                                                               tiles)), encoded(bundle, [page(size)], tiles)
     limited(bundle, most)
     with attached(bundle, drop=False):
         (every,), batch = encoded(bundle, [image], tiles)
@@ -108,11 +114,13 @@ def test_tokens_of_a_shrunk_picture_all_stay(bundle):
 
 @pytest.mark.parametrize("budget", [10, 22, 34])
 def test_leaves_of_all_sizes_are_read_once(bundle, budget):
-    "Random trees over four tiles and the whole image, from pixels twice as fine; a cell of four leaves of 7 px is one token."
+    """Random trees over four tiles and the whole image, from pixels twice as fine; a cell of four leaves of 7 px is
+    one token."""
     image = page((124, 110))
     batch = image_batch(bundle, [image])
     tiles = torch.nn.functional.interpolate(batch.inputs["pixel_values"][0], scale_factor=2)
-    given, sizes = {"pixel_values": tiles, "image_sizes": batch.inputs["image_sizes"]}, batch.inputs["image_sizes"].tolist()
+    given, sizes = {"pixel_values": tiles,
+                    "image_sizes": batch.inputs["image_sizes"]}, batch.inputs["image_sizes"].tolist()
     rule = PatchConfig(sizes=(7, 14, 28, 56), budget=budget, random=3, bucket=8)
     with torch.no_grad():
         with attached(bundle, rule, drop=False) as control:
@@ -131,12 +139,16 @@ def test_finer_tiles_show_what_the_plain_ones_show(shared, width, height):
     "As many tiles, of the same shapes, from any image; and where it is enlarged anyway, the same picture."
     image, fine = page((width, height)), at_resolution(shared, 124)
     plain, finer = (each.processor.image_processor([image], return_tensors="pt") for each in (shared, fine))
-    assert finer["pixel_values"].shape == (*plain["pixel_values"].shape[:3], 124, 124) and torch.equal(finer["image_sizes"], plain["image_sizes"])
+    assert finer["pixel_values"].shape == (*plain["pixel_values"].shape[:3], 124, 124) and torch.equal(
+        finer["image_sizes"], plain["image_sizes"]
+    )
     texts = [each.processor.replace_image_token(dict(inputs), 0) for each, inputs in ((shared, plain), (fine, finer))]
     assert texts[0] == texts[1]
     if 20 < min(width, height) and max(width, height) < 62:
         coarse, own = torch.nn.functional.avg_pool2d(finer["pixel_values"][0], 2), plain["pixel_values"][0]
-        assert (coarse - own).abs().mean() < 0.2 * (coarse.flip(-1) - own).abs().mean(), "far nearer than the same picture turned over"
+        assert (coarse - own).abs().mean() < 0.2 * (coarse.flip(-1) - own).abs().mean(), (
+            "far nearer than the same picture turned over"
+        )
 
 
 @pytest.mark.parametrize("tiles", [None, 1])
@@ -144,10 +156,13 @@ def test_leaves_of_7_px_are_answered_and_trained_as_each_image_alone(bundle, til
     fine, rule = at_resolution(bundle, 124), PatchConfig((7, 14, 28), budget=22, random=3, bucket=8)
     images = [page(size, seed) for seed, size in enumerate(SIZES[:4])]
     asked = [(0, "What is the value of red?"), (1, "List all values."), (3, "List all values.")]
-    rows = [Sample(f"p{seed}", f"p{seed}", "own", "What is the value of red?", ("12",), image) for seed, image in enumerate(images)]
+    rows = [Sample(f"p{seed}", f"p{seed}", "own", "What is the value of red?", ("12",), image)
+            for seed, image in enumerate(images)]
     with attached(bundle, rule) as control:
         features, batch = encoded(fine, images, tiles)
-        assert count(bundle, batch) == [len(own) for own in features] and all((plan.size == 7).any() for plan in control.last)
+        assert count(bundle, batch) == [len(own) for own in features] and all(
+            (plan.size == 7).any() for plan in control.last
+        )
         together = generate(fine, images, asked, 4, tiles=tiles)
         assert together == [generate(fine, [images[number]], [(0, text)], 4, tiles=tiles)[0] for number, text in asked]
         loss, targets = answer_loss(bundle.model, training_batch(fine, rows, tiles=tiles))
@@ -179,13 +194,16 @@ def test_a_plan_of_pretrained_patches_drops_nothing(bundle):
     stock, batch = encoded(bundle, images)
     with attached(bundle, PatchConfig(sizes=(14,), coarse=None)):
         same, again = encoded(bundle, images)
-    assert again.tokens == batch.tokens and all(torch.allclose(a, b, atol=1e-4) for a, b in zip(same, stock, strict=True))
+    assert again.tokens == batch.tokens and all(
+        torch.allclose(a, b, atol=1e-4) for a, b in zip(same, stock, strict=True)
+    )
 
 
 @pytest.mark.parametrize("tiles", [None, 1])
 def test_a_batch_is_answered_as_each_image_alone(bundle, tiles):
     images = [page(size, seed) for seed, size in enumerate(SIZES[:4])]
-    asked = [(0, "What is the value of red in 2015?"), (1, "List all values."), (1, "What is the value of red in 2015?"), (3, "List all values.")]
+    asked = [(0, "What is the value of red in 2015?"), (1, "List all values."),
+             (1, "What is the value of red in 2015?"), (3, "List all values.")]
     with attached(bundle):
         features, batch = encoded(bundle, images, tiles)
         assert len({len(own) for own in features}) > 1
@@ -193,12 +211,14 @@ def test_a_batch_is_answered_as_each_image_alone(bundle, tiles):
             (alone,), single = encoded(bundle, [image], tiles)
             assert single.tokens == [tokens] and torch.allclose(own, alone, atol=1e-5)
         together = generate(bundle, images, asked, 4, tiles=tiles)
-        assert together == [generate(bundle, [images[number]], [(0, text)], 4, tiles=tiles)[0] for number, text in asked]
+        assert together == [generate(bundle, [images[number]], [(0, text)], 4, tiles=tiles)[0]
+                            for number, text in asked]
 
 
 @pytest.mark.parametrize("tiles", [None, 1])
 def test_a_training_batch_has_the_losses_of_its_documents(bundle, tiles):
-    rows = [Sample(f"p{seed}", f"p{seed}", "own", "What is the value of red?", ("12",), page(size, seed)) for seed, size in enumerate(SIZES[:4])]
+    rows = [Sample(f"p{seed}", f"p{seed}", "own", "What is the value of red?", ("12",), page(size, seed))
+            for seed, size in enumerate(SIZES[:4])]
     weight = bundle.family.tower_of(bundle.model).embeddings.patch_embedding.weight
     whole = training_batch(bundle, rows, tiles=tiles)
     with attached(bundle):
@@ -228,10 +248,12 @@ def test_tokens_that_stay_show_what_their_copies_showed(bundle, size):
 
 def test_what_does_not_fit_is_named(bundle):
     model, plan = bundle.model, PatchPlan((4, 4), [0], [0], [56])
-    for plans, views, sizes in (([plan] * 3, [2], [(62, 62)]), ([plan] * 2, [2], None), ([plan] * 2, [1, 1], [(62, 62)])):
+    for plans, views, sizes in (([plan] * 3, [2], [(62, 62)]), ([plan] * 2, [2], None),
+                                ([plan] * 2, [1, 1], [(62, 62)])):
         with pytest.raises(ValueError, match="expected a plan per tile and a size per image"):
             token_origins(model, bundle.family, plans, views, sizes)
-    assert is_kept(token_origins(model, bundle.family, [plan] * 2, [2], [(62, 62)])[0]).sum() == 2 + 4  # a leaf each, and the ends of four rows
+    # a leaf each, and the ends of four rows
+    assert is_kept(token_origins(model, bundle.family, [plan] * 2, [2], [(62, 62)])[0]).sum() == 2 + 4
     batch = image_batch(bundle, [page((130, 130))])
     with attached(bundle), torch.no_grad():
         with pytest.raises(ValueError, match="the model packs .* tokens, plans are for"):

@@ -1,4 +1,5 @@
-"""Pages of 224 px: every text stands alone and can be read, dense targets say what the pixels show, older presets are what they were."""
+"""Pages of 224 px: every text stands alone and can be read, dense targets say what the pixels show, older presets
+are what they were."""
 import hashlib
 import json
 from collections import Counter
@@ -9,7 +10,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sfa_core.pretraining.dense import COLOURS, HEADS, IGNORE, PAGE_HEADS, DenseHeads, binding_counts, dense_targets, heads_of_size, stack_targets
+from sfa_core.pretraining.dense import (
+    COLOURS,
+    HEADS,
+    IGNORE,
+    PAGE_HEADS,
+    DenseHeads,
+    binding_counts,
+    dense_targets,
+    heads_of_size,
+    stack_targets,
+)
 from sfa_core.documents.generate import documents, make_document
 from sfa_core.documents.drawing import Text, paint, text_box
 from sfa_core.documents.page_layout import PAGE_COLUMNS, PAGE_FONTS, PAGE_ROWS
@@ -17,7 +28,8 @@ from sfa_core.documents.words import SHORT_WORDS
 from sfa_core.documents.questions import DOCUMENT_KINDS, KINDS, READ_KINDS
 
 GRID, SIZE = (16, 16), (224, 224)
-every_page = pytest.mark.parametrize("preset, kind", [("page", kind) for kind in DOCUMENT_KINDS] + [("page_large", "table")])
+every_page = pytest.mark.parametrize("preset, kind",
+                                     [("page", kind) for kind in DOCUMENT_KINDS] + [("page_large", "table")])
 BEFORE = dict(  # of pixels and rows, made before the preset `page` was added
     embedded="4fd7b361b3f636d1f71e517cdb4abd21b2f0377f8a1e075431de36dccd18dab8",
     rich="2fb41c71a3d07a16386028996cc95dc0009d621d2ce0977c7707a03954c1dcdb",
@@ -33,18 +45,21 @@ def test_older_presets_draw_the_same_pixels_and_say_the_same_as_before(preset):
                 for size in (112, 224):
                     document = make_document(kind, (17, seed), size, language, preset)
                     row = {name: value for name, value in document.row().items() if name != "image"}
-                    text = json.dumps(row, ensure_ascii=False, sort_keys=True).replace(document.id, f"{preset}-{kind}-17-{seed}")
+                    text = json.dumps(row, ensure_ascii=False,
+                                      sort_keys=True).replace(document.id, f"{preset}-{kind}-17-{seed}")
                     digest.update(document.pixels.tobytes() + text.encode())
     assert digest.hexdigest() == BEFORE[preset]
 
 
 @every_page
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 10**6), size=st.sampled_from([168, 200, 224, 280, 448]), language=st.sampled_from(["en", "ko"]))
+@given(seed=st.integers(0, 10**6), size=st.sampled_from([168, 200, 224, 280, 448]),
+       language=st.sampled_from(["en", "ko"]))
 def test_no_text_touches_another_one(preset, kind, seed, size, language):
     sheet = make_document(kind, seed, size, language, preset).sheet
     boxes = np.array([text_box(t.item) for t in sheet.texts])
-    meet = (np.minimum(boxes[:, None, 2:], boxes[None, :, 2:]) + 1 > np.maximum(boxes[:, None, :2], boxes[None, :, :2])).all(-1)
+    meet = (np.minimum(boxes[:, None, 2:], boxes[None, :, 2:]) + 1 > np.maximum(boxes[:, None, :2],
+                                                                                boxes[None, :, :2])).all(-1)
     assert not (meet & ~np.eye(len(boxes), dtype=bool)).any(), "at least a pixel of paper between any two"
     assert (boxes[:, :2] >= 0).all() and (boxes[:, 2:] <= size).all()
     for mark in sheet.marks:
@@ -101,7 +116,9 @@ def test_pages_ask_all_kinds_of_printed_documents_with_evidence():
 def test_seeds_of_pages_are_disjoint():
     pixels = lambda seed, preset: {image.tobytes() for image in documents(36, seed=seed, preset=preset)["image"]}
     assert len(pixels(1, "page")) == 36 and not pixels(1, "page") & pixels(2, "page")
-    assert not {row["id"] for row in documents(12, seed=1, preset="page")} & {row["id"] for row in documents(12, seed=1, preset="page_large")}
+    assert not {row["id"] for row in documents(12, seed=1, preset="page")} & {
+        row["id"] for row in documents(12, seed=1, preset="page_large")
+    }
 
 
 @pytest.mark.parametrize("request_, message", [
@@ -118,7 +135,8 @@ def test_colour_targets_are_what_the_pixels_show(preset, kind):
     "A patch's target colour covers it in part; where the target is no colour, no colour covers a quarter of the patch."
     for seed in range(25):
         document = make_document(kind, (4, seed), preset=preset)
-        targets, marked = dense_targets(document.facts(), GRID, SIZE), {m.colour for m in document.sheet.marks if m.colour}
+        targets, marked = dense_targets(document.facts(), GRID,
+                                        SIZE), {m.colour for m in document.sheet.marks if m.colour}
         shades = document.sheet.style.shades
         scene = [item for item in document.sheet.items if not isinstance(item, Text)]
         page = paint(scene, SIZE, document.sheet.style.paper).reshape(16, 14, 16, 14, 3)
@@ -129,13 +147,16 @@ def test_colour_targets_are_what_the_pixels_show(preset, kind):
                 assert share[COLOURS[target - 1]][y, x] > 0.03, (seed, y, x)
                 assert share[COLOURS[target - 1]][y, x] > max(share[name][y, x] for name in marked) - 0.2, (seed, y, x)
             elif target == 0:
-                assert max((s[y, x] for s in share.values()), default=0) < (0.03 if kind == "line" and not _near_point(document, y, x) else 0.25), (seed, y, x)
+                assert max((s[y, x] for s in share.values()),
+                           default=0) < (0.03 if kind == "line"
+                                         and not _near_point(document, y, x) else 0.25), (seed, y, x)
         assert (targets["colour"] == IGNORE).any() == (kind == "line")
 
 
 def _near_point(document, y, x):
     "Whether a patch shows part of a point or of a key of the legend: too little of it to be the patch's colour."
-    return any(m.box[0] < 14 * x + 14 and m.box[2] > 14 * x and m.box[1] < 14 * y + 14 and m.box[3] > 14 * y for m in document.sheet.marks)
+    return any(m.box[0] < 14 * x + 14 and m.box[2] > 14 * x and m.box[1] < 14 * y + 14 and m.box[3] > 14 * y
+               for m in document.sheet.marks)
 
 
 @every_page
@@ -159,8 +180,10 @@ def test_every_value_and_every_word_owns_a_patch(preset, kind):
 
 def test_a_perfect_reader_needs_the_hundreds_too():
     "Heads with hundreds can be right everywhere; those without are wrong about every value above 99."
-    targets = stack_targets([make_document("table", (6, seed), preset="page").facts() for seed in range(24)], GRID, SIZE)
-    logits = {name: torch.nn.functional.one_hot(targets[name].clamp(min=0), n).float() for name, n in PAGE_HEADS.items() if name != "digits"}
+    targets = stack_targets([make_document("table", (6, seed), preset="page").facts() for seed in range(24)], GRID,
+                            SIZE)
+    logits = {name: torch.nn.functional.one_hot(targets[name].clamp(min=0), n).float()
+              for name, n in PAGE_HEADS.items() if name != "digits"}
     logits["digits"] = targets["digits"].permute(0, 2, 3, 1).float() - 0.5
     right, n = binding_counts(logits, targets)["value_binding"]
     large = int((targets["away"] & (targets["hundreds"] > 0)).sum())

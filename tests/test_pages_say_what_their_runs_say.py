@@ -1,4 +1,5 @@
-"""The pages that are committed show figures that hold something, name runs that are committed beside them, and give the numbers of those runs."""
+"""The pages that are committed show figures that hold something, name runs that are committed beside them, and give
+the numbers of those runs."""
 import base64
 import json
 import re
@@ -12,7 +13,16 @@ import plotly.graph_objects as go
 import pytest
 import yaml
 
-from sfa_core.runs.collect import all_runs, arm_rates, figure_index, figures_of, place_of, published_table, references, uncommitted
+from sfa_core.runs.collect import (
+    all_runs,
+    arm_rates,
+    figure_index,
+    figures_of,
+    place_of,
+    published_table,
+    references,
+    uncommitted,
+)
 from sfa_core.scores.records import COLUMNS
 from sfa_core.figures.charts import training_loss
 from sfa_core.runs.results import out_folder, write_figure, write_json, write_metrics, write_records, write_table
@@ -20,7 +30,8 @@ from sfa_core.runs.results import out_folder, write_figure, write_json, write_me
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE, RENDERED = ROOT / "exports" / "reference", ROOT / "exports" / "rendered"
 PLOTLY = "application/vnd.plotly.v1+json"
-LATER = {  # made before their changes were committed; each is replaced when its study is written anew, and none is added here
+# made before their changes were committed; each is replaced when its study is written anew, and none is added here
+LATER = {
     "architectures": "five random miniatures have nothing to compare",
     "dynamics": "stops at step 125, before anything but the colour of a label is learned",
     "embedded_model_shipped": "the training of the weights that ship, whose score is measured anew in embedded_model",
@@ -46,10 +57,16 @@ def values(array):
 
 def constant_curves(figure):
     "Name the curves of three or more points whose values are all the same: a line drawn over the steps of a training."
-    steps = any("step" in str(axis.get("title", {}).get("text", "")) for name, axis in figure["layout"].items() if name.startswith("xaxis"))
+    steps = any("step" in str(axis.get("title", {}).get("text", ""))
+                for name, axis in figure["layout"].items() if name.startswith("xaxis"))
     found = []
     for trace in figure["data"] if steps or "loss" in str(figure["layout"].get("title", {})).lower() else []:
-        if trace.get("type", "scatter") == "scatter" and "lines" in trace.get("mode", "lines") and not trace.get("fill") and "y" in trace:
+        if (
+            trace.get("type", "scatter") == "scatter"
+            and "lines" in trace.get("mode", "lines")
+            and not trace.get("fill")
+            and "y" in trace
+        ):
             heights = values(trace["y"])
             if len(heights) >= 3 and len(set(heights[np.isfinite(heights)])) < 2:
                 found.append(trace.get("name"))
@@ -57,7 +74,8 @@ def constant_curves(figure):
 
 
 def curves_of(study):
-    return [output["data"][PLOTLY] for cell in page(study).cells for output in cell.get("outputs", []) if PLOTLY in output.get("data", {})]
+    return [output["data"][PLOTLY] for cell in page(study).cells
+            for output in cell.get("outputs", []) if PLOTLY in output.get("data", {})]
 
 
 @pytest.mark.parametrize("study", sorted(path.stem for path in RENDERED.glob("*.ipynb")))
@@ -72,19 +90,23 @@ def test_a_curve_of_zeros_is_noticed():
 
 
 def test_references_are_of_committed_code():
-    dirty = {folder.parent.name for folder in REFERENCE.glob("*/provenance.json") if facts(folder.parent)["git"]["dirty"] is not False}
+    dirty = {folder.parent.name
+             for folder in REFERENCE.glob("*/provenance.json") if facts(folder.parent)["git"]["dirty"] is not False}
     assert dirty == set(LATER), "a reference is made from a clean tree: commit, then run"
 
 
 def test_every_run_on_the_report_is_a_reference_of_committed_code():
     text = json.dumps([output for cell in page("90_report").cells for output in cell.get("outputs", [])])
-    named = {word for word in re.findall(r"(?<![0-9a-f])[0-9a-f]{12}(?![0-9a-f])", text) if not word.isdigit()}  # a count of operations has no letters
-    known = {facts(folder)["run"] for folder in references() if folder.is_relative_to(REFERENCE) and folder.name not in LATER}
+    # a count of operations has no letters
+    named = {word for word in re.findall(r"(?<![0-9a-f])[0-9a-f]{12}(?![0-9a-f])", text) if not word.isdigit()}
+    known = {facts(folder)["run"]
+             for folder in references() if folder.is_relative_to(REFERENCE) and folder.name not in LATER}
     assert len(named) >= 8 and named <= known
 
 
 @pytest.mark.parametrize("name, study", [
-    ("tour", "00_tour"), ("embedded_model", "05_embedded_model"), ("tokens", "20_density_and_tokens"), ("finetune", "30_finetune"),
+    ("tour", "00_tour"), ("embedded_model", "05_embedded_model"), ("tokens", "20_density_and_tokens"),
+    ("finetune", "30_finetune"),
     ("grounding", "50_grounding"), ("sinks", "55_sinks"), ("ablation", "60_ablation"), ("cost", "65_cost"),
     ("baseline", "10_baseline_eval"), ("entropy", "45_entropy"), ("explorer", "40_attention_explorer")])
 def test_a_reference_is_the_run_of_the_page_beside_it(name, study):
@@ -93,19 +115,27 @@ def test_a_reference_is_the_run_of_the_page_beside_it(name, study):
 
 
 def test_readme_and_card_give_the_score_of_the_reference():
-    reads = {row["index"]: row for row in json.loads((REFERENCE / "embedded_model" / "metrics.json").read_text())["reads"]}
+    reads = {row["index"]: row
+             for row in json.loads((REFERENCE / "embedded_model" / "metrics.json").read_text())["reads"]}
     every = reads["all reading"]
-    readme, card = (" ".join((ROOT / name).read_text().split()) for name in ("README.md", "data/embedded_model/README.md"))
-    assert f"reads {every['rate']:.3f} ({every['low']:.3f} to {every['high']:.3f}) of {every['n']:,.0f} values" in readme
+    readme, card = (" ".join((ROOT / name).read_text().split())
+                    for name in ("README.md", "data/embedded_model/README.md"))
+    assert (
+        f"reads {every['rate']:.3f} ({every['low']:.3f} to {every['high']:.3f}) of {every['n']:,.0f} values" in readme
+    )
     parts = (("read_label", "label"), ("read_colour", "colour"), ("read_cell", "row and column"))
     assert ", ".join(f"{reads[kind]['rate']:.3f} by {words}" for kind, words in parts) in readme
     for kind, row in reads.items():
-        assert re.search(rf"\| {kind} \| +{row['n']:.0f} \| +{row['rate']:.3g} \| +{row['low']:.3g} \| +{row['high']:.3g} \|", card), kind
+        assert re.search(rf"\| {kind} \| +{row['n']:.0f} \| +{row['rate']:.3g} \| +{row['low']:.3g} \| "
+                         rf"+{row['high']:.3g} \|", card), kind
 
 
 def test_the_score_is_taken_on_documents_that_chose_nothing():
-    seeds = {folder.name: yaml.safe_load((folder / "parameters.yaml").read_text())["evaluation_seed"] for folder in REFERENCE.glob("embedded_model*")}
-    training = json.loads((REFERENCE / "embedded_model_shipped" / "metrics.json").read_text())["recipe"]["document_seed"]
+    seeds = {folder.name: yaml.safe_load((folder / "parameters.yaml").read_text())["evaluation_seed"]
+             for folder in REFERENCE.glob("embedded_model*")}
+    training = json.loads((REFERENCE / "embedded_model_shipped" / "metrics.json").read_text())["recipe"][
+        "document_seed"
+    ]
     score = seeds.pop("embedded_model")
     assert len(seeds) >= 4 and score not in {training, *seeds.values()}
     assert f"documents of generator seed {score}" in (ROOT / "data" / "embedded_model" / "README.md").read_text()
@@ -126,11 +156,16 @@ def finished(exports, study, run, *, seeds=(None,), place="runs", dirty=False, s
     rng, parts = np.random.default_rng(0), []
     for seed in seeds:
         for arm in ("control", "vision"):
-            columns = dict(id=[str(i) for i in range(20)], document=[str(i // 2) for i in range(20)], correct=rng.random(20) < 0.5, arm=arm, error="")
+            columns = dict(id=[str(i) for i in range(20)], document=[str(i // 2) for i in range(20)],
+                           correct=rng.random(20) < 0.5, arm=arm, error="")
             rows = pd.DataFrame(columns).reindex(columns=[*COLUMNS, "arm"])
-            rows = rows.assign(score=rows["correct"].astype(float), kind="read", question="?", prediction="1", category="", truncated=False)
+            rows = rows.assign(score=rows["correct"].astype(float), kind="read", question="?", prediction="1",
+                               category="", truncated=False)
             parts.append(rows if seed is None else rows.assign(seed=seed))
-    write_records(folder, pd.concat(parts).assign(answers=[["1"]] * 40 * len(seeds)).drop(columns=["strict", "lenient", "seconds"]))
+    write_records(
+        folder,
+        pd.concat(parts).assign(answers=[["1"]] * 40 * len(seeds)).drop(columns=["strict", "lenient", "seconds"]),
+    )
     write_metrics(folder, {"n": 20})
     (folder / "parameters.yaml").write_text("seed: 0\n")
     identity, git = run if place == "runs" else "f" * 12, dict(commit="a", dirty=dirty)
@@ -141,19 +176,24 @@ def finished(exports, study, run, *, seeds=(None,), place="runs", dirty=False, s
 @pytest.mark.parametrize("seeds", [(None,), (0, 1)], ids=["one training", "two seeds"])
 def test_an_arm_stands_beside_the_control_of_its_own_run(exports, seeds):
     table = arm_rates([finished(exports, "30_finetune", "0123456789ab", seeds=seeds)]).set_index("arm")
-    assert re.match(r"([+-]\d+\.\d|0\.0) \(", table.loc["vision", "minus control, points"]) and table.loc["vision", "benchmark"] == "—"
+    assert (
+        re.match(r"([+-]\d+\.\d|0\.0) \(", table.loc["vision", "minus control, points"])
+        and table.loc["vision", "benchmark"] == "—"
+    )
 
 
 def test_references_of_uncommitted_code_are_left_out_and_the_newest_counts(exports):
     changed = finished(exports, "x", "c", place="reference", dirty=True)
-    late, early = (finished(exports, "x", name, place="reference", started=f"2026-01-0{day}") for name, day in (("a", 3), ("b", 2)))
+    late, early = (finished(exports, "x", name, place="reference", started=f"2026-01-0{day}")
+                   for name, day in (("a", 3), ("b", 2)))
     own = [run for run in all_runs() if run.is_relative_to(exports)]
     assert own == [early, late] and uncommitted(changed) and changed in references()
     assert place_of(late) == "x/" + "f" * 12
 
 
 def test_a_table_is_that_of_the_study_asked_for(exports):
-    runs = [finished(exports, study, run) for study, run in (("50_grounding", "0123456789ab"), ("60_ablation", "1123456789ab"))]
+    runs = [finished(exports, study, run)
+            for study, run in (("50_grounding", "0123456789ab"), ("60_ablation", "1123456789ab"))]
     for run in runs:
         write_table(run, "2", pd.DataFrame({"class": [run.name]}))
     assert published_table(runs, "2", "50_grounding")[1] == "50_grounding/0123456789ab"
@@ -161,10 +201,12 @@ def test_a_table_is_that_of_the_study_asked_for(exports):
 
 
 @pytest.mark.parametrize("name, study", [
-    ("tour", "00_tour"), ("tokens", "20_density_and_tokens"), ("finetune", "30_finetune"), ("explorer", "40_attention_explorer"), ("entropy", "45_entropy"),
+    ("tour", "00_tour"), ("tokens", "20_density_and_tokens"), ("finetune", "30_finetune"),
+    ("explorer", "40_attention_explorer"), ("entropy", "45_entropy"),
     ("sinks", "55_sinks"), ("architectures", "70_cross_architecture")])
 def test_the_numbered_figures_of_a_reference_are_those_of_its_page(name, study):
-    cells = {number: cell for cell in page(study).cells for number in re.findall(r'write_figure\(out, "(\d+)", figure\)', cell.source)}
+    cells = {number: cell for cell in page(study).cells
+             for number in re.findall(r'write_figure\(out, "(\d+)", figure\)', cell.source)}
     kept = {drawn["number"]: drawn for drawn in figures_of(REFERENCE / name)}
     assert kept.keys() == cells.keys() and cells, "a reference keeps figures/figure_<number>.json of its run"
     assert {drawn["place"] for drawn in kept.values()} == {f"{study}/{facts(REFERENCE / name)['run']}"}
@@ -178,7 +220,13 @@ def test_a_figure_is_found_by_its_number_and_an_unknown_number_is_refused(export
     assert figures_of(run) == []
     write_figure(run, "9", go.Figure(go.Scatter(y=[3, 2, 1])))
     (drawn,) = figures_of(run)
-    assert drawn["number"] == "9" and drawn["place"] == "00_tour/0123456789ab" and list(go.Figure(drawn["figure"]).data[0].y) == [3, 2, 1]
-    assert figure_index([drawn]).set_index("figure")["from"].loc[["8", "9"]].tolist() == ["no run yet", "00_tour/0123456789ab"]
+    assert (
+        drawn["number"] == "9"
+        and drawn["place"] == "00_tour/0123456789ab"
+        and list(go.Figure(drawn["figure"]).data[0].y) == [3, 2, 1]
+    )
+    assert figure_index([drawn]).set_index("figure")["from"].loc[["8",
+                                                                  "9"]].tolist() == ["no run yet",
+                                                                                     "00_tour/0123456789ab"]
     with pytest.raises(ValueError, match="figure '11' is unknown, expected one of 1, 2"):
         write_figure(run, "11", go.Figure())

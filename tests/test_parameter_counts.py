@@ -15,7 +15,8 @@ def count(module, trainable=False):
 
 @pytest.fixture(scope="module")
 def model():
-    language = {"model_type": "qwen3", "vocab_size": 151_936, "hidden_size": 4096, "intermediate_size": 12_288, "num_hidden_layers": 36,
+    language = {"model_type": "qwen3", "vocab_size": 151_936, "hidden_size": 4096, "intermediate_size": 12_288,
+                "num_hidden_layers": 36,
                 "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False}
     config = InternVLConfig(vision_config={"attention_bias": True}, text_config=language, tie_word_embeddings=False)
     with torch.device("meta"):
@@ -27,7 +28,8 @@ def test_one_layer_has_304_structural_weights():
 
 
 @pytest.mark.parametrize("terms, expected", [
-    (["row"], 16), (["column"], 16), (["row", "column"], 32), (["distance"], 16), (["row", "column", "distance"], 48), (["block"], 256),
+    (["row"], 16), (["column"], 16), (["row", "column"], 32), (["distance"], 16), (["row", "column", "distance"], 48),
+    (["block"], 256),
 ])
 def test_absent_terms_have_no_parameters(terms, expected):
     assert count(StructuralBias(heads=16, blocks=16, terms=terms)) == expected
@@ -41,7 +43,9 @@ def test_counts_of_internvl_with_structure(model):
     assert count(projector) == 33_570_816
     assert count(family.language_of(model)) + count(model.lm_head) == 8_190_735_360
     biases = inject(bundle_of(model))
-    assert sum(count(bias) for bias in biases) == 7_296 and all(weight.is_meta for bias in biases for weight in bias.parameters())
+    assert sum(count(bias) for bias in biases) == 7_296 and all(
+        weight.is_meta for bias in biases for weight in bias.parameters()
+    )
     model.requires_grad_(False)
     for part in (tower, projector):
         part.requires_grad_(True)

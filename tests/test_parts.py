@@ -24,7 +24,9 @@ def test_parts_add_up_and_name_what_is_trained(bundle):
     table = model_parts(bundle, [name for name, _ in bundle.model.named_parameters() if "structure" in name])
     assert plain["parameters"].sum() == bundle.model.num_parameters() - 3 * (4 + 8 * 4) and not plain["trained"].any()
     assert table["parameters"].sum() == bundle.model.num_parameters()
-    assert list(table["part"]) == ["encoder", "structural bias", "projector", "language model"] and list(table["within"]) == ["", "encoder", "", ""]
+    assert list(table["part"]) == ["encoder", "structural bias", "projector", "language model"] and list(
+        table["within"]
+    ) == ["", "encoder", "", ""]
     assert list(table["trained"]) == [False, True, False, False] and table["parameters"][1] == 3 * (4 + 8 * 4)
     assert "row, block in 3 layers" in table["detail"][1]
     assert model_parts(bundle, names[-1:])["trained"].sum() == 1
@@ -51,5 +53,6 @@ def test_bias_maps_of_what_does_not_exist_are_refused(bundle):
     with pytest.raises(ValueError, match="the model has no structural attention"):
         structural_maps(bundle, 0, 1)
     inject(bundle)
-    with pytest.raises(ValueError, match="no structural bias of layer 3, query 1, head None: expected a layer below 3, a token below 65 and a head below 4"):
+    with pytest.raises(ValueError, match="no structural bias of layer 3, query 1, head None: expected a layer below 3, "
+                                         "a token below 65 and a head below 4"):
         structural_maps(bundle, 3, 1)

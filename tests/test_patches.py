@@ -10,7 +10,17 @@ from hypothesis import strategies as st
 
 from sfa_core.tokens.density import as_pixels, estimate_density, load_density
 from sfa_core.documents.generate import make_document
-from sfa_core.tokens.patches import GUARD, PALE_GUARD, PATCH, PRESETS, PatchConfig, PatchPlan, merge_error, plan_patches, tokens_on
+from sfa_core.tokens.patches import (
+    GUARD,
+    PALE_GUARD,
+    PATCH,
+    PRESETS,
+    PatchConfig,
+    PatchPlan,
+    merge_error,
+    plan_patches,
+    tokens_on,
+)
 
 SIZE_SETS = [(14,), (14, 28), (14, 28, 56), (7, 14), (7, 14, 28), (7, 14, 28, 56)]
 
@@ -26,7 +36,8 @@ def tiles(draw):
         page[y : y + rng.integers(1, 30), x : x + rng.integers(1, 30)] = rng.random(3)
     low = draw(st.floats(0, 0.5))
     guard, coarse = draw(st.sampled_from([None, GUARD, PALE_GUARD, 0.0])), draw(st.sampled_from([None, low]))
-    return page, rng.random(grid).round(2), grid, PatchConfig(sizes, coarse=coarse, fine=draw(st.floats(0.55, 1)), guard=guard)
+    return page, rng.random(grid).round(2), grid, PatchConfig(sizes, coarse=coarse, fine=draw(st.floats(0.55, 1)),
+                                                              guard=guard)
 
 
 def check_cover(plan, grid):
@@ -44,7 +55,8 @@ def test_leaves_cover_every_pixel_exactly_once_and_keep_the_rule(tile):
     plan = plan_patches(page, density, config, grid)
     check_cover(plan, grid)
     assert set(plan.size) <= set(config.sizes) and plan.unsafe == 0
-    small = page if page.shape[0] == grid[0] * PATCH else page.reshape(grid[0] * PATCH, 2, grid[1] * PATCH, 2, 3).mean((1, 3))
+    small = page if page.shape[0] == grid[0] * PATCH else page.reshape(grid[0] * PATCH, 2, grid[1] * PATCH, 2,
+                                                                       3).mean((1, 3))
     for (x0, y0, x1, y1), size in zip(plan.boxes, plan.size):
         if size > PATCH:
             if config.guard is not None:
@@ -67,7 +79,8 @@ def test_a_budget_is_met_exactly_or_refused_with_the_nearest(tile, budget, rando
         words = str(error).replace(",", " ").split()
         least, most = (int(words[words.index("expected") + step]) for step in (1, 3))
         assert not least <= budget <= most or (budget - least) % 3
-        assert len(plan_patches(page, density, replace(config, budget=int(words[-1])), grid)) == int(words[-1]), "the budget it names can be met"
+        assert len(plan_patches(page, density, replace(config, budget=int(words[-1])),
+                                grid)) == int(words[-1]), "the budget it names can be met"
         return
     assert len(plan) == budget
     check_cover(plan, grid)
@@ -81,7 +94,8 @@ def test_only_copies_are_dropped_in_the_language_model(tile, merge):
     if min(grid) < 1:
         return
     scale = 2 if 7 in config.sizes else 1
-    plan = plan_patches(page[: scale * grid[0] * PATCH, : scale * grid[1] * PATCH], density[: grid[0], : grid[1]], config)
+    plan = plan_patches(page[: scale * grid[0] * PATCH, : scale * grid[1] * PATCH], density[: grid[0], : grid[1]],
+                        config)
     kept, owner = plan.kept(merge), plan.owner
     seen, expected = set(), []
     for row in range(grid[0] // merge):
@@ -97,7 +111,8 @@ def test_density_decides_which_leaves_a_budget_keeps_fine():
     page, density = np.ones((112, 112, 3), np.float32), np.zeros((8, 8))
     page[14:28, 70:98, :] = np.indices((14, 28)).sum(0)[..., None] % 2  # ink
     density[5, 1] = 1  # and density elsewhere
-    plans = [plan_patches(page, density, config) for config in (PatchConfig(budget=13, coarse=None), PatchConfig(budget=13, guard=None))]
+    plans = [plan_patches(page, density, config)
+             for config in (PatchConfig(budget=13, coarse=None), PatchConfig(budget=13, guard=None))]
     by_guard, by_density = ({tuple(map(int, box[:2])) for box in plan.boxes[plan.size == PATCH]} for plan in plans)
     assert (70, 14) in by_guard and (14, 70) not in by_guard and (14, 70) in by_density and (70, 14) not in by_density
     too_few = plan_patches(page, density, PatchConfig(budget=4))
@@ -107,7 +122,8 @@ def test_density_decides_which_leaves_a_budget_keeps_fine():
 def test_a_random_tree_looks_at_nothing_but_differs_from_page_to_page():
     rng, config = np.random.default_rng(0), PatchConfig(budget=40, random=1)
     first, second = rng.random((112, 112, 3)).astype(np.float32), rng.random((112, 112, 3)).astype(np.float32)
-    plans = [plan_patches(page, density, config, (8, 8)).boxes.tolist() for page in (first, second) for density in (None, np.ones((8, 8)))]
+    plans = [plan_patches(page, density, config, (8, 8)).boxes.tolist() for page in (first, second)
+             for density in (None, np.ones((8, 8)))]
     assert plans[0] == plans[1] and plans[2] == plans[3] and plans[0] != plans[2]
     assert plan_patches(first, None, replace(config, random=2), (8, 8)).boxes.tolist() != plans[0]
 
@@ -144,7 +160,8 @@ def test_orders_of_leaves_are_free_but_gaps_and_overlaps_are_refused():
     plan = plan_patches(np.ones((56, 56, 3), np.float32), None, PatchConfig(coarse=None, sizes=(14, 28)))
     back = PatchPlan(plan.grid, plan.y[::-1], plan.x[::-1], plan.size[::-1])
     assert np.array_equal(len(plan) - 1 - back.owner, plan.owner)
-    for y, x, size in (([0], [0], [28]), ([0, 0], [0, 14], [28, 28]), ([7], [0], [56]), ([0, 0, 28, 28, 0], [0, 28, 0, 28, 0], [28] * 5)):
+    for y, x, size in (([0], [0], [28]), ([0, 0], [0, 14], [28, 28]), ([7], [0], [56]),
+                       ([0, 0, 28, 28, 0], [0, 28, 0, 28, 0], [28] * 5)):
         with pytest.raises(ValueError, match="exactly once"):
             PatchPlan((4, 4), y, x, size)
 

@@ -1,4 +1,5 @@
-"""A model cut between projector and language model has the loss and the gradients of the whole, to the last bit on a CPU."""
+"""A model cut between projector and language model has the loss and the gradients of the whole, to the last bit on
+a CPU."""
 
 from types import SimpleNamespace
 
@@ -32,7 +33,8 @@ def gradients(bundle, batch, loss):
     "Loss, targets and gradients of all weights of encoder, structure and projector."
     bundle.model.requires_grad_(False)
     parts = bundle.family.tower_of(bundle.model), bundle.family.projector_of(bundle.model)
-    weights = {f"{i}.{name}": weight for i, part in enumerate(parts) for name, weight in part.requires_grad_(True).named_parameters()}
+    weights = {f"{i}.{name}": weight for i, part in enumerate(parts)
+               for name, weight in part.requires_grad_(True).named_parameters()}
     total, targets = loss(bundle.model, batch)
     (total / targets).backward()
     found = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
@@ -41,7 +43,12 @@ def gradients(bundle, batch, loss):
 
 
 def assert_same(ours, whole):
-    assert ours[1] == whole[1] and np.isclose(ours[0], whole[0], rtol=1e-5) and ours[2].keys() == whole[2].keys() and len(whole[2]) > 30
+    assert (
+        ours[1] == whole[1]
+        and np.isclose(ours[0], whole[0], rtol=1e-5)
+        and ours[2].keys() == whole[2].keys()
+        and len(whole[2]) > 30
+    )
     for name, gradient in whole[2].items():
         assert torch.allclose(ours[2][name], gradient, rtol=1e-4, atol=1e-6), name
 
@@ -64,7 +71,9 @@ def test_a_cut_on_one_cpu_changes_no_bit(saved, charts, whole):
     assert max(float((found[name] - gradient).abs().max()) for name, gradient in whole[2].items()) == 0.0
 
 
-def test_a_measured_step_has_the_same_gradients_and_the_weights_of_both_sides_are_those_of_the_whole(saved, charts, whole):
+def test_a_measured_step_has_the_same_gradients_and_the_weights_of_both_sides_are_those_of_the_whole(
+    saved, charts, whole
+):
     bundle = with_structure(load_model(saved, placement="cpu"))
     batch = training_batch(bundle, list(charts)[:3])
     bundle.model.requires_grad_(False)
@@ -77,7 +86,9 @@ def test_a_measured_step_has_the_same_gradients_and_the_weights_of_both_sides_ar
     for name, gradient in found.items():
         assert torch.equal(gradient, uncut[name]) and torch.equal(gradient, whole[2][f"0.{name}"]), name
     language = held_bytes([bundle.family.language_of(bundle.model), bundle.model.lm_head])
-    assert apart["language"]["weights"] == language and apart["vision"]["weights"] + language == held["whole"]["weights"]
+    assert (
+        apart["language"]["weights"] == language and apart["vision"]["weights"] + language == held["whole"]["weights"]
+    )
     assert 0 < apart["vision"]["peak"] < held["whole"]["peak"] and 0 < apart["language"]["peak"] < held["whole"]["peak"]
     assert apart["vision"]["learning"] == held["whole"]["learning"] and apart["language"]["learning"] == 0
 
@@ -89,7 +100,9 @@ def test_an_arm_trained_across_the_cut_is_the_arm_trained_whole(saved, charts, t
     near = load_model(saved, placement="cpu,cpu")
     two = finetune(near, charts, config, tmp_path / "two", progress=False, loss=cut_loss(LanguageSide(near)))
     assert two.log.loss.equals(one.log.loss) and two.log.gradient_norm.equals(one.log.gradient_norm)
-    assert two.log.targets.equals(one.log.targets) and sorted(p.name for p in two.arm.iterdir()) == sorted(p.name for p in one.arm.iterdir())
+    assert two.log.targets.equals(one.log.targets) and sorted(p.name for p in two.arm.iterdir()) == sorted(
+        p.name for p in one.arm.iterdir()
+    )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -141,16 +154,20 @@ def test_memory_that_runs_out_on_the_language_side_halves_the_documents(saved, c
 
 def test_features_for_deeper_layers_are_cut_too():
     "Qwen3-VL gives features of inner encoder layers to the first layers of its language model."
-    vision = dict(depth=3, hidden_size=32, intermediate_size=64, num_heads=2, patch_size=14, spatial_merge_size=2, temporal_patch_size=2, out_hidden_size=32,
+    vision = dict(depth=3, hidden_size=32, intermediate_size=64, num_heads=2, patch_size=14, spatial_merge_size=2,
+                  temporal_patch_size=2, out_hidden_size=32,
                   num_position_embeddings=16, deepstack_visual_indexes=[0, 1])
     places = dict(rope_type="default", rope_theta=1e4, mrope_section=[4, 2, 2], mrope_interleaved=True)
-    text = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+    text = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
+                num_key_value_heads=1, head_dim=16,
                 rope_parameters=places)
     torch.manual_seed(0)
-    config = Qwen3VLConfig(vision_config=vision, text_config=text, image_token_id=5, vision_start_token_id=6, vision_end_token_id=7, video_token_id=8)
+    config = Qwen3VLConfig(vision_config=vision, text_config=text, image_token_id=5, vision_start_token_id=6,
+                           vision_end_token_id=7, video_token_id=8)
     model = Qwen3VLForConditionalGeneration(config).eval()
     ids = torch.tensor([[6, 5, 5, 5, 5, 7, 10, 11, 12, 13]] * 2)
-    batch = dict(input_ids=ids, labels=torch.where(ids > 10, ids, -100), position_ids=torch.arange(10).expand(3, 2, 10), attention_mask=torch.ones_like(ids),
+    batch = dict(input_ids=ids, labels=torch.where(ids > 10, ids, -100), position_ids=torch.arange(10).expand(3, 2, 10),
+                 attention_mask=torch.ones_like(ids),
                  pixel_values=torch.randn(32, 3 * 2 * 14 * 14), image_grid_thw=torch.tensor([[1, 4, 4]] * 2))
     side = LanguageSide(SimpleNamespace(model=model, devices=[torch.device("cpu")] * 2))
     found = {}
@@ -158,14 +175,18 @@ def test_features_for_deeper_layers_are_cut_too():
         model.zero_grad()
         total, targets = loss(model, batch)
         total.backward()
-        found[name] = total.item(), {key: weight.grad.clone() for key, weight in model.model.visual.named_parameters() if weight.grad is not None}
+        found[name] = total.item(), {key: weight.grad.clone()
+                                     for key, weight in model.model.visual.named_parameters()
+                                     if weight.grad is not None}
     assert targets == 6 and len(side.leaves) > 2 and any("deepstack" in key for key in found["whole"][1])
     assert np.isclose(found["cut"][0], found["whole"][0]) and found["cut"][1].keys() == found["whole"][1].keys()
-    assert all(torch.allclose(found["cut"][1][key], gradient, rtol=1e-4, atol=1e-6) for key, gradient in found["whole"][1].items())
+    assert all(torch.allclose(found["cut"][1][key], gradient, rtol=1e-4, atol=1e-6)
+               for key, gradient in found["whole"][1].items())
 
 
 def test_nested_lists_of_features_come_back_as_they_were():
-    deep = [torch.zeros(2), [[torch.ones(1)], [torch.ones(3), torch.ones(4)]]]  # as Qwen3-VL gives them: per image, and per layer
+    # as Qwen3-VL gives them: per image, and per layer
+    deep = [torch.zeros(2), [[torch.ones(1)], [torch.ones(3), torch.ones(4)]]]
     tensors = []
     pattern = flatten(deep, tensors)
     again = restore(pattern, tensors)

@@ -1,4 +1,5 @@
-"""The embedded model's training: killed and called again it ends the same, stages can be left out, what it writes can be read."""
+"""The embedded model's training: killed and called again it ends the same, stages can be left out, what it writes
+can be read."""
 from dataclasses import replace
 
 import numpy as np
@@ -27,11 +28,13 @@ from sfa_core.pretraining.recipe import (
 )
 from sfa_core.documents.questions import KINDS
 
-SMALL = Recipe(documents=24, document_seed=5, encoder_steps=2, lookup_steps=4, joint_steps=3, reading_steps=2, cell_steps=2, batch=2, question_batch=4,
+SMALL = Recipe(documents=24, document_seed=5, encoder_steps=2, lookup_steps=4, joint_steps=3, reading_steps=2,
+               cell_steps=2, batch=2, question_batch=4,
                questions=3,
                vocabulary=400,
                checkpoint_every=1)
-TINY = EmbeddedConfig(vision_width=32, vision_layers=1, vision_heads=2, vision_hidden=64, language_width=32, language_layers=1, language_heads=2,
+TINY = EmbeddedConfig(vision_width=32, vision_layers=1, vision_heads=2, vision_hidden=64, language_width=32,
+                      language_layers=1, language_heads=2,
                       language_kv_heads=1, head_dim=16, language_hidden=64)
 
 
@@ -68,7 +71,8 @@ def test_each_visit_is_a_function_of_seed_stage_and_step():
     one, two = visit(SMALL, "joint", 7, 4, among), visit(SMALL, "joint", 7, 4, among)
     assert (one[0] == two[0]).all() and one[1] == two[1] and all(len(asked) == 3 for asked in one[1])
     assert any((visit(SMALL, "joint", step, 4, among)[0] != one[0]).any() for step in range(8, 12))
-    assert any((visit(SMALL, stage, step, 4, among)[0] != visit(SMALL, "joint", step, 4, among)[0]).any() for stage in ("lookup",) for step in range(4))
+    assert any((visit(SMALL, stage, step, 4, among)[0] != visit(SMALL, "joint", step, 4, among)[0]).any()
+               for stage in ("lookup",) for step in range(4))
 
 
 def test_a_name_is_followed_directly_by_its_value(trained):
@@ -83,10 +87,17 @@ def test_a_name_is_followed_directly_by_its_value(trained):
 
 
 def test_the_lookup_stage_leaves_the_encoder_alone(trained, tmp_path):
-    bundle, _, _ = train_embedded(replace(SMALL, joint_steps=0, reading_steps=0, cell_steps=0), tmp_path / "a", TINY, progress=False)
-    encoder, _, _ = train_embedded(replace(SMALL, lookup_steps=0, joint_steps=0, reading_steps=0, cell_steps=0), tmp_path / "b", TINY, progress=False)
-    moved = {name for (name, p), q in zip(bundle.model.named_parameters(), encoder.model.parameters()) if not torch.equal(p, q)}
-    assert moved and not any("vision_tower" in name for name in moved) and all(p.requires_grad for p in bundle.model.parameters())
+    bundle, _, _ = train_embedded(replace(SMALL, joint_steps=0, reading_steps=0, cell_steps=0), tmp_path / "a", TINY,
+                                  progress=False)
+    encoder, _, _ = train_embedded(replace(SMALL, lookup_steps=0, joint_steps=0, reading_steps=0, cell_steps=0),
+                                   tmp_path / "b", TINY, progress=False)
+    moved = {name for (name, p), q in zip(bundle.model.named_parameters(), encoder.model.parameters())
+             if not torch.equal(p, q)}
+    assert (
+        moved
+        and not any("vision_tower" in name for name in moved)
+        and all(p.requires_grad for p in bundle.model.parameters())
+    )
 
 
 def test_every_name_is_looked_up_and_names_one_value():
@@ -97,7 +108,8 @@ def test_every_name_is_looked_up_and_names_one_value():
         asked = lookups(row)
         assert len({q["question"] for q in asked}) == len(asked), "a name that means two things"
         cells = len(lines) * (len(header) - 1)
-        assert len(asked) == cells * (1 if kind == "table" else 2), "each cell by its label, and by its colour where it has one"
+        assert len(asked) == cells * (1 if kind == "table"
+                                      else 2), "each cell by its label, and by its colour where it has one"
         for q in asked:
             label, *rest = q["question"].split()
             line = next((line for line in lines if line[0] == label), None)
@@ -106,7 +118,8 @@ def test_every_name_is_looked_up_and_names_one_value():
             elif q["kind"] == "label_name":
                 assert q["answers"] == [line[1]]
             else:
-                shown = {m["colour"]: (m["row"], m["column"]) for m in row["marks"] if m["row"] >= 0 and (not rest or lines[m["row"]][0] == label)}
+                shown = {m["colour"]: (m["row"], m["column"])
+                         for m in row["marks"] if m["row"] >= 0 and (not rest or lines[m["row"]][0] == label)}
                 r, c = shown[rest[0] if rest else label]
                 assert q["answers"] == [lines[r][c + 1]]
 
@@ -125,7 +138,9 @@ def test_one_kind_of_name_comes_after_the_other():
     assert kinds == [NAMES[:1]] * 3 + [NAMES[:2]] * 4 + [NAMES] * 13
     data = decode_documents(documents(12, 5), (8, 8))
     index, asked = eligible(data, ("colour_name",))
-    assert {data.rows[i]["kind"] for i in index} == {"bar"} and {q["kind"] for of in asked for q in of} == {"colour_name"}
+    assert {data.rows[i]["kind"] for i in index} == {"bar"} and {q["kind"] for of in asked for q in of} == {
+        "colour_name"
+    }
 
 
 def test_model_and_heads_survive_their_folder(trained, tmp_path):

@@ -1,4 +1,5 @@
-"""Recorded attention is the attention the model uses, its measures are what they say, and the model is left as it was."""
+"""Recorded attention is the attention the model uses, its measures are what they say, and the model is left as it
+was."""
 
 import weakref
 from dataclasses import replace
@@ -39,13 +40,15 @@ def call_of(module, query, key, scaling):
     return AttentionCall(0, module, query, key, torch.empty_like(key), None, scaling, False)
 
 
-SMALL = EmbeddedConfig(image_size=112, vision_layers=3, vision_width=64, vision_hidden=64, language_layers=1, initializer_range=0.3)
+SMALL = EmbeddedConfig(image_size=112, vision_layers=3, vision_width=64, vision_hidden=64, language_layers=1,
+                       initializer_range=0.3)
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     rows = [make_document("bar", seed).row() for seed in range(3)]
-    return train_tokenizer([text for row in rows for part in row["questions"] for text in (part["question"], part["answers"][0])])
+    return train_tokenizer([text for row in rows for part in row["questions"]
+                            for text in (part["question"], part["answers"][0])])
 
 
 @pytest.fixture
@@ -55,7 +58,8 @@ def bundle(tokenizer):
 
 @pytest.fixture(scope="module")
 def asked():
-    return list({sample.document: sample for sample in samples(documents(8, seed=3), kinds=("read_label", "read_cell"))}.values())[:5]
+    return list({sample.document: sample
+                 for sample in samples(documents(8, seed=3), kinds=("read_label", "read_cell"))}.values())[:5]
 
 
 def returned(bundle, asked, implementation):
@@ -65,7 +69,9 @@ def returned(bundle, asked, implementation):
     weights, modules = [], bundle.family.attentions_of(bundle.model)
     handles = [module.register_forward_hook(lambda m, i, o: weights.append(o[1])) for module in modules]
     with torch.no_grad():
-        bundle.model.get_image_features(pixel_values=image_inputs(bundle, [sample.image for sample in asked])[0].to(bundle.model.dtype))
+        bundle.model.get_image_features(
+            pixel_values=image_inputs(bundle, [sample.image for sample in asked])[0].to(bundle.model.dtype)
+        )
     for handle in handles:
         handle.remove()
     bundle.model.set_attn_implementation({"vision_config": before})
@@ -131,7 +137,8 @@ def test_batches_and_pieces_change_nothing(bundle, asked):
         assert getattr(whole, name).dtype == np.float32
     module = bundle.family.attentions_of(bundle.model)[0]
     call = call_of(module, *torch.randn(2, 2, 4, 65, 16), 0.25)
-    places = place_tokens(whole.grid, whole.region[:2], np.random.default_rng(0).random((2, 65), dtype=np.float32), torch.device("cpu"))
+    places = place_tokens(whole.grid, whole.region[:2], np.random.default_rng(0).random((2, 65), dtype=np.float32),
+                          torch.device("cpu"))
     large, small = (measure_layer(call, places, np.arange(65), budget) for budget in (1 << 22, 1))
     assert len(list(attention_chunks(call, 1))) == 65
     assert all(np.allclose(large[name], small[name], atol=1e-5, equal_nan=True) for name in large)
@@ -141,19 +148,25 @@ def test_batches_and_pieces_change_nothing(bundle, asked):
 def test_measures_of_an_attention_that_looks_at_one_token(seed):
     draw, grid = np.random.default_rng(seed), uniform_grid(3, 5, special=1)
     target = draw.permutation(16)
-    cover, region = np.clip(draw.random((1, 16), dtype=np.float32) - 0.5, 0, 1), np.array([[10, 20, 60, 80]], dtype=np.float32)
+    cover, region = np.clip(draw.random((1, 16), dtype=np.float32) - 0.5, 0,
+                            1), np.array([[10, 20, 60, 80]], dtype=np.float32)
     query = 500 * torch.eye(16)[torch.from_numpy(target)]  # a query i is the key of target i
-    call = call_of(SimpleNamespace(config=SimpleNamespace(_attn_implementation="sdpa")), query[None, None], torch.eye(16)[None, None], 1.0)
+    call = call_of(SimpleNamespace(config=SimpleNamespace(_attn_implementation="sdpa")), query[None, None],
+                   torch.eye(16)[None, None], 1.0)
     got = measure_layer(call, place_tokens(grid, region, cover, torch.device("cpu")), np.arange(16))
     patch = np.arange(1, 16)
     x, y = 10 + (grid.column + 0.5) * 10, 20 + (grid.row + 0.5) * 20
     away = np.hypot(x - x[target], y - y[target])
     assert (got["maps"][0, 0].argmax(-1) == target).all() and np.allclose(got["entropy"], 0, atol=1e-6)
-    assert np.allclose(got["evidence_mass"][0, 0], cover[0, target]) and np.allclose(got["special_mass"][0, 0], target == 0)
+    assert np.allclose(got["evidence_mass"][0, 0], cover[0, target]) and np.allclose(
+        got["special_mass"][0, 0], target == 0
+    )
     same = [(place == place[target]) & ~grid.special for place in (grid.row, grid.column)]
     assert np.allclose(got["same_row"][0, 0], same[0]) and np.allclose(got["same_column"][0, 0], same[1])
     to_patch = patch[target[patch] > 0]
-    assert np.allclose(got["distance"][0, 0, to_patch], away[to_patch], rtol=1e-4, atol=1e-3) and np.isnan(got["distance"][0, 0, 0])
+    assert np.allclose(got["distance"][0, 0, to_patch], away[to_patch], rtol=1e-4, atol=1e-3) and np.isnan(
+        got["distance"][0, 0, 0]
+    )
     assert np.allclose(got["received"][0, 0], 1 / 16)
     assert np.array_equal(got["pointing"][0, 0, to_patch], (cover[0, target[to_patch]] > 0).astype(np.float32))
 
@@ -165,11 +178,14 @@ def test_measures_agree_with_the_maps(bundle, asked):
     assert np.allclose(seen.received, seen.maps.mean(3), atol=1e-6)
     for name in UNITS:
         assert seen.per_head(name).shape == (3, 4)
-    own = np.stack([coverage([sample.evidence.texts[i].box for i in sample.evidence.answer], seen.grid, (0, 0, 112, 112), (112, 112)) for sample in asked])
+    own = np.stack([coverage([sample.evidence.texts[i].box for i in sample.evidence.answer], seen.grid,
+                             (0, 0, 112, 112), (112, 112)) for sample in asked])
     assert np.allclose(seen.evidence_mass, np.einsum("blhqk,bk->blhq", seen.maps, own), atol=1e-5)
     best = 1 + seen.maps[..., 1:].argmax(-1)
     assert np.array_equal(seen.pointing, np.take_along_axis(own[:, None, None].repeat(3, 1).repeat(4, 2), best, -1) > 0)
-    assert np.allclose(seen.pointing_chance, (own[:, 1:] > 0).mean(-1)) and np.allclose(seen.visual_mass, seen.maps[..., 1:].sum(-1), atol=1e-5)
+    assert np.allclose(seen.pointing_chance, (own[:, 1:] > 0).mean(-1)) and np.allclose(
+        seen.visual_mass, seen.maps[..., 1:].sum(-1), atol=1e-5
+    )
     where = seen.map(2, 1, query=7)
     assert np.allclose(where.ravel(), seen.maps[2, 1, :, 7, 1:].mean(0), atol=1e-6)
     assert np.allclose(seen.map(2, 1, query=7, head=3).ravel(), seen.maps[2, 1, 3, 7, 1:])
@@ -199,7 +215,10 @@ def test_tokens_show_the_pixels_they_say(bundle, tokenizer, size):
         for tile, (x0, y0, x1, y1) in zip(pixels[:, 0], tile_regions(tiled, size), strict=True):
             if tile.max() > tile.min() + 3.5:  # nearly all of the spot is here
                 row, column = divmod(int((tile - tile.min()).clamp(min=0).argmax()), 112)
-                assert abs(x0 + (column + 0.5) / 112 * (x1 - x0) - int(x) - 0.5) < 6 and abs(y0 + (row + 0.5) / 112 * (y1 - y0) - int(y) - 0.5) < 6
+                assert (
+                    abs(x0 + (column + 0.5) / 112 * (x1 - x0) - int(x) - 0.5) < 6
+                    and abs(y0 + (row + 0.5) / 112 * (y1 - y0) - int(y) - 0.5) < 6
+                )
                 found += 1
         assert found >= 1 and count == len(tile_regions(tiled, size))
 
@@ -210,7 +229,8 @@ def test_tiles_and_thumbnail_are_rows_of_the_record(bundle, tokenizer, asked):
     seen = record(tiled, wide)
     assert seen.sample == (wide[0].id,) * 7 + (wide[1].id,) * 7 and seen.entropy.shape == (14, 3, 4, 65)
     assert seen.region[4].tolist() == [112, 112, 224, 224] and seen.region[6].tolist() == [0, 0, 336, 224]
-    assert np.isclose(seen.evidence_share[:6].mean(), seen.evidence_share[6], atol=1e-6)  # the tiles share the image out
+    # the tiles share the image out
+    assert np.isclose(seen.evidence_share[:6].mean(), seen.evidence_share[6], atol=1e-6)
     assert seen.token_at(4, 112, 112) == 1 and seen.token_at(6, 335, 223) == 64
 
 
@@ -261,7 +281,8 @@ def test_rollout_is_the_product_of_the_layers(bundle, asked):
 
 
 def test_words_read_what_eager_attention_says(bundle, asked):
-    "Masks, rotary places, norms and grouped keys of the language model are those of its own forward pass, one question at a time."
+    """Masks, rotary places, norms and grouped keys of the language model are those of its own forward pass, one
+    question at a time."""
     assert bundle.model.config.text_config.num_key_value_heads < bundle.model.config.text_config.num_attention_heads
     seen, replies = record(bundle, asked, tower="language", max_new_tokens=3), answer(bundle, asked, max_new_tokens=3)
     bundle.model.set_attn_implementation("eager")
@@ -274,14 +295,18 @@ def test_words_read_what_eager_attention_says(bundle, asked):
         compared += 1
         ids = torch.tensor([prompt + list(reply.tokens)])
         with torch.no_grad():
-            out = bundle.model(input_ids=ids, pixel_values=image_inputs(bundle, [sample.image])[0], output_attentions=True)
+            out = bundle.model(input_ids=ids, pixel_values=image_inputs(bundle, [sample.image])[0],
+                               output_attentions=True)
         weights = torch.stack(out.attentions, dim=1)[0, :, :, len(prompt) - 1 :].numpy()  # (L, H, words + 1, N)
         for word in range(len(reply.tokens)):
             chance = weights[:, :, word, : len(prompt) + word]
-            assert np.allclose(seen.maps[row, :, :, word], chance[..., (ids[0, : len(prompt) + word] == image).numpy()], atol=1e-5)
-            assert np.allclose(seen.entropy[row, :, :, word], -(chance * np.log(np.maximum(chance, 1e-30))).sum(-1), atol=1e-4)
+            assert np.allclose(seen.maps[row, :, :, word], chance[..., (ids[0, : len(prompt) + word] == image).numpy()],
+                               atol=1e-5)
+            assert np.allclose(seen.entropy[row, :, :, word], -(chance * np.log(np.maximum(chance, 1e-30))).sum(-1),
+                               atol=1e-4)
             assert (seen.visible[row, :, word] == len(prompt) + word).all()
-        assert [bundle.tokenizer.decode([token]) for token in reply.tokens] == list(seen.words[row])[: len(reply.tokens)]
+        assert [bundle.tokenizer.decode([token])
+                for token in reply.tokens] == list(seen.words[row])[: len(reply.tokens)]
     assert compared >= 2
 
 
@@ -301,10 +326,12 @@ def test_questions_of_one_batch_are_each_as_alone(bundle, tokenizer, asked):
 
 @pytest.mark.parametrize("size, tiles", [((224, 112), 3), ((336, 224), 7), ((112, 112), 1)])
 def test_the_thumbnail_and_the_tiles_add_up_on_the_page(bundle, tokenizer, size, tiles):
-    "A mass that is spread evenly over the pixels of a page is spread evenly by tiles, by the thumbnail, and by their sum."
+    """A mass that is spread evenly over the pixels of a page is spread evenly by tiles, by the thumbnail, and by
+    their sum."""
     tiled = replace(bundle, processor=build_processor(tokenizer, SMALL, max_tiles=6))
     boxes = language_boxes(tiled, size)
-    assert len(boxes) == 64 * tiles == len(token_boxes(bundle.family.language_grid(bundle.model), tile_regions(tiled, size)))
+    assert len(boxes) == 64 * tiles == len(token_boxes(bundle.family.language_grid(bundle.model),
+                                                       tile_regions(tiled, size)))
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     picture = spread(area, boxes, (0, 0, *size), (16, 24))
     assert np.allclose(picture, picture.mean(), rtol=1e-5) and np.isclose(picture.sum(), area.sum())
@@ -324,7 +351,8 @@ def test_the_patch_that_sees_a_bright_spot_shows_its_pixels_in_qwens_order(seed)
     family, config = FAMILIES["qwen2_5_vl"], Qwen2_5_VLConfig()
     box = family.grid(config, (rows, columns)).boxes((0, 0, columns * 14, rows * 14))[bright]
     assert box[0] <= x < box[2] and box[1] <= y < box[3]
-    word = family.language_grid(config, (rows, columns)).boxes((0, 0, columns * 14, rows * 14))[bright // 4]  # the merge is a reshape
+    # the merge is a reshape
+    word = family.language_grid(config, (rows, columns)).boxes((0, 0, columns * 14, rows * 14))[bright // 4]
     assert word[0] <= x < word[2] and word[1] <= y < word[3]
 
 
@@ -342,7 +370,8 @@ def test_box_means_and_spread_agree_with_counting_pixels(height, width, seed):
     values = draw.random(5)
     laid = spread(values, boxes.astype(np.float32), (0, 0, width, height), (height, width))
     assert np.isclose(laid.sum(), values.sum(), rtol=1e-4) and (laid >= 0).all()
-    assert np.isclose((laid * picture).sum(), (values * box_means(picture, boxes)).sum(), rtol=1e-3)  # one is the transpose of the other
+    # one is the transpose of the other
+    assert np.isclose((laid * picture).sum(), (values * box_means(picture, boxes)).sum(), rtol=1e-3)
 
 
 class Live(TorchDispatchMode):
@@ -355,7 +384,8 @@ class Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        self.known |= {tensor.untyped_storage().data_ptr() for tensor in args if isinstance(tensor, torch.Tensor)}  # views of what was there cost nothing
+        # views of what was there cost nothing
+        self.known |= {tensor.untyped_storage().data_ptr() for tensor in args if isinstance(tensor, torch.Tensor)}
         for tensor in out if isinstance(out, tuple | list) else (out,):
             storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
             if storage is not None and storage.data_ptr() not in self.known:
@@ -379,7 +409,8 @@ def test_a_layer_of_1025_tokens_needs_at_most_16_mib_more(structure, rollout):
         module.structure = StructuralBias(heads)
         module.structure.geometry = uniform_geometry(32, 32, special=1)
     call = call_of(module, *torch.randn(2, 1, heads, 1025, 64), 0.125)
-    places = place_tokens(grid, np.array([[0, 0, 448, 448]]), np.zeros((1, 1025), dtype=np.float32), torch.device("cpu"))
+    places = place_tokens(grid, np.array([[0, 0, 448, 448]]), np.zeros((1, 1025), dtype=np.float32),
+                          torch.device("cpu"))
     with torch.no_grad(), Live() as live:
         got = measure_layer(call, places, np.array([0, 500]), table=rollout)
     assert got["entropy"].shape == (1, heads, 1025) and 2**20 < live.peak <= 16 * 2**20, f"{live.peak / 2**20:.1f} MiB"
@@ -391,12 +422,14 @@ def pages():
     shapes = ((168, 112), (100, 140), (150, 150))
     texts = TextBox("12", (20, 20, 60, 40))
     images = [Image.fromarray(draw.integers(0, 256, (tall, wide, 3), dtype=np.uint8)) for wide, tall in shapes]
-    return [Sample(f"p{i}", f"p{i}", "own", "What is it?", ("12",), image, Evidence((), (texts,), (0,))) for i, image in enumerate(images)]
+    return [Sample(f"p{i}", f"p{i}", "own", "What is it?", ("12",), image, Evidence((), (texts,), (0,)))
+            for i, image in enumerate(images)]
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_every_family_is_recorded_as_its_eager_attention(name, pages):
-    "Tiles, one square, and windows of packed images: what is recorded of each image is what its eager encoder attends, and 0 outside of a window."
+    """Tiles, one square, and windows of packed images: what is recorded of each image is what its eager encoder
+    attends, and 0 outside of a window."""
     small = miniature(name)
     family, images = small.family, [sample.image for sample in pages]
     seen, modules, found = record(small, pages, queries="all", rollout=True), family.attentions_of(small.model), []
@@ -422,7 +455,8 @@ def test_every_family_is_recorded_as_its_eager_attention(name, pages):
         expected = np.zeros_like(seen.maps[:, layer])
         for part, weights in zip(family.geometry(small.model, shapes)[layer], calls, strict=True):
             whole = family.grid(small.model, shapes[part.image])
-            own = [int(np.flatnonzero((whole.row == row) & (whole.column == column))[0]) for row, column in zip(part.row, part.column)]
+            own = [int(np.flatnonzero((whole.row == row) & (whole.column == column))[0])
+                   for row, column in zip(part.row, part.column)]
             expected[part.image][:, np.array(own)[:, None], own] = weights[0].numpy()
         for row, (tall, wide) in enumerate(shapes):
             n = tall * wide
@@ -436,7 +470,10 @@ def test_every_family_is_recorded_as_its_eager_attention(name, pages):
     row, column = 0, seen.token_at(0, 30, 30)
     box = seen.boxes[row, column]
     assert box[0] <= 30 < box[2] and box[1] <= 30 < box[3] and (seen.relative[~np.isnan(seen.relative)] <= 1.0001).all()
-    assert np.allclose(seen.received[0, 0].sum(-1), 1, atol=1e-4) and len(seen.table()) == len(seen.sample) * len(modules) * seen.entropy.shape[2]
+    assert (
+        np.allclose(seen.received[0, 0].sum(-1), 1, atol=1e-4)
+        and len(seen.table()) == len(seen.sample) * len(modules) * seen.entropy.shape[2]
+    )
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
@@ -447,7 +484,8 @@ def test_words_of_every_family_are_laid_on_the_page(name, pages):
     for row, sample in enumerate(pages):
         image = whole.map(row, 0, 0)
         mass, edges = whole.visual_mass[row, 0, :, 0].mean(), np.nan_to_num(whole.boxes[row])
-        beyond = edges.min() < -1e-3 or (edges > np.array([*sample.image.size] * 2) + 1e-3).any()  # what lies beside the page cannot be drawn on it
+        # what lies beside the page cannot be drawn on it
+        beyond = edges.min() < -1e-3 or (edges > np.array([*sample.image.size] * 2) + 1e-3).any()
         assert image.sum() <= mass + 1e-4 and (beyond or np.isclose(image.sum(), mass, atol=1e-4))
 
 
@@ -455,12 +493,16 @@ def test_words_of_every_family_are_laid_on_the_page(name, pages):
 def test_onevision_packs_the_tokens_where_their_boxes_are(size):
     "Features that hold the centre of their box still do so after transformers has packed them."
     small = miniature("llava_onevision")
-    grid, regions, boxes = small.family.language_grid(small.model), tile_regions(small, size), language_boxes(small, size)
-    centres = np.stack([np.stack([(own[:, 0] + own[:, 2]) / 2, (own[:, 1] + own[:, 3]) / 2], 1) for own in (grid.boxes(tuple(region)) for region in regions)])
-    packed, _ = small.model.model.pack_image_features([torch.from_numpy(centres)], torch.tensor([[size[1], size[0]]]), image_newline=torch.full((2,), -1e6))
+    grid, regions, boxes = small.family.language_grid(small.model), tile_regions(small,
+                                                                                 size), language_boxes(small, size)
+    centres = np.stack([np.stack([(own[:, 0] + own[:, 2]) / 2, (own[:, 1] + own[:, 3]) / 2], 1)
+                        for own in (grid.boxes(tuple(region)) for region in regions)])
+    packed, _ = small.model.model.pack_image_features([torch.from_numpy(centres)], torch.tensor([[size[1], size[0]]]),
+                                                      image_newline=torch.full((2,), -1e6))
     packed = packed[0].numpy()
     line = packed[:, 0] < -1e5
-    assert len(packed) == len(boxes) == sum(token == small.model.config.image_token_id for token in image_batch(small, [Image.new("RGB", size)]).tokens[0])
+    assert len(packed) == len(boxes) == sum(token == small.model.config.image_token_id
+                                            for token in image_batch(small, [Image.new("RGB", size)]).tokens[0])
     assert np.array_equal(line, np.isnan(boxes).any(1))
     step = (boxes[~line, 2:] - boxes[~line, :2]).max(0)
     off = np.abs(packed[~line] - (boxes[~line, :2] + boxes[~line, 2:]) / 2)

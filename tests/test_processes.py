@@ -32,9 +32,11 @@ parts = attrgetter("records", "summary")  # of an evaluation
 def folder(tmp_path_factory):
     "The work of two processes, and beside it that of one."
     folder = tmp_path_factory.mktemp("processes")
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+                "--num_machines", "1", "--mixed_precision", "no",
                 "--dynamo_backend", "no", "--main_process_port", "0"]
-    done = subprocess.run([*launcher, Path(__file__).with_name("many_processes.py"), folder], text=True, timeout=900, capture_output=True,
+    done = subprocess.run([*launcher, Path(__file__).with_name("many_processes.py"), folder], text=True, timeout=900,
+                          capture_output=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 0, done.stderr[-3000:]
     finetune(tiny(), documents(11, seed=5), CONFIG, folder / "one", progress=False)
@@ -43,7 +45,8 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["whole", "sharded"])
 def test_two_processes_fine_tune_as_one(folder, kind):
-    "Log, checkpoints and arm, data-parallel and with weights spread by FSDP2, the latter stopped and taken up again half-way."
+    """Log, checkpoints and arm, data-parallel and with weights spread by FSDP2, the latter stopped and taken up
+    again half-way."""
     one, two = read_log(folder / "one"), read_log(folder / kind)
     assert two.targets.equals(one.targets) and two.step.equals(one.step)
     for column in ("loss", "gradient_norm"):
@@ -68,7 +71,8 @@ def test_questions_are_answered_once_whatever_their_number(folder):
     first, second = (json.loads((folder / f"replies-{index}.json").read_text()) for index in range(2))
     assert first == second
     for count in COUNTS:
-        assert first[0][str(count)] == [reply.prediction for reply in answer(bundle, asked[:count], 2, max_new_tokens=4)]
+        assert first[0][str(count)] == [reply.prediction
+                                        for reply in answer(bundle, asked[:count], 2, max_new_tokens=4)]
     records, summary = parts(evaluate(bundle, asked[:9], batch_size=2, max_new_tokens=4, draws=100))
     assert first[1] == records["id"].tolist() and first[2] == summary["n"] == 9
 
@@ -80,7 +84,8 @@ def test_shares_are_everything_once(count, batch_size, processes, chance):
     chance.shuffle(parts)
     assert merge(parts, count) == [str(place) for place in range(count)]
     batches = {tuple(range(start, min(start + batch_size, count))) for start in range(0, count, batch_size)}
-    assert {tuple(places[i : i + batch_size]) for places in shares for i in range(0, len(places), batch_size)} == batches
+    assert {tuple(places[i : i + batch_size]) for places in shares
+            for i in range(0, len(places), batch_size)} == batches
     if count:
         with pytest.raises(RuntimeError, match="missing"):
             merge(parts[1:], count)

@@ -1,4 +1,5 @@
-"""Redistributed attention is the edited matrix in closed form, and in a model it is right with caches, batches, padding, several images and grouped keys."""
+"""Redistributed attention is the edited matrix in closed form, and in a model it is right with caches, batches,
+padding, several images and grouped keys."""
 from dataclasses import replace
 
 import pytest
@@ -34,7 +35,8 @@ def one():
 shares = st.floats(0, 1, width=32)
 
 
-@given(seed=st.integers(0, 10_000), moved=shares, ratio=shares, mass=shares, target=st.sampled_from(TARGETS), choose=st.booleans())
+@given(seed=st.integers(0, 10_000), moved=shares, ratio=shares, mass=shares, target=st.sampled_from(TARGETS),
+       choose=st.booleans())
 @settings(max_examples=80, deadline=None)
 def test_closed_form_is_the_edited_matrix(seed, moved, ratio, mass, target, choose):
     generator = torch.Generator().manual_seed(seed)
@@ -65,20 +67,24 @@ def test_edited_matrix_is_the_published_rule(seed, moved, choose):
     attention = (3 * torch.randn(1, 2, 3, 9, generator=generator, dtype=torch.float64)).softmax(-1)
     sinks, visual = (torch.rand(1, 9, generator=generator) < share for share in (0.3, 0.6))
     config = VARConfig((0,), moved, choose_heads=choose)
-    expected = [[by_hand(row.tolist(), sinks[0].tolist(), visual[0].tolist(), config) for row in head] for head in attention[0]]
-    assert torch.allclose(redistributed_attention(attention, sinks, visual, config)[0], torch.tensor(expected, dtype=torch.float64), atol=1e-9)
+    expected = [[by_hand(row.tolist(), sinks[0].tolist(), visual[0].tolist(), config) for row in head]
+                for head in attention[0]]
+    assert torch.allclose(redistributed_attention(attention, sinks, visual, config)[0],
+                          torch.tensor(expected, dtype=torch.float64), atol=1e-9)
 
 
 def test_who_gets_what_the_sinks_lose():
     attention, none = torch.tensor([[[[0.5, 0.1, 0.1, 0.3]]]]), torch.zeros(1, 4, dtype=torch.bool)
     sinks, visual = none.clone(), none.clone()
     sinks[0, 0] = visual[0, 3] = True  # sink, text, text, image
-    after = {target: redistributed_attention(attention, sinks, visual, VARConfig((0,), 0.6, target=target))[0, 0, 0] for target in TARGETS}
+    after = {target: redistributed_attention(attention, sinks, visual, VARConfig((0,), 0.6, target=target))[0, 0, 0]
+             for target in TARGETS}
     assert torch.allclose(after["visual"], torch.tensor([0.2, 0.1, 0.1, 0.6]))
     assert torch.allclose(after["text"], torch.tensor([0.2, 0.25, 0.25, 0.3]))
     assert torch.allclose(after["both"], torch.tensor([0.2, 0.16, 0.16, 0.48]))
     for untouched in (none, ~visual):  # no image at all; an image that is all sinks
-        assert torch.equal(redistributed_attention(attention, sinks | visual if untouched is none else ~none, visual, VARConfig((0,))), attention)
+        assert torch.equal(redistributed_attention(attention, sinks | visual if untouched is none else ~none, visual,
+                                                   VARConfig((0,))), attention)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -102,8 +108,10 @@ def test_the_correction_is_what_the_definition_adds(target, choose, ratio, mass)
 
 
 @pytest.mark.parametrize("wrong, message", [
-    (dict(moved=1.2), "moved is 1.2, expected a share"), (dict(ratio=-0.1), "ratio is -0.1"), (dict(target="image"), "expected one of visual, text, both"),
-    (dict(layers=()), r"layers are \[\], expected one or more"), (dict(layers=(1, 3)), "before the last one, 3"), (dict(layers=(9,)), "from 0 to 3"),
+    (dict(moved=1.2), "moved is 1.2, expected a share"), (dict(ratio=-0.1), "ratio is -0.1"),
+    (dict(target="image"), "expected one of visual, text, both"),
+    (dict(layers=()), r"layers are \[\], expected one or more"), (dict(layers=(1, 3)), "before the last one, 3"),
+    (dict(layers=(9,)), "from 0 to 3"),
     (dict(dimensions=()), r"sink dimensions are \(\)"), (dict(dimensions=(48,)), "from 0 to 47")])
 def test_numbers_out_of_range_are_refused_before_anything_is_attached(one, wrong, message):
     with pytest.raises(ValueError, match=message), visual_redistribution(one.bundle, replace(CONFIG, **wrong)):
@@ -175,9 +183,12 @@ def run(model, prompts, config, steps=4, **options):
 
 def untouched(model):
     layers = decoder_layers(model.bundle)
-    assert not any(hasattr(layer.self_attn, HOOKS) or layer._forward_pre_hooks for layer in layers) and "generate" not in vars(model.bundle.model)
+    assert not any(
+        hasattr(layer.self_attn, HOOKS) or layer._forward_pre_hooks for layer in layers
+    ) and "generate" not in vars(model.bundle.model)
     assert model.bundle.family.language_of(model.bundle.model).config._attn_implementation == "sdpa"
-    assert not (model.bundle.model._forward_pre_hooks or model.bundle.family.language_of(model.bundle.model)._forward_hooks)
+    assert not (model.bundle.model._forward_pre_hooks
+                or model.bundle.family.language_of(model.bundle.model)._forward_hooks)
 
 
 def greedy(logits):
@@ -198,7 +209,8 @@ def test_a_padded_batch_with_cache_is_the_definition_one_by_one_without(model):
     untouched(model)
 
 
-@pytest.mark.parametrize("config", [replace(CONFIG, choose_heads=False), replace(CONFIG, layers=(0, 2), moved=1.0)], ids=["all heads", "other layers"])
+@pytest.mark.parametrize("config", [replace(CONFIG, choose_heads=False), replace(CONFIG, layers=(0, 2), moved=1.0)],
+                         ids=["all heads", "other layers"])
 def test_settings_reach_the_model(one, config):
     found = run(one, PROMPTS[:2], config, steps=2)
     for row in range(2):
@@ -210,7 +222,9 @@ def test_settings_reach_the_model(one, config):
 def test_text_as_a_target_counts_the_words_behind_the_cache(one, target):
     config = replace(CONFIG, target=target, choose_heads=False)
     with_cache, without = run(one, PROMPTS, config), run(one, PROMPTS, config, use_cache=False)
-    assert torch.allclose(with_cache, without, atol=1e-5) and (with_cache - run(one, PROMPTS, CONFIG)).abs().max() > 0.01
+    assert (
+        torch.allclose(with_cache, without, atol=1e-5) and (with_cache - run(one, PROMPTS, CONFIG)).abs().max() > 0.01
+    )
 
 
 def test_generation_with_cache_is_generation_without(model):
@@ -248,7 +262,11 @@ def test_low_precision_is_corrected_in_float32(one):
     half.bundle.model.bfloat16()
     with CONFIG.attach(half.bundle):
         found = half.logits(PROMPTS, steps=1)
-    assert found.dtype == torch.float32 and torch.isfinite(found).all() and (found - run(one, PROMPTS, CONFIG, steps=1)).abs().max() < 0.5
+    assert (
+        found.dtype == torch.float32
+        and torch.isfinite(found).all()
+        and (found - run(one, PROMPTS, CONFIG, steps=1)).abs().max() < 0.5
+    )
 
 
 def test_beams_share_the_sinks_of_their_prompt(one):
@@ -283,7 +301,8 @@ def test_several_tokens_behind_a_cache_are_corrected_like_one_by_one(one):
         cache = model(**prompt, past_key_values=DynamicCache(), use_cache=True).past_key_values
         together = model(input_ids=torch.tensor([[9, 10, 11]]), past_key_values=cache).logits
         cache = model(**prompt, past_key_values=DynamicCache(), use_cache=True).past_key_values
-        single = torch.cat([model(input_ids=torch.tensor([[token]]), past_key_values=cache).logits for token in (9, 10, 11)], dim=1)
+        single = torch.cat([model(input_ids=torch.tensor([[token]]), past_key_values=cache).logits
+                            for token in (9, 10, 11)], dim=1)
     assert torch.allclose(together, single, atol=1e-9)
 
 
@@ -300,7 +319,8 @@ def test_the_model_is_restored_after_an_error(one):
 
 def test_a_second_edit_a_window_and_another_kernel_are_refused(one, monkeypatch):
     config = one.bundle.family.language_of(one.bundle.model).config
-    with CONFIG.attach(one.bundle), pytest.raises(ValueError, match="layer 1 has an edit already"), CONFIG.attach(one.bundle):
+    with CONFIG.attach(one.bundle), pytest.raises(ValueError,
+                                                  match="layer 1 has an edit already"), CONFIG.attach(one.bundle):
         pass
     monkeypatch.setattr(decoder_layers(one.bundle)[2].self_attn, "sliding_window", 8)
     with pytest.raises(ValueError, match="layer 2 attends in a window of 8 tokens"), CONFIG.attach(one.bundle):

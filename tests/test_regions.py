@@ -18,7 +18,8 @@ def table(shift=0.0, n=20, seed=0, heads=1):
     for sample in range(n):
         page = 3 * draw.normal()  # pages differ far more than regions do
         for head in range(heads):
-            rows += [dict(sample=f"d{sample}", layer=0, head=head, region=region, value=page + draw.normal() + shift * (region == "text-dense"))
+            rows += [dict(sample=f"d{sample}", layer=0, head=head, region=region,
+                          value=page + draw.normal() + shift * (region == "text-dense"))
                      for region in ("text-dense", "sparse")]
     return pd.DataFrame(rows)
 
@@ -29,7 +30,9 @@ def test_difference_and_interval_are_those_of_the_paired_t_test(seed):
     found = paired_contrast(data, by=()).iloc[0]
     wide = data.pivot(index="sample", columns="region", values="value")
     known = ttest_rel(wide["text-dense"], wide["sparse"])
-    assert np.allclose((found["low"], found["high"]), known.confidence_interval(0.95)) and np.isclose(found["effect"], known.statistic / np.sqrt(20))
+    assert np.allclose((found["low"], found["high"]), known.confidence_interval(0.95)) and np.isclose(
+        found["effect"], known.statistic / np.sqrt(20)
+    )
 
 
 def test_intervals_cover_the_truth_as_often_as_they_say():
@@ -60,13 +63,16 @@ def test_shuffled_labels_keep_their_number_and_lose_their_difference():
     seen, densities = record(bundle, asked), {sample.id: text_map(sample) for sample in asked}
     real, control = (by_region(seen, densities, shuffle=seed) for seed in (None, 1))
     assert real.groupby(["tile", "region"])["n"].first().equals(control.groupby(["tile", "region"])["n"].first())
-    assert control["value"][control["region"] == "special"].tolist() == real["value"][real["region"] == "special"].tolist()
+    assert (
+        control["value"][control["region"] == "special"].tolist() == real["value"][real["region"] == "special"].tolist()
+    )
     effects = [paired_contrast(part)["effect"].abs().mean() for part in (real, control)]
     assert effects[1] < 0.5 * effects[0]  # text does change attention in this model; labels alone do not
 
 
 @pytest.mark.parametrize(("call", "message"), [
-    (lambda: paired_contrast(table(), pair=("text-dense", "other")), "no row of region 'other', found sparse, text-dense"),
+    (lambda: paired_contrast(table(), pair=("text-dense", "other")), "no row of region 'other', found sparse, "
+                                                                     "text-dense"),
     (lambda: paired_contrast(table(n=1)), "1 samples have both 'text-dense' and 'sparse', expected at least 2"),
 ])
 def test_wrong_requests_are_refused(call, message):

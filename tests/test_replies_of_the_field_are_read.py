@@ -1,4 +1,5 @@
-"""Replies as models write them: thoughts before the answer, letters with reasons, numbers in every writing; odd ones are counted and change no other."""
+"""Replies as models write them: thoughts before the answer, letters with reasons, numbers in every writing; odd
+ones are counted and change no other."""
 
 import json
 import time

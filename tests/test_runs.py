@@ -24,18 +24,28 @@ PLOTLY = "application/vnd.plotly.v1+json"
 def test_a_run_holds_notebook_parameters_metrics_records_and_provenance(home, capsys):
     run = run_study("draw", {"size": 6, "rate": 1}, name="six")
     assert run.parent == home / "exports" / "runs" / "draw"
-    assert {path.name for path in run.iterdir()} == {"notebook.ipynb", "parameters.yaml", "metrics.json", "timings.json", "records.parquet", "summary.txt",
+    assert {path.name for path in run.iterdir()} == {"notebook.ipynb", "parameters.yaml", "metrics.json",
+                                                     "timings.json", "records.parquet", "summary.txt",
                                                     "provenance.json", "figures", "checkpoint"}
     metrics = (run / "metrics.json").read_text()
     assert list(json.loads(metrics)) == ["a", "z"] and "seconds" not in metrics
-    assert (run / "parameters.yaml").read_text().splitlines() == ["checkpoint: false", "interactive: false", "label: 'a: b'", "rate: 1.0",
+    assert (run / "parameters.yaml").read_text().splitlines() == ["checkpoint: false", "interactive: false",
+                                                                  "label: 'a: b'", "rate: 1.0",
                                                                  "seconds: 0.0", "seed: 0", "size: 6"]
     facts = json.loads((run / "provenance.json").read_text())
-    assert {"git", "packages", "hardware", "seeds", "revisions", "wall_seconds", "started", "python", "study", "run"} <= set(facts)
-    assert facts["seeds"] == {"seed": 0} and set(json.loads((run / "timings.json").read_text())) == {"draw_seconds", "wall_seconds"}
+    assert {"git", "packages", "hardware", "seeds", "revisions", "wall_seconds", "started", "python", "study",
+            "run"} <= set(facts)
+    assert facts["seeds"] == {"seed": 0} and set(json.loads((run / "timings.json").read_text())) == {
+        "draw_seconds",
+        "wall_seconds",
+    }
     assert len(pd.read_parquet(run / "records.parquet")) == 6
     notebook = (run / "notebook.ipynb").read_text()
-    assert f"written to {run}" in notebook and ".partial" not in notebook and "widgets" not in nbformat.reads(notebook, 4).metadata
+    assert (
+        f"written to {run}" in notebook
+        and ".partial" not in notebook
+        and "widgets" not in nbformat.reads(notebook, 4).metadata
+    )
     assert find_run("six") == find_run("draw/six") == find_run(run.name) == run
     assert main(["show", "six"]) == 0 and "mean 0." in capsys.readouterr().out
 
@@ -74,19 +84,24 @@ def test_a_failed_study_keeps_its_traceback_and_is_no_run(home, forked_kernels, 
     assert [row[:2] for row in run_table()] == [(f"draw/{failed.name}", "failed")]
     with pytest.raises(FileNotFoundError, match="bad"):
         find_run("bad")
-    assert main(["run", "draw", "-p", "size", "-1"]) == 1, "a failed run does not block the next try, and the exit code says it failed"
+    assert main(["run", "draw", "-p", "size",
+                 "-1"]) == 1, "a failed run does not block the next try, and the exit code says it failed"
     assert "size is -1" in capsys.readouterr().err.splitlines()[-1]
     assert len(run_table()) == 2 and everything(home / "exports" / "runs" / "draw").count(failed.name) == 1
 
 
-@pytest.mark.parametrize("code, message", [("1 / 0", "ZeroDivisionError: division by zero"), ("import os; os._exit(3)", "DeadKernel"),
-                                           ("1 + 1", "without writing metrics.json"), ("import time; time.sleep(60)", "not finished within 4 seconds")],
+@pytest.mark.parametrize("code, message",
+                         [("1 / 0", "ZeroDivisionError: division by zero"), ("import os; os._exit(3)", "DeadKernel"),
+                                           ("1 + 1", "without writing metrics.json"),
+                                           ("import time; time.sleep(60)", "not finished within 4 seconds")],
                          ids=["error", "dead kernel", "no metrics", "hangs"])
 def test_whatever_stops_a_study_is_named(home, code, message):
     write_study(home / "studies", "broken", code)
     with pytest.raises(StudyFailed, match=message) as caught:
         run_study("broken", timeout=4 if "sleep" in code else None)
-    assert (caught.value.folder / "notebook.ipynb").exists() and message in (caught.value.folder / "error.txt").read_text()
+    assert (caught.value.folder / "notebook.ipynb").exists() and message in (
+        caught.value.folder / "error.txt"
+    ).read_text()
     assert finished_runs() == [] and [row[1] for row in run_table()] == ["failed"]
 
 
@@ -110,7 +125,12 @@ def test_whatever_stops_a_study_is_named(home, code, message):
 def test_bad_input_is_one_line_and_leaves_nothing_behind(home, capsys, arguments, message):
     assert main(arguments) == 2
     captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.startswith("sfa: ") and captured.err.count("\n") == 1 and message in captured.err
+    assert (
+        captured.out == ""
+        and captured.err.startswith("sfa: ")
+        and captured.err.count("\n") == 1
+        and message in captured.err
+    )
     assert everything(home / "exports") == [] and everything(home) == ["studies", "studies/draw.ipynb"]
 
 
@@ -138,7 +158,9 @@ def test_a_link_out_of_exports_is_not_followed(home, forked_kernels):
             find_run(name)
 
 
-@pytest.mark.parametrize("given, kept", [("plotly_mimetype", {PLOTLY}), (None, {PLOTLY, "image/png"} if browser() else {PLOTLY})], ids=["json", "default"])
+@pytest.mark.parametrize("given, kept",
+                         [("plotly_mimetype", {PLOTLY}), (None, {PLOTLY, "image/png"} if browser() else {PLOTLY})],
+                         ids=["json", "default"])
 def test_figures_are_kept_as_json_and_as_png_where_a_browser_is(home, monkeypatch, given, kept):
     monkeypatch.setenv("PLOTLY_RENDERER", given) if given else monkeypatch.delenv("PLOTLY_RENDERER", raising=False)
     write_study(home / "studies", "figure", f"{CODE}\nimport plotly.express as px\npx.line([1, 2])")
@@ -179,13 +201,17 @@ for _ in tqdm(range(300), mininterval=0): pass
 """
 
 
-def test_a_study_announces_its_parts_with_the_share_that_was_measured_and_keeps_bars_short_in_a_log(home, forked_kernels, monkeypatch, capfd):
+def test_a_study_announces_its_parts_with_the_share_that_was_measured_and_keeps_bars_short_in_a_log(
+    home, forked_kernels, monkeypatch, capfd
+):
     write_study(home / "studies", "bars", f"{CODE}{BARS}")
     measured = home / "stage_seconds.json"
     monkeypatch.setattr("sfa_core.runs.runs.STAGE_SECONDS", measured)
     said = {}
     for seed, size in ((0, 4), (1, 4), (2, 5)):
-        said[seed, size] = capfd.readouterr() and run_study("bars", {"seed": seed, "size": size}, progress=True) and capfd.readouterr()
+        said[seed, size] = (
+            capfd.readouterr() and run_study("bars", {"seed": seed, "size": size}, progress=True) and capfd.readouterr()
+        )
         if seed == 0:
             monkeypatch.setattr("build_site.STAGE_SECONDS", measured)
             build_site.keep_stage_seconds(finished_runs("bars")[0])
@@ -195,11 +221,17 @@ def test_a_study_announces_its_parts_with_the_share_that_was_measured_and_keeps_
     assert "\n== Drawing\n" in said[0, 4].err and "\n== Drawing\n" in said[2, 5].err, "not measured: not said"
     assert f"\n== Drawing (about {share:.0%} of the time)\n" in said[1, 4].err, "the seed is free"
     for output in said.values():
-        assert "unfinished\n" in output.out and output.err.count("300/300") == 1 and "\r" not in output.err and output.err.count("it/s") <= 1
+        assert (
+            "unfinished\n" in output.out
+            and output.err.count("300/300") == 1
+            and "\r" not in output.err
+            and output.err.count("it/s") <= 1
+        )
 
 
 def start(*arguments):
-    return subprocess.Popen([*SFA, "run", "draw", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen([*SFA, "run", "draw", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True)
 
 
 def test_two_processes_that_start_the_same_run_execute_it_once(home):
@@ -209,7 +241,9 @@ def test_two_processes_that_start_the_same_run_execute_it_once(home):
     assert len((home / "log").read_text().splitlines()) == 1
     assert len(finished_runs()) == 1 and len({output.splitlines()[-1] for output in outputs}) == 1
     assert sum("waiting for it" in output for output in outputs) == 1
-    assert [path.name for path in (exports_root() / "runs" / "draw").iterdir()] == [finished_runs()[0].name], "no lock, no partial folder stays behind"
+    assert [path.name for path in (exports_root() / "runs" / "draw").iterdir()] == [finished_runs()[0].name], (
+        "no lock, no partial folder stays behind"
+    )
 
 
 def test_a_killed_run_looks_unfinished_and_goes_on_from_its_checkpoint(home):
@@ -220,7 +254,8 @@ def test_a_killed_run_looks_unfinished_and_goes_on_from_its_checkpoint(home):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     kernel = int((home / "log").read_text())
-    wait_for(lambda: not os.path.exists(f"/proc/{kernel}") or "Z" in open(f"/proc/{kernel}/stat").read().rsplit(")")[1].split()[0], "the end of the kernel")
+    wait_for(lambda: not os.path.exists(f"/proc/{kernel}")
+             or "Z" in open(f"/proc/{kernel}/stat").read().rsplit(")")[1].split()[0], "the end of the kernel")
     assert finished_runs() == [] and [row[1] for row in run_table()] == ["unfinished"]
     again = start(*arguments)
     output = again.communicate(timeout=300)[0]

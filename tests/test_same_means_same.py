@@ -32,7 +32,8 @@ from sfa_core.training.stream import DocumentSet, Mixture
 
 FORKS = multiprocessing.get_context("forkserver")
 TOKENIZER = train_tokenizer(["What is Oslo? 42 and 59", "the total of all bars"] * 4, 320)
-SMALL = EmbeddedConfig(vision_width=32, vision_layers=2, vision_heads=2, vision_hidden=64, language_width=64, language_layers=2, language_heads=2,
+SMALL = EmbeddedConfig(vision_width=32, vision_layers=2, vision_heads=2, vision_hidden=64, language_width=64,
+                       language_layers=2, language_heads=2,
                        language_kv_heads=1, head_dim=32, language_hidden=64)
 
 
@@ -83,7 +84,9 @@ def test_a_file_its_bytes_and_another_folder_are_the_same_data(tmp_path, monkeyp
         png("red"), "page.png", tmp_path / "here" / "page.png", str(tmp_path / "there" / "page.png"))}
     assert keys == {data_digest([ONE])}
     (tmp_path / "there" / "page.png").unlink()
-    assert data_digest([replace(ONE, source=tmp_path / "there" / "page.png")]) not in keys, "a file that is gone is another picture"
+    assert data_digest([replace(ONE, source=tmp_path / "there" / "page.png")]) not in keys, (
+        "a file that is gone is another picture"
+    )
 
 
 def test_generated_documents_differ_by_language_size_preset_kinds_and_seed():
@@ -113,7 +116,8 @@ def test_rows_of_a_data_set_are_seen_to_the_last_answer():
 
 def test_a_mixture_is_its_names_weights_and_contents():
     a, b, korean = documents(2, 1), documents(2, 2), documents(2, 2, language="ko")
-    mixtures = [Mixture({"a": a, "b": b}), Mixture({"a": a, "b": korean}), Mixture({"a": a, "b": b}, {"a": 1, "b": 2}), Mixture({"b": b, "a": a})]
+    mixtures = [Mixture({"a": a, "b": b}), Mixture({"a": a, "b": korean}), Mixture({"a": a, "b": b}, {"a": 1, "b": 2}),
+                Mixture({"b": b, "a": a})]
     assert len({mixture.digest for mixture in mixtures}) == 4 and Mixture({"a": a, "b": b}).digest == mixtures[0].digest
 
 
@@ -134,7 +138,7 @@ def test_one_byte_in_the_middle_of_a_large_file_is_seen_whatever_its_time_says(t
 
 
 CODE = "from sfa_core.core.paths import DATA\n\ndef f():\n    return DATA"
-PROSE = '"What it is."\n# a comment\nfrom sfa_core.core.paths import DATA\n\n\ndef f():\n    "Say more."\n    return DATA  # here'
+PROSE = '"What it is."\n# a comment\nfrom sfa_core.core.paths import DATA\n\n\ndef f():\n    "Say more."\n    return DATA  # here'  # noqa: E501
 
 
 def test_prose_in_a_study_is_free_and_statements_are_not():
@@ -155,7 +159,8 @@ def package(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name, text, same", [
     ("two", "x = 2\n", False), ("one", '"One."\nfrom .two import x\nx += 1\n', False),
-    ("two", '"Two."\n# more\nx = 1\n', True), ("one", '"Another word."\nfrom .two import x\n', True), ("three", "y = 2\n", True)])
+    ("two", '"Two."\n# more\nx = 1\n', True), ("one", '"Another word."\nfrom .two import x\n', True),
+    ("three", "y = 2\n", True)])
 def test_a_module_counts_where_it_is_imported_and_with_its_statements_alone(package, name, text, same):
     study = "from sfa_core.part.one import x"
     before = code_digest(study)
@@ -239,7 +244,8 @@ def test_a_model_is_the_same_wherever_it_lies_and_whatever_it_was_asked(model, t
     with_structure(model)
     eject(model)
     assert model.identity == before == load_model(save_model(model, tmp_path / "copy"), placement="cpu").identity
-    assert len({new_bundle(SMALL, TOKENIZER, seed=seed).identity for seed in (0, 0, 1)}) == 2, "a model that was never saved is its tensors"
+    assert len({new_bundle(SMALL, TOKENIZER, seed=seed).identity
+                for seed in (0, 0, 1)}) == 2, "a model that was never saved is its tensors"
 
 
 def test_one_byte_of_70_mib_of_weights_is_another_model_to_a_run(tmp_path, monkeypatch):
@@ -272,8 +278,10 @@ def test_bits_are_part_of_a_model(model):
 
 STUDY = [
     'out_dir: str = ""  # folder', "seed: int = 0  # of nothing", "interactive: bool = False  # live figures",
-    'model: str = "embedded"  # [model] a model', 'models: str = ""  # [models] several', 'arm: str = ""  # [arm] an arm',
-    'mixtures: str = ""  # [mixture] what is learned', 'benchmarks: str = ""  # [data] what is asked', 'source: str = ""  # [source] of those',
+    'model: str = "embedded"  # [model] a model', 'models: str = ""  # [models] several',
+    'arm: str = ""  # [arm] an arm',
+    'mixtures: str = ""  # [mixture] what is learned', 'benchmarks: str = ""  # [data] what is asked',
+    'source: str = ""  # [source] of those',
     'images: str = ""  # [path] pages', 'label: str = ""  # a text',
 ]
 
@@ -304,8 +312,10 @@ def folder(place, name, text="1"):
 
 
 NAMED = {  # parameters that name the folder {0}, alone or among others
-    "model": dict(model="{0}"), "models": dict(models="embedded, {0}"), "arm": dict(arm="{0}"), "images": dict(images="{0}"),
-    "mixture": dict(mixtures="line:1 | bar:2 chartqa/train@{0}:1"), "benchmarks": dict(benchmarks="synthetic chartqa@{0}"),
+    "model": dict(model="{0}"), "models": dict(models="embedded, {0}"), "arm": dict(arm="{0}"),
+    "images": dict(images="{0}"),
+    "mixture": dict(mixtures="line:1 | bar:2 chartqa/train@{0}:1"),
+    "benchmarks": dict(benchmarks="synthetic chartqa@{0}"),
     "source": dict(benchmarks="chartqa", source="{0}")}
 
 
@@ -328,13 +338,16 @@ def test_a_text_without_a_tag_and_a_name_of_a_run_never_mean_the_working_directo
     folder(study, "control")
     assert before == (run_identity("toy", {"label": "control"}), run_identity("toy", {"arm": "control"}))
     assert run_identity("toy", {"arm": "./control"}) != before[1]
-    with pytest.raises(FileNotFoundError, match=r"no finished run is named 'mine'.*written with a slash, such as ./mine"):
+    with pytest.raises(FileNotFoundError,
+                       match=r"no finished run is named 'mine'.*written with a slash, such as ./mine"):
         run_identity("toy", {"arm": "mine"})
 
 
 HUB = {
-    "model": dict(model="some/model"), "models": dict(models="embedded,some/model"), "benchmarks": dict(benchmarks="synthetic chartqa@some/model"),
-    "own": dict(benchmarks="chartqa"), "source": dict(benchmarks="chartqa", source="some/model"), "mixture": dict(mixtures="line:1 chartqa@some/model:1")}
+    "model": dict(model="some/model"), "models": dict(models="embedded,some/model"),
+    "benchmarks": dict(benchmarks="synthetic chartqa@some/model"),
+    "own": dict(benchmarks="chartqa"), "source": dict(benchmarks="chartqa", source="some/model"),
+    "mixture": dict(mixtures="line:1 chartqa@some/model:1")}
 
 
 @pytest.mark.parametrize("given", HUB.values(), ids=HUB)
@@ -363,7 +376,8 @@ def test_a_name_of_the_hub_that_nobody_knows_is_refused_in_one_line(study, given
     def offline(self, name, **options):
         raise ConnectionError("offline")
     monkeypatch.setattr(HfApi, "repo_info", offline)
-    with pytest.raises(FileNotFoundError, match="the commit of (model|dataset) .* is not known.*name the commit as") as error:
+    with pytest.raises(FileNotFoundError,
+                       match="the commit of (model|dataset) .* is not known.*name the commit as") as error:
         run_identity("toy", given)
     assert "\n" not in str(error.value)
     pinned = {name: value.replace("some/model", "some/model@" + "c" * 40) for name, value in given.items()}
@@ -408,13 +422,17 @@ def cell(bundle, data, **options):
 def test_every_change_of_data_model_code_or_package_is_another_cell(model, monkeypatch, tmp_path):
     monkeypatch.setenv("SFA_EXPORTS", str(tmp_path))
     trained = []
-    monkeypatch.setattr(ablation, "finetune", lambda *given, original=ablation.finetune, **options: trained.append(1) or original(*given, **options))
+    monkeypatch.setattr(ablation, "finetune",
+                        lambda *given, original=ablation.finetune, **options: trained.append(1)
+                        or original(*given, **options))
     english = DocumentSet(documents(4, 1))
     first = cell(model, english)
     for made in (cell(model, english), cell(fresh(), DocumentSet(samples(documents(4, 1))))):
         assert trained == [1] and made[0].equals(first[0])
-    others = [(model, DocumentSet(documents(4, 1, language="ko"))), (model, DocumentSet(documents(4, 1, size=168))), (nudged(fresh()), english),
-              (load_model("embedded", precision="bfloat16", placement="cpu"), english), (at_resolution(fresh(), 168), english)]
+    others = [(model, DocumentSet(documents(4, 1, language="ko"))), (model, DocumentSet(documents(4, 1, size=168))),
+              (nudged(fresh()), english),
+              (load_model("embedded", precision="bfloat16", placement="cpu"), english),
+              (at_resolution(fresh(), 168), english)]
     for number, other in enumerate(others, start=2):
         cell(*other)
         assert len(trained) == number
@@ -481,7 +499,8 @@ def test_a_training_does_not_go_on_with_other_data_of_the_same_ids(model, tmp_pa
     asked = samples(documents(4, 1))
     config = FinetuneConfig("control", steps=4, batch_size=2, questions=1, checkpoint_every=1)
     finetune(model, asked, config, tmp_path, until=2, progress=False)
-    for other in ([replace(asked[0], answers=("0",)), *asked[1:]], [replace(asked[0], source=asked[-1].source), *asked[1:]]):
+    for other in ([replace(asked[0], answers=("0",)), *asked[1:]],
+                  [replace(asked[0], source=asked[-1].source), *asked[1:]]):
         with pytest.raises(ValueError, match="belongs to another run, identity.data is"):
             finetune(model, other, config, tmp_path, progress=False)
     assert finetune(model, samples(documents(4, 1)), config, tmp_path, progress=False).position.step == 4

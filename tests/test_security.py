@@ -1,4 +1,5 @@
-"""Nothing that is read can run code, what is downloaded has a revision, names stay inside exports, and the lab keeps to itself."""
+"""Nothing that is read can run code, what is downloaded has a revision, names stay inside exports, and the lab
+keeps to itself."""
 import ast
 import json
 import os
@@ -33,7 +34,8 @@ from toy_study import wait_for
 
 ROOT = Path(__file__).resolve().parents[1]
 PICKLE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
-OPENING = {"torch": {"load"}, "np": {"load"}, "numpy": {"load"}, "pd": {"read_pickle", "read_hdf"}, "pandas": {"read_pickle", "read_hdf"},
+OPENING = {"torch": {"load"}, "np": {"load"}, "numpy": {"load"}, "pd": {"read_pickle", "read_hdf"},
+           "pandas": {"read_pickle", "read_hdf"},
            "yaml": {"load", "load_all", "unsafe_load", "full_load"}}
 
 
@@ -56,7 +58,11 @@ def dangers(source):
             yield from (name for name in names if name.split(".")[0] in PICKLE)
         elif isinstance(node, ast.Call):
             function = node.func
-            if isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name) and function.attr in OPENING.get(function.value.id, ()):
+            if (
+                isinstance(function, ast.Attribute)
+                and isinstance(function.value, ast.Name)
+                and function.attr in OPENING.get(function.value.id, ())
+            ):
                 yield f"{function.value.id}.{function.attr}"
             if isinstance(function, ast.Name) and function.id in ("eval", "exec"):
                 yield function.id
@@ -65,14 +71,18 @@ def dangers(source):
                 yield f"{function.attr} without trust_remote_code=False"
             for keyword in node.keywords:
                 untrusted = isinstance(keyword.value, ast.Constant) and keyword.value.value is False
-                if keyword.arg in ("allow_pickle", "weights_only") or keyword.arg == "trust_remote_code" and not untrusted:
+                if keyword.arg in ("allow_pickle",
+                                   "weights_only") or keyword.arg == "trust_remote_code" and not untrusted:
                     yield keyword.arg
 
 
 @pytest.mark.parametrize("source, name", [
-    ("import pickle", "pickle"), ("from joblib import load", "joblib"), ("torch.load(p)", "torch.load"), ("np.load(p, allow_pickle=True)", "allow_pickle"),
-    ("M.from_pretrained(p, trust_remote_code=True)", "trust_remote_code"), ("M.from_config(c, trust_remote_code=t)", "trust_remote_code"),
-    ("M.from_pretrained(p)", "from_pretrained without trust_remote_code=False"), ("f(C)(1).from_config(c)", "from_config without trust_remote_code=False"),
+    ("import pickle", "pickle"), ("from joblib import load", "joblib"), ("torch.load(p)", "torch.load"),
+    ("np.load(p, allow_pickle=True)", "allow_pickle"),
+    ("M.from_pretrained(p, trust_remote_code=True)", "trust_remote_code"),
+    ("M.from_config(c, trust_remote_code=t)", "trust_remote_code"),
+    ("M.from_pretrained(p)", "from_pretrained without trust_remote_code=False"),
+    ("f(C)(1).from_config(c)", "from_config without trust_remote_code=False"),
     ("yaml.load(t, Loader=L)", "yaml.load"), ("pd.read_pickle(p)", "pd.read_pickle")])
 def test_the_scan_finds_what_it_is_for(source, name):
     assert name in set(dangers(source)) and not set(
@@ -100,8 +110,10 @@ def test_the_trap_works(planted):
     assert planted[1].exists()
 
 
-NAMES = ("records.parquet", "metrics.json", "provenance.json", "parameters.yaml", "weights.safetensors", "model.safetensors", "config.json",
-         "pytorch_model.bin", "training_args.bin", "test-00000.parquet", "dataset_info.json", "state.json", "questions.jsonl", "optimizer.pt", "small.yaml")
+NAMES = ("records.parquet", "metrics.json", "provenance.json", "parameters.yaml", "weights.safetensors",
+         "model.safetensors", "config.json",
+         "pytorch_model.bin", "training_args.bin", "test-00000.parquet", "dataset_info.json", "state.json",
+         "questions.jsonl", "optimizer.pt", "small.yaml")
 
 
 def test_a_pickle_planted_under_any_name_is_never_opened(tmp_path, planted, monkeypatch):
@@ -112,8 +124,10 @@ def test_a_pickle_planted_under_any_name_is_never_opened(tmp_path, planted, monk
         (run / name).write_bytes(content)
     (run / "SHA256SUMS").write_text("".join(f"{read_digest(run / name)}  {name}\n" for name in NAMES))
     monkeypatch.setenv("SFA_EXPORTS", str(tmp_path / "exports"))
-    readers = [lambda: read_folder(run), lambda: load_model(run), lambda: load_benchmark("chartqa", source=run), lambda: load_benchmark("folder", source=run),
-               lambda: run_rates(run), lambda: tidy_records({run: {}}, tmp_path / "out.parquet"), lambda: facts_of(run), lambda: parameters_of(run),
+    readers = [lambda: read_folder(run), lambda: load_model(run), lambda: load_benchmark("chartqa", source=run),
+               lambda: load_benchmark("folder", source=run),
+               lambda: run_rates(run), lambda: tidy_records({run: {}}, tmp_path / "out.parquet"), lambda: facts_of(run),
+               lambda: parameters_of(run),
                lambda: read_grid(run / "small.yaml")]
     for reader in readers:
         with pytest.raises((ValueError, OSError, yaml.YAMLError, SafetensorError)):
@@ -142,7 +156,8 @@ def test_a_model_is_downloaded_in_the_revision_that_is_named_or_was_there_first(
     asked, first, other = [], "0" * 40, "1" * 40
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     cache_of(tmp_path / "hub", "model", "known/model", [first, other], first)
-    monkeypatch.setattr(sfa_core.models.load, "snapshot_download", lambda name, **options: asked.append((name, options["revision"])) or str(tmp_path))
+    monkeypatch.setattr(sfa_core.models.load, "snapshot_download",
+                        lambda name, **options: asked.append((name, options["revision"])) or str(tmp_path))
     for name in ("new/model@abc123", "new/model", "known/model", f"known/model@{other}"):
         sfa_core.models.load.find_model(name)
     assert asked == [("new/model", "abc123"), ("new/model", "main"), ("known/model", first), ("known/model", other)]
@@ -162,18 +177,24 @@ def test_a_data_set_is_downloaded_in_the_revision_that_is_named(monkeypatch, tmp
     cache_of(tmp_path / "hub", "dataset", "HuggingFaceM4/ChartQA", [first])
     with pytest.raises(FileNotFoundError, match="cannot be read"):
         load_benchmark("chartqa")
-    assert asked == [("HuggingFaceM4/ChartQA", "abc123"), ("HuggingFaceM4/ChartQA", None), ("HuggingFaceM4/ChartQA", first)]
+    assert asked == [("HuggingFaceM4/ChartQA", "abc123"), ("HuggingFaceM4/ChartQA", None),
+                     ("HuggingFaceM4/ChartQA", first)]
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.text(max_size=12) | st.sampled_from(["..", ".", "../x", "a/../../b", "a/b", "/etc", "~", "a\0b", "a\nb", "-x", ".hidden", "con", "a b"]))
+@given(st.text(max_size=12)
+       | st.sampled_from(["..", ".", "../x", "a/../../b", "a/b", "/etc", "~", "a\0b", "a\nb", "-x", ".hidden", "con",
+                          "a b"]))
 def test_a_name_is_refused_or_stays_one_component(name):
-    for check in (lambda: component(name, "run"), lambda: alias_name(name), lambda: find_run(name) if "/" not in name else study_path(name)):
+    for check in (lambda: component(name, "run"), lambda: alias_name(name),
+                  lambda: find_run(name) if "/" not in name else study_path(name)):
         try:
             check()
         except (ValueError, FileNotFoundError):
             continue
-        assert (Path("/exports/runs/study") / name).resolve().parent == Path("/exports/runs/study") and not name.startswith("."), name
+        assert (Path("/exports/runs/study") / name).resolve().parent == Path(
+            "/exports/runs/study"
+        ) and not name.startswith("."), name
 
 
 def test_make_lab_listens_on_loopback_and_answers_nobody_without_the_token(tmp_path):
@@ -182,7 +203,8 @@ def test_make_lab_listens_on_loopback_and_answers_nobody_without_the_token(tmp_p
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    places = {name: str(tmp_path / name) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_DATA_DIR", "IPYTHONDIR")}
+    places = {name: str(tmp_path / name)
+              for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_DATA_DIR", "IPYTHONDIR")}
     clean = {name: value for name, value in os.environ.items() if not name.startswith("JUPYTER")}
     with (tmp_path / "log").open("w") as log:
         more = ["--no-browser", "--allow-root", f"--ServerApp.port={port}", "--ServerApp.port_retries=0"]
@@ -195,9 +217,11 @@ def test_make_lab_listens_on_loopback_and_answers_nobody_without_the_token(tmp_p
             urllib.request.urlopen(f"http://127.0.0.1:{port}/api/contents")
         assert refused.value.code == 403
         assert urllib.request.urlopen(f"http://127.0.0.1:{port}/api/contents?token={token}").status == 200
-        tables = [path.read_text().splitlines()[1:] for path in map(Path, ("/proc/net/tcp", "/proc/net/tcp6")) if path.exists()]
+        tables = [path.read_text().splitlines()[1:]
+                  for path in map(Path, ("/proc/net/tcp", "/proc/net/tcp6")) if path.exists()]
         entries = [line.split() for table in tables for line in table]
-        listening = {entry[1].split(":")[0] for entry in entries if entry[3] == "0A" and int(entry[1].split(":")[1], 16) == port}
+        listening = {entry[1].split(":")[0]
+                     for entry in entries if entry[3] == "0A" and int(entry[1].split(":")[1], 16) == port}
         assert listening == {"0100007F"}, "127.0.0.1 and no other address"
     finally:
         server.terminate()

@@ -17,7 +17,8 @@ STUDIES = sorted(ROOT.glob("notebooks/studies/*.ipynb"))
 
 def code(path):
     cells = nbformat.read(path, 4).cells
-    return [cell.source for cell in cells if cell.cell_type == "code" and "injected-parameters" not in cell.metadata.get("tags", [])]
+    return [cell.source for cell in cells if cell.cell_type == "code"
+            and "injected-parameters" not in cell.metadata.get("tags", [])]
 
 
 @pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.stem)
@@ -26,7 +27,9 @@ def test_rendered_study_is_the_study(study):
     assert rendered.is_file(), f"{study.stem} is not rendered: `make rendered` executes it into exports/rendered"
     assert code(rendered) == code(study), f"{study.stem} has changed since it was rendered: run `make rendered`"
     text = rendered.read_text()
-    assert str(ROOT) not in text and "application/vnd.jupyter.widget" not in text and '"output_type": "error"' not in text
+    assert (
+        str(ROOT) not in text and "application/vnd.jupyter.widget" not in text and '"output_type": "error"' not in text
+    )
     assert rendered.stat().st_size < 1_000_000, "a code host shows pages below 1 MB"
 
 
@@ -51,11 +54,14 @@ def site(executed, smoke_run, tmp_path_factory):
 
 
 def test_a_notebook_that_fails_ends_neither_the_run_nor_the_site(tmp_path, monkeypatch, capsys):
-    "One stops at a cell, one loses its process: both pages are drawn, those after them too; the command fails at the end and names both."
+    """One stops at a cell, one loses its process: both pages are drawn, those after them too; the command fails at
+    the end and names both."""
     notebooks = tmp_path / "notebooks"
-    broken = {"01_core/70_memory": "0 / 0", "02_documents/40_numbers": "6 * 7", "09_training/15_schedule": "import os\nos._exit(3)"}
+    broken = {"01_core/70_memory": "0 / 0", "02_documents/40_numbers": "6 * 7",
+              "09_training/15_schedule": "import os\nos._exit(3)"}
     (notebooks / "library").mkdir(parents=True)
-    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# index")]), notebooks / "index.ipynb")
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# index")]),
+                   notebooks / "index.ipynb")
     for name, source in broken.items():
         notebook = nbformat.read(ROOT / "notebooks" / "library" / f"{name}.ipynb", 4)
         exported = [cell for cell in notebook.cells if cell.source.startswith("#|")]
@@ -69,9 +75,11 @@ def test_a_notebook_that_fails_ends_neither_the_run_nor_the_site(tmp_path, monke
     out, err = capsys.readouterr()
     assert ended.value.code == 1 and err.splitlines()[-1].endswith(": 01_core/70_memory, 09_training/15_schedule")
     library = Path(out.strip()).parent / "library"
-    shown = {name: BeautifulSoup((library / f"{name}.html").read_text(), "html.parser").select_one("article").text for name in broken}
+    shown = {name: BeautifulSoup((library / f"{name}.html").read_text(), "html.parser").select_one("article").text
+             for name in broken}
     assert "ZeroDivisionError" in shown["01_core/70_memory"] and "42" in shown["02_documents/40_numbers"]
-    assert [name for name, text in shown.items() if "stopped before its end" in text] == ["01_core/70_memory", "09_training/15_schedule"]
+    assert [name for name, text in shown.items()
+            if "stopped before its end" in text] == ["01_core/70_memory", "09_training/15_schedule"]
 
 
 def test_site_has_a_page_for_every_notebook_and_asks_for_nothing_from_outside(site):
@@ -79,8 +87,10 @@ def test_site_has_a_page_for_every_notebook_and_asks_for_nothing_from_outside(si
     for notebook in pages.rglob("*.ipynb"):
         page = html / notebook.relative_to(pages).with_suffix(".html")
         text = page.read_text()
-        assert not re.findall(r'(?:<script[^>]*src|<link(?![^>]*canonical)[^>]*href|<img[^>]*src)="(?:https?:)?//[^"]*', text), page
-        figures = sum(build_site.PLOTLY in output.get("data", {}) for cell in nbformat.read(notebook, 4).cells for output in cell.get("outputs", []))
+        assert not re.findall(r'(?:<script[^>]*src|<link(?![^>]*canonical)[^>]*href|<img[^>]*src)="(?:https?:)?//[^"]*',
+                              text), page
+        figures = sum(build_site.PLOTLY in output.get("data", {}) for cell in nbformat.read(notebook, 4).cells
+                      for output in cell.get("outputs", []))
         assert text.count('class="sfa-plotly"') == figures, f"{page.name} shows every figure"
         assert "vnd.jupyter.widget" not in text
 
@@ -109,7 +119,13 @@ def test_no_link_is_broken(site):
             if re.match(r"[a-z]+:", address):
                 continue
             target, seen = (page.parent / address).resolve() if address else page, seen + 1
-            if not target.is_file() or place and target in places and place not in places[target] and 'class="skip-link"' not in tag:
+            if (
+                not target.is_file()
+                or place
+                and target in places
+                and place not in places[target]
+                and 'class="skip-link"' not in tag
+            ):
                 broken.append((page.name, link))
     assert seen > 500 and broken == []
 
@@ -119,8 +135,16 @@ def test_index_shows_the_pipeline_and_the_api_lists_every_function(site):
     index = BeautifulSoup((html / "index.html").read_text(), "html.parser")
     stages = [link.text for link in index.select("#how-data-flows > blockquote a")]
     assert stages == list(build_site.flow.FLOW) and index.select_one("#how-data-flows img")["src"].endswith("all.svg")
-    listed = {link.text for link in BeautifulSoup((html / "api.html").read_text(), "html.parser").select("article table a")}
-    assert {"record", "AttentionRecord", "AttentionExplorer", "load_model", "evaluate", "make_document"} <= listed and len(listed) > 150
+    listed = {link.text for link in BeautifulSoup((html / "api.html").read_text(),
+                                                  "html.parser").select("article table a")}
+    assert {
+        "record",
+        "AttentionRecord",
+        "AttentionExplorer",
+        "load_model",
+        "evaluate",
+        "make_document",
+    } <= listed and len(listed) > 150
 
 
 def test_no_formula_is_cut_off_on_a_desktop(site, browser):
@@ -129,8 +153,10 @@ def test_no_formula_is_cut_off_on_a_desktop(site, browser):
     for path in sorted(html.rglob("*.html")):
         if '<div class="math">' in path.read_text():
             page.goto(path.as_uri(), wait_until="domcontentloaded")
-            widths = page.evaluate("() => [...document.querySelectorAll('div.math')].map(e => [e.scrollWidth, e.clientWidth])")
-            seen, cut = seen + len(widths), cut + [(path.name, needed, there) for needed, there in widths if needed > there]
+            widths = page.evaluate("() => [...document.querySelectorAll('div.math')].map(e => [e.scrollWidth, "
+                                   "e.clientWidth])")
+            seen, cut = seen + len(widths), cut + [(path.name, needed, there)
+                                                   for needed, there in widths if needed > there]
     page.close()
     assert seen > 10 and cut == []
 
@@ -139,15 +165,22 @@ def test_no_formula_is_cut_off_on_a_desktop(site, browser):
 @pytest.mark.parametrize("width", [1400, 390], ids=["wide", "phone"])
 def test_pages_fit_the_screen_and_search_finds(site, browser, width, dark):
     html, _ = site
-    page, errors = browser.new_page(viewport={"width": width, "height": 900}, color_scheme="dark" if dark else "light"), []
+    page, errors = browser.new_page(viewport={"width": width, "height": 900},
+                                    color_scheme="dark" if dark else "light"), []
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.goto((html / "index.html").as_uri())
-    assert page.evaluate("() => document.documentElement.scrollWidth <= innerWidth + 1"), "the page is wider than the screen"
-    background = page.evaluate("() => getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).map(Number)")
+    assert page.evaluate("() => document.documentElement.scrollWidth <= innerWidth + 1"), (
+        "the page is wider than the screen"
+    )
+    background = page.evaluate("() => getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, "
+                               "3).map(Number)")
     assert (sum(background) < 200) == dark
     page.goto((html / "search.html").as_uri() + "?q=wilson")
     page.locator("#search-results li a").first.wait_for(timeout=30_000)
-    assert any("10_metrics" in link.get_attribute("href") for link in page.locator("#search-results li a").all()) and errors == []
+    assert (
+        any("10_metrics" in link.get_attribute("href") for link in page.locator("#search-results li a").all())
+        and errors == []
+    )
     page.close()
 
 
@@ -158,12 +191,15 @@ def test_a_slider_on_the_site_changes_its_figure(site, browser):
     figure = page.locator(".sfa-plotly:has(.slider-container)").first
     figure.locator(".slider-grip-rect").wait_for(timeout=30_000)
     figure.scroll_into_view_if_needed()
-    before, (last, steps) = (figure.evaluate("f => JSON.stringify(f._fullData.filter(t => t.type == 'heatmap').map(t => Array.from(t.z[0])))"),
-                             figure.evaluate("f => [f._transitionData._frames.length - 1, f._fullLayout.sliders[0].steps.length]"))
+    before, (last, steps) = (figure.evaluate("f => JSON.stringify(f._fullData.filter(t => t.type == 'heatmap').map(t "
+                                             "=> Array.from(t.z[0])))"),
+                             figure.evaluate("f => [f._transitionData._frames.length - 1, "
+                                             "f._fullLayout.sliders[0].steps.length]"))
     rail = figure.locator(".slider-rail-touch-rect").bounding_box()
     page.mouse.click(rail["x"] + rail["width"] - 3, rail["y"] + rail["height"] / 2)
     page.wait_for_function("f => f._fullLayout.sliders[0].active > 0", arg=figure.element_handle(), timeout=30_000)
     page.wait_for_timeout(300)
-    after = figure.evaluate("f => JSON.stringify(f._fullData.filter(t => t.type == 'heatmap').map(t => Array.from(t.z[0])))")
+    after = figure.evaluate("f => JSON.stringify(f._fullData.filter(t => t.type == 'heatmap').map(t => "
+                            "Array.from(t.z[0])))")
     assert last == steps - 1 >= 1 and after != before
     page.close()

@@ -1,4 +1,5 @@
-"""Structural attention is exact: low rank equals the explicit bias, and attaching it changes a model only as far as its weights say."""
+"""Structural attention is exact: low rank equals the explicit bias, and attaching it changes a model only as far as
+its weights say."""
 import copy
 import json
 import math
@@ -12,17 +13,35 @@ from tiny_internvl import bundle_of, pixels, tiny_internvl
 from torch.nn.functional import scaled_dot_product_attention
 
 import sfa_core.structure.inject as attention_module
-from sfa_core.structure.inject import eject, inject, set_blocks, set_geometry, structures_of, use_attention, vision_attention, visible_attention
+from sfa_core.structure.inject import (
+    eject,
+    inject,
+    set_blocks,
+    set_geometry,
+    structures_of,
+    use_attention,
+    vision_attention,
+    visible_attention,
+)
 from sfa_core.structure.store import load_structure, save_structure
 from sfa_core.core.families import FAMILIES, family_of
 from sfa_core.structure.kernels import MaskCache, chunked_attention, low_rank_attention, may_cache
 from sfa_core.structure.strips import grid_attention, may_strip
 from sfa_core.core.memory import MemoryProbe
-from sfa_core.structure.bias import PADDING, TERMS, StructuralBias, grid_geometry, merge_cells, uniform_geometry, with_blocks
+from sfa_core.structure.bias import (
+    PADDING,
+    TERMS,
+    StructuralBias,
+    grid_geometry,
+    merge_cells,
+    uniform_geometry,
+    with_blocks,
+)
 
 INTERNVL = FAMILIES["internvl"]
 CLOSE = {torch.float64: 1e-10, torch.float32: 1e-5}
-COMBINATIONS = [TERMS, ("row",), ("column",), ("distance",), ("block",), ("row", "column"), ("row", "column", "distance"), ("distance", "block")]
+COMBINATIONS = [TERMS, ("row",), ("column",), ("distance",), ("block",), ("row", "column"),
+                ("row", "column", "distance"), ("distance", "block")]
 
 
 def random_bias(heads=2, blocks=4, terms=TERMS, seed=0, dtype=torch.float64):
@@ -78,7 +97,8 @@ def error_of(ours, reference):
 # --- the bias itself -------------------------------------------------------------------------------------------------
 
 @settings(max_examples=30, deadline=None)
-@given(height=st.integers(1, 4), width=st.integers(1, 4), special=st.integers(0, 2), terms=st.sampled_from(COMBINATIONS), seed=st.integers(0, 10_000))
+@given(height=st.integers(1, 4), width=st.integers(1, 4), special=st.integers(0, 2),
+       terms=st.sampled_from(COMBINATIONS), seed=st.integers(0, 10_000))
 def test_dense_bias_is_the_formula(height, width, special, terms, seed):
     "Against loops over pairs of cells, written from the formula alone."
     bias = random_bias(heads=1, blocks=3, terms=terms, seed=seed)
@@ -92,13 +112,20 @@ def test_dense_bias_is_the_formula(height, width, special, terms, seed):
                 (ri, ci), (rj, cj) = divmod(i - special, width), divmod(j - special, width)
                 expected += weight["row"].item() * (ri == rj) if "row" in weight else 0
                 expected += weight["column"].item() * (ci == cj) if "column" in weight else 0
-                expected -= weight["distance"].item() * (abs(ri - rj) + abs(ci - cj)) / (height + width) if "distance" in weight else 0
-                expected += (weight["block"][ids[i - special], 0] * weight["block"][ids[j - special], 0]).item() if "block" in weight else 0
+                expected -= (
+                    weight["distance"].item() * (abs(ri - rj) + abs(ci - cj)) / (height + width)
+                    if "distance" in weight
+                    else 0
+                )
+                expected += (weight["block"][ids[i - special],
+                                             0] * weight["block"][ids[j - special],
+                                                                  0]).item() if "block" in weight else 0
             assert math.isclose(table[i, j].item(), expected, abs_tol=1e-12)
 
 
 @settings(max_examples=30, deadline=None)
-@given(height=st.integers(1, 5), width=st.integers(1, 5), special=st.integers(0, 2), terms=st.sampled_from(COMBINATIONS), seed=st.integers(0, 10_000))
+@given(height=st.integers(1, 5), width=st.integers(1, 5), special=st.integers(0, 2),
+       terms=st.sampled_from(COMBINATIONS), seed=st.integers(0, 10_000))
 def test_factors_multiply_to_the_dense_bias(height, width, special, terms, seed):
     bias, geometry = random_bias(terms=terms, seed=seed), uniform_geometry(height, width, special)
     query, key = bias.factors(geometry)
@@ -120,7 +147,11 @@ def test_merged_bias_is_the_mean_over_cells():
     for image in range(3):
         for i, ours in enumerate(assignment[image].bool()):
             for j, theirs in enumerate(assignment[image].bool()):
-                expected = every[image][:, ours][:, :, theirs].mean((1, 2)) if ours.any() and theirs.any() else torch.zeros(2, dtype=torch.float64)
+                expected = (
+                    every[image][:, ours][:, :, theirs].mean((1, 2))
+                    if ours.any() and theirs.any()
+                    else torch.zeros(2, dtype=torch.float64)
+                )
                 assert torch.allclose(table[image, :, i, j], expected, atol=1e-10)
 
 
@@ -157,11 +188,13 @@ def test_low_rank_equals_the_dense_oracle(dtype, special, kind, terms):
     scaling = 8**-0.5
 
     def dense(query, key, value):
-        return scaled_dot_product_attention(query, key, value, attn_mask=bias.dense(geometry).expand(3, -1, -1, -1), scale=scaling)
+        return scaled_dot_product_attention(query, key, value, attn_mask=bias.dense(geometry).expand(3, -1, -1, -1),
+                                            scale=scaling)
 
     reference = outputs_and_gradients(dense, bias, tensors, projection)
     for attend in (low_rank_attention, chunked_attention):
-        ours = outputs_and_gradients(lambda q, k, v, attend=attend: attend(q, k, v, bias.factors(geometry), scaling), bias, tensors, projection)
+        ours = outputs_and_gradients(lambda q, k, v, attend=attend: attend(q, k, v, bias.factors(geometry), scaling),
+                                     bias, tensors, projection)
         for mine, theirs in zip(ours, reference, strict=True):
             assert error_of(mine, theirs) < CLOSE[dtype]
 
@@ -175,13 +208,16 @@ def test_strips_equal_the_dense_oracle(monkeypatch, strip, special, kind, terms)
     monkeypatch.setattr("sfa_core.structure.strips.STRIP", strip)
     for dtype in CLOSE:
         bias, geometry = random_bias(heads=3, terms=terms, dtype=dtype), geometry_of(kind, special)
-        *tensors, projection = torch.randn(4, 3, 3, geometry.tokens, 8, dtype=dtype, generator=torch.Generator().manual_seed(5))
+        *tensors, projection = torch.randn(4, 3, 3, geometry.tokens, 8, dtype=dtype,
+                                           generator=torch.Generator().manual_seed(5))
         assert may_strip(geometry, tensors[0], None, 0.0)
 
         def dense(query, key, value):
-            return scaled_dot_product_attention(query, key, value, attn_mask=bias.dense(geometry).expand(3, -1, -1, -1), scale=0.3)  # noqa: B023
+            return scaled_dot_product_attention(query, key, value, attn_mask=bias.dense(geometry).expand(3, -1, -1, -1),  # noqa: B023
+                                                scale=0.3)
 
-        ours = outputs_and_gradients(lambda q, k, v: grid_attention(q, k, v, bias, geometry, 0.3), bias, tensors, projection)  # noqa: B023
+        ours = outputs_and_gradients(lambda q, k, v: grid_attention(q, k, v, bias, geometry, 0.3), bias, tensors,  # noqa: B023
+                                     projection)
         for mine, theirs in zip(ours, outputs_and_gradients(dense, bias, tensors, projection), strict=True):
             assert error_of(mine, theirs) < CLOSE[dtype]
 
@@ -189,14 +225,17 @@ def test_strips_equal_the_dense_oracle(monkeypatch, strip, special, kind, terms)
 def test_strips_are_only_for_whole_grids_on_a_cpu_in_full_precision():
     query = torch.zeros(3, 2, 13, 8)
     assert may_strip(geometry_of("uniform", 1), query, None, 0.0)
-    assert not any(may_strip(geometry_of(kind, 1), query, None, 0.0) for kind in ("shuffled", "merged", "merged_blocks"))
-    refused = [(query.bfloat16(), None, 0.0), (query, torch.zeros(1, 1, 13, 13), 0.0), (query, None, 0.1), (query.expand(3, 2, 13, 8).to("meta"), None, 0.0)]
+    assert not any(may_strip(geometry_of(kind, 1), query, None, 0.0)
+                   for kind in ("shuffled", "merged", "merged_blocks"))
+    refused = [(query.bfloat16(), None, 0.0), (query, torch.zeros(1, 1, 13, 13), 0.0), (query, None, 0.1),
+               (query.expand(3, 2, 13, 8).to("meta"), None, 0.0)]
     assert not any(may_strip(geometry_of("uniform", 1), *given) for given in refused)
 
 
 @pytest.mark.parametrize("side, blocks", [(16, False), (32, True), (64, False)])
 def test_memory_is_linear_no_table_of_all_pairs_is_alive(side, blocks):
-    "A probe sees every tensor made, forward and backward: with strips the largest holds STRIP rows of pairs, while the dense bias holds all."
+    """A probe sees every tensor made, forward and backward: with strips the largest holds STRIP rows of pairs,
+    while the dense bias holds all."""
     bias, geometry = StructuralBias(1), uniform_geometry(side, side, 1)
     geometry = with_blocks(geometry, torch.arange(side * side)[None] % 16, 16) if blocks else geometry
     tensors, pairs = torch.randn(3, 1, 1, geometry.tokens, 8), geometry.tokens**2
@@ -210,7 +249,14 @@ def test_memory_is_linear_no_table_of_all_pairs_is_alive(side, blocks):
     found = largest(lambda q, k, v: grid_attention(q, k, v, bias, geometry, 0.3))
     assert found <= 528 * geometry.tokens and (side == 16 or found < pairs)
     if side < 64:
-        assert largest(lambda q, k, v: scaled_dot_product_attention(q, k, v, attn_mask=bias.dense(geometry).expand(1, -1, -1, -1), scale=0.3)) >= pairs
+        assert (
+            largest(
+                lambda q, k, v: scaled_dot_product_attention(
+                    q, k, v, attn_mask=bias.dense(geometry).expand(1, -1, -1, -1), scale=0.3
+                )
+            )
+            >= pairs
+        )
 
 
 def test_chunks_of_queries_change_nothing(monkeypatch):
@@ -219,7 +265,8 @@ def test_chunks_of_queries_change_nothing(monkeypatch):
     *tensors, projection = torch.randn(4, 3, 2, 13, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     mask = torch.rand(3, 1, 13, 13, generator=torch.Generator().manual_seed(6)) > 0.3
     one, other = (
-        outputs_and_gradients(lambda q, k, v, attend=attend: attend(q, k, v, bias.factors(geometry), 0.3, mask), bias, tensors, projection)
+        outputs_and_gradients(lambda q, k, v, attend=attend: attend(q, k, v, bias.factors(geometry), 0.3, mask), bias,
+                              tensors, projection)
         for attend in (low_rank_attention, chunked_attention)
     )
     assert all(error_of(a, b) < 1e-10 for a, b in zip(one, other, strict=True))
@@ -287,7 +334,8 @@ def step(model, images=3):
     model.zero_grad()
     output = hidden(model, images)
     output.square().mean().backward()
-    return output.detach(), {name: weight.grad.clone() for name, weight in tower_of(model).named_parameters() if weight.grad is not None}
+    return output.detach(), {name: weight.grad.clone()
+                             for name, weight in tower_of(model).named_parameters() if weight.grad is not None}
 
 
 @pytest.mark.parametrize("grad", [True, False], ids=["low_rank", "cached_mask"])
@@ -320,7 +368,8 @@ def test_model_with_low_rank_equals_model_with_dense_bias(kind, dtype):
         model.zero_grad()
         output = tower_of(model)(pixels().to(dtype)).last_hidden_state
         output.square().mean().backward()
-        results[name] = [output.detach(), *(weight.grad.clone() for weight in tower_of(model).parameters() if weight.grad is not None)]
+        results[name] = [output.detach(),
+                         *(weight.grad.clone() for weight in tower_of(model).parameters() if weight.grad is not None)]
     for name in ("sfa", "sfa_eager"):
         for mine, theirs in zip(results[name], results["sfa_dense"], strict=True):
             assert error_of(mine, theirs) < CLOSE[dtype]
@@ -401,7 +450,8 @@ def test_the_tower_compiles_into_one_graph(blocks):
 
 # --- precision -------------------------------------------------------------------------------------------------------
 
-CASTS = {"bfloat16": lambda m: m.to(torch.bfloat16), "half": lambda m: m.half(), "device_and_dtype": lambda m: m.to("cpu", torch.bfloat16)}
+CASTS = {"bfloat16": lambda m: m.to(torch.bfloat16), "half": lambda m: m.half(),
+         "device_and_dtype": lambda m: m.to("cpu", torch.bfloat16)}
 
 
 @pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS)
@@ -413,7 +463,8 @@ def test_structural_weights_stay_float32(cast):
     cast(model)
     biases = structures_of(bundle_of(model))
     assert all(weight.dtype == torch.float32 for bias in biases for weight in bias.parameters())
-    assert all(torch.equal(a, b) for a, b in zip(before, (w for bias in biases for w in bias.parameters()), strict=True))
+    assert all(torch.equal(a, b)
+               for a, b in zip(before, (w for bias in biases for w in bias.parameters()), strict=True))
     assert all(bias.geometry.row.dtype == torch.float32 for bias in biases)
     assert next(tower_of(model).embeddings.parameters()).dtype != torch.float32
 
@@ -428,7 +479,8 @@ def test_a_bfloat16_model_trains_float32_structure():
     reference, wanted = step(exact)
     assert output.dtype == torch.bfloat16 and torch.allclose(output.float(), reference, atol=0.15)
     assert all(gradients[name].dtype == torch.float32 for name in gradients if ".structure." in name)
-    ours, theirs = (torch.cat([g.flatten() for name, g in found.items() if ".structure." in name]) for found in (gradients, wanted))
+    ours, theirs = (torch.cat([g.flatten() for name, g in found.items() if ".structure." in name])
+                    for found in (gradients, wanted))
     assert torch.nn.functional.cosine_similarity(ours, theirs, dim=0) > 0.95
 
 
@@ -437,12 +489,15 @@ def test_autocast_does_not_touch_the_factors(monkeypatch):
     bias = inject(bundle_of(model))[0]
     exact, seen = bias.factors(bias.geometry), []
     original = attention_module.low_rank_attention
-    monkeypatch.setattr(attention_module, "low_rank_attention", lambda *arguments: seen.append(arguments) or original(*arguments))
+    monkeypatch.setattr(attention_module, "low_rank_attention",
+                        lambda *arguments: seen.append(arguments) or original(*arguments))
     with torch.autocast("cpu", torch.bfloat16):
         assert not torch.equal(bias.factors(bias.geometry)[0], exact[0])  # it would
         hidden(model)
     (query, _, _, factors, *_), = seen
-    assert query.dtype == torch.bfloat16 and all(torch.equal(ours, theirs) for ours, theirs in zip(factors, exact, strict=True))
+    assert query.dtype == torch.bfloat16 and all(
+        torch.equal(ours, theirs) for ours, theirs in zip(factors, exact, strict=True)
+    )
 
 
 # --- the cached mask -------------------------------------------------------------------------------------------------
@@ -458,7 +513,9 @@ def test_cached_mask_equals_low_rank_and_follows_the_weights():
     strengthen(model)
     masked = hidden(model)
     masks = [cache.built[2] for cache in caches(model)]
-    assert torch.equal(hidden(model), masked) and all(cache.built[2] is mask for cache, mask in zip(caches(model), masks, strict=True))
+    assert torch.equal(hidden(model), masked) and all(
+        cache.built[2] is mask for cache, mask in zip(caches(model), masks, strict=True)
+    )
     use_attention(model, "sfa_dense")
     assert torch.allclose(hidden(model), masked, atol=1e-5)
     use_attention(model, "sfa")
@@ -499,7 +556,9 @@ def test_frozen_structure_under_a_training_encoder_gets_exact_gradients():
     assert all(cache.built is not None for cache in caches(model))
     use_attention(model, "sfa_dense")
     reference, wanted = step(model)
-    assert torch.allclose(output, reference, atol=1e-5) and all(torch.allclose(gradients[name], wanted[name], atol=1e-5) for name in wanted)
+    assert torch.allclose(output, reference, atol=1e-5) and all(
+        torch.allclose(gradients[name], wanted[name], atol=1e-5) for name in wanted
+    )
 
 
 # --- looking, detaching, saving --------------------------------------------------------------------------------------
@@ -517,7 +576,9 @@ def test_visible_attention_returns_weights_with_and_without_structure():
         changed = tower_of(model)(pixels(), output_attentions=True)
     assert vision_attention(model) == "sfa" and torch.allclose(changed.last_hidden_state, hidden(model), atol=1e-5)
     for before, after in zip(result.attentions, changed.attentions, strict=True):
-        assert before.shape == after.shape == (3, 2, 17, 17) and torch.allclose(after.sum(-1), torch.ones(3, 2, 17), atol=1e-5)
+        assert before.shape == after.shape == (3, 2, 17, 17) and torch.allclose(
+            after.sum(-1), torch.ones(3, 2, 17), atol=1e-5
+        )
         assert not torch.allclose(before, after, atol=1e-2)
 
 
@@ -530,7 +591,11 @@ def test_eject_is_the_inverse_of_inject(implementation):
     inject(bundle_of(model))
     assert not torch.equal(hidden(model), before)
     assert eject(bundle_of(model)).model is model
-    assert list(model.state_dict()) == names and vision_attention(model) == implementation and torch.equal(hidden(model), before)
+    assert (
+        list(model.state_dict()) == names
+        and vision_attention(model) == implementation
+        and torch.equal(hidden(model), before)
+    )
     assert not [name for attention in INTERNVL.attentions_of(model) for name in vars(attention) if "structure" in name]
     inject(bundle_of(model))
 
@@ -557,7 +622,8 @@ def test_save_load_round_trip(tmp_path):
     biases = inject(bundle_of(attached), terms=["row", "distance"], blocks=4, seed=9)
     assert load_structure(bundle_of(attached), folder) == biases and torch.equal(hidden(attached), expected)
     half = tiny_internvl().to(torch.bfloat16)
-    assert all(weight.dtype == torch.float32 for bias in load_structure(bundle_of(half), folder) for weight in bias.parameters())
+    assert all(weight.dtype == torch.float32 for bias in load_structure(bundle_of(half), folder)
+               for weight in bias.parameters())
 
 
 def test_a_copied_model_is_independent():
@@ -668,33 +734,55 @@ def attached():
     return model
 
 
-@pytest.mark.parametrize("act, words", [
-    (lambda: StructuralBias(0), "heads is 0 and blocks is 16, expected at least 1"),
-    (lambda: StructuralBias(4, terms=["row", "diagonal"]), "'diagonal', expected one or more of row, column, distance, block"),
-    (lambda: StructuralBias(4, terms=[]), "structural terms are none, expected"),
-    (lambda: StructuralBias(4, terms=["row", "row"]), "each once"),
-    (lambda: uniform_geometry(0, 4), "0 x 4 with 0 special tokens: expected sides of at least 1"),
-    (lambda: grid_geometry([0, 4], [0, 0], [False, False], 4, 4), "row 4, expected 0 to 3"),
-    (lambda: grid_geometry([0, 1], [0], [False, False], 4, 4), r"\(2,\), \(1,\), \(2,\), expected \(N,\) three times"),
-    (lambda: with_blocks(uniform_geometry(2, 2), torch.zeros(3, 5).long(), 4), r"shape \(3, 5\), expected \(images, 4\)"),
-    (lambda: with_blocks(uniform_geometry(2, 2), torch.zeros(3, 4), 4), "torch.float32, expected integers"),
-    (lambda: with_blocks(uniform_geometry(2, 2), torch.full((1, 4), 4), 4), "from 4 to 4, expected 0 to 3"),
-    (lambda: merge_cells(uniform_geometry(2, 2), torch.zeros(2, 5)), r"shape \(2, 5\), expected \(..., merged tokens, 4\)"),
-    (lambda: merge_cells(uniform_geometry(2, 2), torch.full((2, 4), 0.5)), "other than 0 and 1"),
-    (lambda: merge_cells(uniform_geometry(2, 2, 1), torch.ones(1, 5)), "special token is merged with others"),
-    (lambda: StructuralBias(2, blocks=8).factors(geometry_of("blocks", 1)), "geometry has 4 blocks, the bias 8"),
-    (lambda: inject(bundle_of(tiny_internvl()), terms=["diagonal"]), "'diagonal', expected one or more of"),
-    (lambda: inject(bundle_of(tiny_internvl()), blocks=0), "blocks is 0, expected at least 1"),
-    (lambda: inject(bundle_of(tiny_internvl().model.language_model, family=INTERNVL)), "model type 'qwen3' is not supported, expected one of: .*internvl"),
-    (lambda: inject(bundle_of(tiny_internvl().model, family=INTERNVL)), "has nothing at 'model.vision_tower"),
-    (lambda: family_of(torch.nn.Linear(1, 1)), "model type 'Linear' is not supported"),
-    (lambda: inject(bundle_of(attached())), "already: call eject first"),
-    (lambda: eject(bundle_of(tiny_internvl())), "no structural attention: call inject first"),
-    (lambda: set_blocks(bundle_of(tiny_internvl()), None), "no structural attention: call inject first"),
-    (lambda: set_blocks(bundle_of(attached()), torch.zeros(16).long()), r"shape \(16,\), expected \(images, 16\)"),
-    (lambda: save_structure(bundle_of(tiny_internvl()), "unused"), "no structural attention: call inject first"),
-    (lambda: tower_of(attached())(pixels(1, 84)), "the encoder sees 37 tokens, the geometry places 17 on a grid of 4 x 4"),
-])
+@pytest.mark.parametrize(
+    "act, words",
+    [
+        (lambda: StructuralBias(0), "heads is 0 and blocks is 16, expected at least 1"),
+        (
+            lambda: StructuralBias(4, terms=["row", "diagonal"]),
+            "'diagonal', expected one or more of row, column, distance, block",
+        ),
+        (lambda: StructuralBias(4, terms=[]), "structural terms are none, expected"),
+        (lambda: StructuralBias(4, terms=["row", "row"]), "each once"),
+        (lambda: uniform_geometry(0, 4), "0 x 4 with 0 special tokens: expected sides of at least 1"),
+        (lambda: grid_geometry([0, 4], [0, 0], [False, False], 4, 4), "row 4, expected 0 to 3"),
+        (
+            lambda: grid_geometry([0, 1], [0], [False, False], 4, 4),
+            r"\(2,\), \(1,\), \(2,\), expected \(N,\) three times",
+        ),
+        (
+            lambda: with_blocks(uniform_geometry(2, 2), torch.zeros(3, 5).long(), 4),
+            r"shape \(3, 5\), expected \(images, 4\)",
+        ),
+        (lambda: with_blocks(uniform_geometry(2, 2), torch.zeros(3, 4), 4), "torch.float32, expected integers"),
+        (lambda: with_blocks(uniform_geometry(2, 2), torch.full((1, 4), 4), 4), "from 4 to 4, expected 0 to 3"),
+        (
+            lambda: merge_cells(uniform_geometry(2, 2), torch.zeros(2, 5)),
+            r"shape \(2, 5\), expected \(..., merged tokens, "
+            r"4\)",
+        ),
+        (lambda: merge_cells(uniform_geometry(2, 2), torch.full((2, 4), 0.5)), "other than 0 and 1"),
+        (lambda: merge_cells(uniform_geometry(2, 2, 1), torch.ones(1, 5)), "special token is merged with others"),
+        (lambda: StructuralBias(2, blocks=8).factors(geometry_of("blocks", 1)), "geometry has 4 blocks, the bias 8"),
+        (lambda: inject(bundle_of(tiny_internvl()), terms=["diagonal"]), "'diagonal', expected one or more of"),
+        (lambda: inject(bundle_of(tiny_internvl()), blocks=0), "blocks is 0, expected at least 1"),
+        (
+            lambda: inject(bundle_of(tiny_internvl().model.language_model, family=INTERNVL)),
+            "model type 'qwen3' is not supported, expected one of: .*internvl",
+        ),
+        (lambda: inject(bundle_of(tiny_internvl().model, family=INTERNVL)), "has nothing at 'model.vision_tower"),
+        (lambda: family_of(torch.nn.Linear(1, 1)), "model type 'Linear' is not supported"),
+        (lambda: inject(bundle_of(attached())), "already: call eject first"),
+        (lambda: eject(bundle_of(tiny_internvl())), "no structural attention: call inject first"),
+        (lambda: set_blocks(bundle_of(tiny_internvl()), None), "no structural attention: call inject first"),
+        (lambda: set_blocks(bundle_of(attached()), torch.zeros(16).long()), r"shape \(16,\), expected \(images, 16\)"),
+        (lambda: save_structure(bundle_of(tiny_internvl()), "unused"), "no structural attention: call inject first"),
+        (
+            lambda: tower_of(attached())(pixels(1, 84)),
+            "the encoder sees 37 tokens, the geometry places 17 on a grid of 4 x 4",
+        ),
+    ],
+)
 def test_wrong_input_is_one_clear_line(act, words):
     with pytest.raises(ValueError, match=words) as caught:
         act()

@@ -61,7 +61,8 @@ def test_only_layers_that_reach_the_projector_are_counted():
     (lambda: uniform_grid(2, 2).boxes((5, 0, 5, 9)), r"region is \(5, 0, 5, 9\), expected"),
     (lambda: uniform_grid(3, 4).merged(2), "3 x 4 tokens cannot be merged by 2"),
     (lambda: uniform_grid(0, 4), "expected sides of at least 1"),
-    (lambda: INTERNVL.grid(InternVLConfig(vision_config={"image_size": [60, 56]})), "60 x 56 px is not divisible into patches of 14 x 14 px"),
+    (lambda: INTERNVL.grid(InternVLConfig(vision_config={"image_size": [60, 56]})), "60 x 56 px is not divisible into "
+                                                                                    "patches of 14 x 14 px"),
     (lambda: INTERNVL.language_grid(InternVLConfig(downsample_ratio=0.7)), "downsample_ratio is 0.7, expected 1 / n"),
     (lambda: family_of(object()), "model type 'object' is not supported, expected one of: .*internvl"),
 ])

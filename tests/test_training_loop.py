@@ -79,9 +79,11 @@ def test_a_run_killed_at_any_touch_of_the_disk_ends_as_if_it_never_was(tmp_path,
     touches = int((tmp_path / "touches").read_text())
     assert touches > 40
     for at in range(1, touches + 1):
-        assert sorted(path.name for path in (tmp_path / str(at) / "checkpoints").iterdir()) == ["step-00000002", "step-00000003"]
+        assert sorted(path.name
+                      for path in (tmp_path / str(at) / "checkpoints").iterdir()) == ["step-00000002", "step-00000003"]
         assert all(
-            path.read_bytes() == (tmp_path / str(at) / path.relative_to(tmp_path / "whole")).read_bytes() for path in (tmp_path / "whole").rglob("step*/*")
+            path.read_bytes() == (tmp_path / str(at) / path.relative_to(tmp_path / "whole")).read_bytes()
+            for path in (tmp_path / "whole").rglob("step*/*")
         )
         assert curve(tmp_path / "whole").equals(curve(tmp_path / str(at)))
 
@@ -98,7 +100,11 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoints").rglob("*")}
     net, result = run(tmp_path)
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoints").rglob("*")}
-    assert result.position.step == 9 and len(result.log) == 9 and all(torch.equal(p, weights(tmp_path)[n]) for n, p in net.named_parameters())
+    assert (
+        result.position.step == 9
+        and len(result.log) == 9
+        and all(torch.equal(p, weights(tmp_path)[n]) for n, p in net.named_parameters())
+    )
 
 
 def test_no_steps_change_nothing(tmp_path):
@@ -112,7 +118,11 @@ def test_time_adds_up_over_restarts_and_steps_are_logged_once(tmp_path):
     (tmp_path / "log.jsonl").open("a").write('{"step": 6, "loss"')  # a line that a kill cut short
     run(tmp_path, losses=lambda net: noisy(net, 0.01))
     log = read_log(tmp_path)
-    assert log.step.tolist() == list(range(1, 10)) and log.seconds.is_monotonic_increasing and log.seconds.iloc[-1] > 9 * 2 * 0.01
+    assert (
+        log.step.tolist() == list(range(1, 10))
+        and log.seconds.is_monotonic_increasing
+        and log.seconds.iloc[-1] > 9 * 2 * 0.01
+    )
     assert (log.memory_gib > 0).all() and (log.tokens_per_second > 0).all()
 
 
@@ -147,7 +157,8 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_used_when_asked_f
         path.unlink()
     else:
         path.write_bytes(bytes(data) if damage == "flipped" else path.read_bytes()[: len(data) // 2])
-    with pytest.raises(ValueError, match=r"step-00000006 is refused: .*resume='previous' goes on from step-00000004") as refusal:
+    with pytest.raises(ValueError,
+                       match=r"step-00000006 is refused: .*resume='previous' goes on from step-00000004") as refusal:
         run(tmp_path)
     assert "\n" not in str(refusal.value)
     run(tmp_path, resume="previous")
@@ -172,7 +183,8 @@ def test_previous_needs_one_and_keeps_the_newest_when_it_is_refused_too(tmp_path
         (dict(steps=10), "config.steps is 9 there and 10 here"),
         (dict(identity=dict(arm="control")), "identity.arm is 'sfa' there and 'control' here"),
         (
-            dict(net=torch.nn.Sequential(torch.nn.Linear(4, 7), torch.nn.Tanh(), torch.nn.Dropout(0.2), torch.nn.Linear(7, 3))),
+            dict(net=torch.nn.Sequential(torch.nn.Linear(4, 7), torch.nn.Tanh(), torch.nn.Dropout(0.2),
+                                         torch.nn.Linear(7, 3))),
             r"parameters.0.bias is 'torch.float32 \(6,\)' there",
         ),
         (dict(net=torch.nn.Sequential(torch.nn.Linear(4, 6))), "parameters.3.bias is .* 'absent' here"),
@@ -221,7 +233,8 @@ def without_dropout():
 def test_the_window_is_one_mean_over_its_targets(tmp_path, accumulation):
     size = 8 // accumulation
     whole, _ = run(tmp_path / "a", without_dropout(), uneven, lambda step, micro: rows(step, 0, 8), accumulation=1)
-    parts, _ = run(tmp_path / "b", without_dropout(), uneven, lambda step, micro: rows(step, micro * size, (micro + 1) * size), accumulation=accumulation)
+    parts, _ = run(tmp_path / "b", without_dropout(), uneven,
+                   lambda step, micro: rows(step, micro * size, (micro + 1) * size), accumulation=accumulation)
     assert all(torch.allclose(p, q, rtol=1e-5, atol=1e-6) for p, q in zip(whole.parameters(), parts.parameters()))
     np.testing.assert_allclose(read_log(tmp_path / "a").loss, read_log(tmp_path / "b").loss, rtol=1e-5)
     assert read_log(tmp_path / "a").targets.equals(read_log(tmp_path / "b").targets)
@@ -231,8 +244,10 @@ def test_two_processes_train_as_one(tmp_path, forkserver):
     "With what torchrun tells its processes; test_processes has a launcher."
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        shared = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
-    processes = [start("processes", tmp_path / "two", **shared, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
+        shared = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(free.getsockname()[1]))
+    processes = [start("processes", tmp_path / "two", **shared, RANK=str(rank), LOCAL_RANK=str(rank))
+                 for rank in range(2)]
     for process in processes:
         process.join(900)
     assert [process.exitcode for process in processes] == [0, 0]
@@ -245,7 +260,8 @@ def test_two_processes_train_as_one(tmp_path, forkserver):
 
 
 def test_rates_of_groups_reach_the_weights(tmp_path):
-    net, _ = run(tmp_path, steps=1, warmup=0.0, weight_decay=0.0, clip_norm=float("inf"), learning_rate=1e-3, group_rates=(("3.", 1e-2),), accumulation=1)
+    net, _ = run(tmp_path, steps=1, warmup=0.0, weight_decay=0.0, clip_norm=float("inf"), learning_rate=1e-3,
+                 group_rates=(("3.", 1e-2),), accumulation=1)
     moved = [(p - q).abs().max().item() for p, q in zip(net.parameters(), model().parameters())]
     assert moved == pytest.approx([1e-3, 1e-3, 1e-2, 1e-2], rel=1e-3)  # Adam's first step moves each weight by its rate
 
@@ -255,8 +271,12 @@ def test_the_rate_rises_then_falls_between_its_bounds(steps, warmup, decay, fina
     config = LoopConfig(steps, warmup=warmup, decay=decay, final_rate=final)
     shares = [rate_share(step, config) for step in range(steps)]
     peak = round(warmup * steps)
-    assert all(0 < s <= 1 + 1e-12 for s in shares[: peak + 1]) and all(a < b for a, b in zip(shares[:peak], shares[1:peak]))
-    assert all(final - 1e-9 <= s <= 1 for s in shares[peak:]) and all(a >= b for a, b in zip(shares[peak:], shares[peak + 1 :]))
+    assert all(0 < s <= 1 + 1e-12 for s in shares[: peak + 1]) and all(
+        a < b for a, b in zip(shares[:peak], shares[1:peak])
+    )
+    assert all(final - 1e-9 <= s <= 1 for s in shares[peak:]) and all(
+        a >= b for a, b in zip(shares[peak:], shares[peak + 1 :])
+    )
 
 
 # Losses that are not finite
@@ -268,7 +288,8 @@ def breaking(steps_broken, how):
             answer = net(batch["x"]).square().mean()
             if batch["step"] in steps_broken:
                 answer = answer * float("nan") if how == "loss" else answer + (net[0].weight[0, 0] * 0).sqrt()
-            return {"answer": answer}, len(batch["y"]) if not (how == "targets" and batch["step"] in steps_broken) else 0
+            return {"answer": answer}, len(batch["y"]) if not (how == "targets"
+                                                               and batch["step"] in steps_broken) else 0
 
         return loss
 
@@ -279,7 +300,9 @@ def numbered(step, micro):
     return batch_at(step, micro) | dict(step=step)
 
 
-@pytest.mark.parametrize("how, reason", [("loss", "loss answer is not finite"), ("gradient", "gradient is not finite"), ("targets", "no target tokens")])
+@pytest.mark.parametrize("how, reason",
+                         [("loss", "loss answer is not finite"), ("gradient", "gradient is not finite"),
+                          ("targets", "no target tokens")])
 def test_a_step_that_is_not_finite_is_skipped_counted_and_logged(tmp_path, how, reason):
     net, result = run(tmp_path, losses=breaking({3, 4}, how), batches=numbered, max_bad_steps=3)
     assert result.position.skipped == 2 and result.position.skipped_in_row == 0
@@ -288,14 +311,18 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_logged(tmp_path, how, 
     before, _ = run(tmp_path / "before", losses=breaking({3, 4}, how), batches=numbered, until=3)
     after, _ = run(tmp_path / "after", losses=breaking({3, 4}, how), batches=numbered, until=5)
     assert all(torch.equal(p, q) for p, q in zip(before.parameters(), after.parameters()))
-    assert all(json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "log.jsonl").read_text().splitlines())
+    assert all(json.loads(line, parse_constant=pytest.fail)
+               for line in (tmp_path / "log.jsonl").read_text().splitlines())
 
 
 def test_too_many_such_steps_in_a_row_end_the_run_with_its_last_good_checkpoint(tmp_path):
-    with pytest.raises(RuntimeError, match=r"3 steps in a row were skipped, step 7 because: loss answer is not finite; last good checkpoint: .*step-00000006"):
+    with pytest.raises(RuntimeError, match=r"3 steps in a row were skipped, step 7 because: loss answer is not finite; "
+                                           r"last good checkpoint: .*step-00000006"):
         run(tmp_path, losses=breaking({4, 5, 6}, "loss"), batches=numbered, max_bad_steps=3)
     tensors, notes = read_folder(tmp_path / "checkpoints/step-00000006")
-    assert notes["position"]["skipped_in_row"] == 2 and all(value.isfinite().all() for value in tensors["weights"].values())
+    assert notes["position"]["skipped_in_row"] == 2 and all(
+        value.isfinite().all() for value in tensors["weights"].values()
+    )
     assert read_log(tmp_path).step.iloc[-1] == 7
 
 
@@ -332,7 +359,10 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_effective_one(tmp_pa
     little, result = run(tmp_path / "b", without_dropout(), hungry(largest, error), batches)
     assert all(torch.allclose(p, q, rtol=1e-4, atol=1e-6) for p, q in zip(plenty.parameters(), little.parameters()))
     assert (result.log.parts == parts).all() and result.log.targets.equals(read_log(tmp_path / "a").targets)
-    assert f"out of memory, each micro-batch is now cut into {parts} pieces; the effective batch stays" in capsys.readouterr().out
+    assert (
+        f"out of memory, each micro-batch is now cut into {parts} pieces; the effective batch stays"
+        in capsys.readouterr().out
+    )
     run(tmp_path / "c", without_dropout(), hungry(largest, error), batches, until=5)
     run(tmp_path / "c", without_dropout(), hungry(largest, error), batches)
     assert_same_run(tmp_path / "b", tmp_path / "c")
@@ -356,7 +386,11 @@ def test_pieces_are_the_batch(size, power):
             split_batch(list(range(size)), parts)
     else:
         pieces = split_batch(list(range(size)), parts)
-        assert sum(pieces, []) == list(range(size)) and max(map(len, pieces)) - min(map(len, pieces)) <= 1 and len(pieces) == min(parts, size)
+        assert (
+            sum(pieces, []) == list(range(size))
+            and max(map(len, pieces)) - min(map(len, pieces)) <= 1
+            and len(pieces) == min(parts, size)
+        )
 
 
 def full_disk(monkeypatch, where):
@@ -367,27 +401,34 @@ def full_disk(monkeypatch, where):
     def fail(path, *rest, **options):
         if where in ("flush_to_disk", "replace") and "step-" not in str(path):
             return real(path, *rest, **options)
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)") if where == "save_file" else error
+        raise (
+            SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+            if where == "save_file"
+            else error
+        )
 
     if where == "replace":
         monkeypatch.setattr(os, "replace", fail)
     elif where == "flush_to_disk":
         monkeypatch.setattr(sfa_core.core.files, where, fail)
     elif where == "limit":
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))  # less than the states take
+        # less than the states take
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     else:
         monkeypatch.setattr(sfa_core.training.checkpoints, where, fail)
 
 
 @pytest.mark.parametrize("where", ["save_file", "flush_to_disk", "replace", "limit"])
-def test_a_full_disk_leaves_the_last_good_checkpoint_and_nothing_that_looks_finished(tmp_path, unbroken, monkeypatch, where):
+def test_a_full_disk_leaves_the_last_good_checkpoint_and_nothing_that_looks_finished(tmp_path, unbroken, monkeypatch,
+                                                                                     where):
     run(tmp_path, until=4, log_every=100)
     kept = {path: path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         with monkeypatch.context() as patch:
             full_disk(patch, where)
-            with pytest.raises(OSError, match=r"step-00000006 could not be written \(.*the last good checkpoint is .*step-00000004") as error:
+            with pytest.raises(OSError, match=r"step-00000006 could not be written \(.*the last good checkpoint is "
+                                              r".*step-00000004") as error:
                 run(tmp_path, log_every=100)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -432,6 +473,7 @@ def test_parameters_that_cannot_be_trained_are_refused(tmp_path):
             train(parameters, batch_at, None, LoopConfig(steps=1), tmp_path)
 
 
-@given(st.dictionaries(st.text(max_size=2), st.integers(), max_size=4), st.dictionaries(st.text(max_size=2), st.integers(), max_size=4))
+@given(st.dictionaries(st.text(max_size=2), st.integers(), max_size=4),
+       st.dictionaries(st.text(max_size=2), st.integers(), max_size=4))
 def test_a_difference_is_found_exactly_when_there_is_one(a, b):
     assert (first_difference(a, b) == "") == (a == b)

@@ -15,7 +15,7 @@ misread = categorise(made, asked)[1].query("category == 'misread_cell'")
 invented = categorise(made.assign(prediction=["<b>987654</b>"] * 3 + other[3:]), asked)[1]
 print(len(misread))
 VerdictPicker(asked, {"control": misread, "vision": invented}).widget
-"""
+"""  # noqa: E501
 
 
 def test_picker_shows_the_chosen_arm_and_category(run_in_lab, tmp_path):
@@ -31,10 +31,12 @@ def test_picker_shows_the_chosen_arm_and_category(run_in_lab, tmp_path):
     picture = drawn.get_attribute("src")
     arm, category = page.locator(".jupyter-widgets select").nth(0), page.locator(".jupyter-widgets select").nth(1)
     count = page.locator(".jp-OutputArea-output pre").first.inner_text().strip()
-    assert [text.replace("\xa0", " ") for text in category.locator("option").all_inner_texts()] == [f"misread_cell ({count})"]
+    assert [text.replace("\xa0", " ")
+            for text in category.locator("option").all_inner_texts()] == [f"misread_cell ({count})"]
 
     arm.select_option("vision")
-    page.wait_for_function("() => document.querySelectorAll('.jupyter-widgets select')[1].options.length > 1", timeout=90_000)
+    page.wait_for_function("() => document.querySelectorAll('.jupyter-widgets select')[1].options.length > 1",
+                           timeout=90_000)
     shown.get_by_text("misread_cell").wait_for()   # the chosen category stays when the other arm has it
     category.select_option(value="ungrounded\xa0(3)")
     shown.get_by_text("<b>987654</b>").wait_for(timeout=90_000)   # a reply is shown as text, never as markup
@@ -43,6 +45,7 @@ def test_picker_shows_the_chosen_arm_and_category(run_in_lab, tmp_path):
     first = shown.inner_text()
     page.locator(".jupyter-widgets input[type=number]").fill("2")
     page.keyboard.press("Enter")
-    page.wait_for_function("before => document.querySelector('.jupyter-widgets table').innerText !== before", arg=first, timeout=90_000)
+    page.wait_for_function("before => document.querySelector('.jupyter-widgets table').innerText !== before", arg=first,
+                           timeout=90_000)
     assert "ungrounded" in shown.inner_text() and page.errors == []
     page.screenshot(path=tmp_path / "picker.png")

@@ -8,8 +8,10 @@ from sfa_core.core.bundle import Bundle
 from sfa_core.core.families import family_of
 from sfa_core.models.embedded import EmbeddedConfig
 
-SMALLEST = EmbeddedConfig(vision_width=32, vision_layers=2, vision_heads=2, vision_hidden=32, language_width=32, language_layers=2, language_heads=2,
-                          language_kv_heads=1, head_dim=16, language_hidden=32)  # with tokenizer and processor, to be trained
+SMALLEST = EmbeddedConfig(vision_width=32, vision_layers=2, vision_heads=2, vision_hidden=32, language_width=32,
+                          language_layers=2, language_heads=2,
+                          # with tokenizer and processor, to be trained
+                          language_kv_heads=1, head_dim=16, language_hidden=32)
 
 
 def tiny_internvl(
@@ -22,11 +24,14 @@ def tiny_internvl(
 ) -> InternVLForConditionalGeneration:
     """Build a model in eval mode whose weights are all random; the global random state stays as it was."""
     side = image // 14
-    encoder = {"image_size": [image, image], "patch_size": [14, 14], "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers,
+    encoder = {"image_size": [image, image], "patch_size": [14, 14], "hidden_size": width,
+               "intermediate_size": 2 * width, "num_hidden_layers": layers,
                "num_attention_heads": heads, "attention_bias": True, "layer_scale_init_value": 1.0, **vision}
-    language = {"model_type": "qwen3", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+    language = {"model_type": "qwen3", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64,
+                "num_hidden_layers": 1, "num_attention_heads": 2,
                 "num_key_value_heads": 2, "head_dim": 16}
-    config = InternVLConfig(vision_config=encoder, text_config=language, image_seq_length=(side // 2) ** 2, image_token_id=5)
+    config = InternVLConfig(vision_config=encoder, text_config=language, image_seq_length=(side // 2) ** 2,
+                            image_token_id=5)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = InternVLForConditionalGeneration(config)

@@ -1,4 +1,5 @@
-"""A network that trains in milliseconds, for the runs that are killed, cut short and compared; `main` is the process that gets killed."""
+"""A network that trains in milliseconds, for the runs that are killed, cut short and compared; `main` is the
+process that gets killed."""
 
 import os
 import random
@@ -15,7 +16,8 @@ from torch.nn.functional import cross_entropy
 from sfa_core.training.loop import train
 from sfa_core.training.schedule import LoopConfig
 
-DEFAULT = dict(steps=9, learning_rate=0.05, accumulation=2, checkpoint_every=2, weight_decay=0.1, group_rates=(("3", 0.01),))
+DEFAULT = dict(steps=9, learning_rate=0.05, accumulation=2, checkpoint_every=2, weight_decay=0.1,
+               group_rates=(("3", 0.01),))
 
 
 def model(seed=0):
@@ -47,15 +49,18 @@ def quiet(net):
     return lambda batch: ({"answer": cross_entropy(net.eval()(batch["x"]), batch["y"])}, len(batch["y"]))
 
 
-def run(folder, net=None, losses=noisy, batches=batch_at, identity=None, resume="latest", until=None, accelerator=None, **changes):
+def run(folder, net=None, losses=noisy, batches=batch_at, identity=None, resume="latest", until=None, accelerator=None,
+        **changes):
     "Train the toy in a folder."
     net = net or model()
     config = LoopConfig(**DEFAULT | changes)
-    return net, train(dict(net.named_parameters()), batches, losses(net), config, folder, identity, resume, until, accelerator=accelerator, progress=False)
+    return net, train(dict(net.named_parameters()), batches, losses(net), config, folder, identity, resume, until,
+                      accelerator=accelerator, progress=False)
 
 
 def killed_child(folder, at=None):
-    "Train in a child process that kills itself at its n-th touch of the folder; give its exit status, and write how often it touched it."
+    """Train in a child process that kills itself at its n-th touch of the folder; give its exit status, and write
+    how often it touched it."""
     pid = os.fork()
     if pid:
         return os.waitpid(pid, 0)[1]
@@ -67,7 +72,9 @@ def killed_child(folder, at=None):
             os.kill(os.getpid(), signal.SIGKILL)
 
     def hook(event, arguments):
-        if event.split(".")[0] in ("open", "os", "shutil") and any(isinstance(a, str | os.PathLike) and str(a).startswith(folder) for a in arguments):
+        if event.split(".")[0] in ("open", "os",
+                                   "shutil") and any(isinstance(a, str | os.PathLike) and str(a).startswith(folder)
+                                                     for a in arguments):
             touch(event)
 
     sys.addaudithook(hook)

@@ -48,7 +48,8 @@ def watching(
     """Call a function with the input of each module in every forward pass; the hooks are gone on exit and on error."""
 
     def hook(index, module, args, kwargs):
-        see(index, args[0] if args else kwargs["hidden_states"])  # and nothing is returned, which would replace the input
+        # and nothing is returned, which would replace the input
+        see(index, args[0] if args else kwargs["hidden_states"])
 
     with ExitStack() as stack:
         for index, module in enumerate(modules):
@@ -71,7 +72,8 @@ Rows = slice | Tensor  # some queries of a call, by their places
 
 def logits_of(
     call: AttentionCall,
-) -> Callable[..., Tensor]:  # rows, their structural factors or None, and perhaps their queries (B, H, R, D) -> (B, H, R, K)
+# rows, their structural factors or None, and perhaps their queries (B, H, R, D) -> (B, H, R, K)
+) -> Callable[..., Tensor]:
     """Prepare the logits of a call; the function it gives computes them for some of its queries.
 
     Queries of one group share their keys, so grouped-query attention costs no copies.
@@ -86,7 +88,8 @@ def logits_of(
         if factors is not None:
             scores = scores + factors[0].to(scores) @ factors[1].to(scores).mT
         if call.causal and queries > 1:
-            place = torch.arange(keys - queries, keys, device=scores.device)[rows, None]  # the keys before the first query come from a cache
+            # the keys before the first query come from a cache
+            place = torch.arange(keys - queries, keys, device=scores.device)[rows, None]
             scores = scores.masked_fill(torch.arange(keys, device=scores.device) > place, least)
         if call.mask is not None:
             part = call.mask[:, :, rows, :keys]
@@ -98,8 +101,10 @@ def logits_of(
 
 def structural_factors(
     call: AttentionCall,
-) -> Callable[[Rows], tuple[Tensor, Tensor] | None]:  # rows -> (..., H, R, F) and (..., H, N, F); None where attention runs without structure
-    """Prepare the factors of the structural bias that a module adds to its logits; those of the queries are made for a few at a time."""
+# rows -> (..., H, R, F) and (..., H, N, F); None where attention runs without structure
+) -> Callable[[Rows], tuple[Tensor, Tensor] | None]:
+    """Prepare the factors of the structural bias that a module adds to its logits; those of the queries are made
+    for a few at a time."""
     bias = getattr(call.module, CHILD, None)
     if bias is None or replaced_name(call.module.config._attn_implementation) not in FUNCTIONS:
         return lambda rows: None
@@ -110,8 +115,10 @@ def structural_factors(
     keys = bias.factors(whole)[1]
 
     def factors(rows):
-        some = {name: getattr(whole, name)[..., rows, :] for name in ("row", "column", "block") if getattr(whole, name) is not None}
-        some |= {name: getattr(whole, name)[..., rows] for name in ("special", "log_area") if getattr(whole, name) is not None}
+        some = {name: getattr(whole, name)[..., rows, :]
+                for name in ("row", "column", "block") if getattr(whole, name) is not None}
+        some |= {name: getattr(whole, name)[..., rows]
+                 for name in ("special", "log_area") if getattr(whole, name) is not None}
         return bias.factors(replace(whole, **some))[0], keys
 
     return factors
@@ -161,7 +168,9 @@ class Places:
     """Where the tokens of a batch of tiles are, on the device of the encoder."""
 
     grid: TokenGrid
-    centre: Tensor  # (S, N, 2) x and y in pixels of the original image from the corner of a tile, nan for special tokens; S sizes of tiles
+    # (S, N, 2) x and y in pixels of the original image from the corner of a tile, nan for special tokens; S sizes of
+    # tiles
+    centre: Tensor
     size: Tensor  # (B,) int, which of the sizes a tile has
     evidence: Tensor  # (B, N) share of each token inside the evidence, nan for a sample without
     line: Tensor  # (N, 2) int, row and column of a token among the h + w sums; 0 and h for special tokens
@@ -193,7 +202,7 @@ def pointed(
     evidence: Tensor,  # (B, K), nan for a sample without
     scratch: Tensor | None = None,  # (B, H, q, K) to write to
 ) -> Tensor:  # (B, H, q) 0 or 1, nan for a sample without evidence
-    """Say whether the key with the most mass touches the evidence; the first one among equals."""
+    """Return whether the key with the most mass touches the evidence; the first one among equals."""
     touching = shown & (evidence > 0)  # (B, K)
     best = []
     for chosen in (touching, shown & ~touching):  # two largest values cost a third of one argmax
@@ -212,7 +221,8 @@ def measure_layer(
     queries: np.ndarray,  # (M,) tokens whose maps are kept
     budget: int = BUDGET,  # bytes
     table: bool = False,  # keep the mean over heads of all queries, for a rollout
-) -> dict[str, np.ndarray]:  # measures (B, H, Q), received (B, H, K), maps (B, H, M, K), all float32; and perhaps table (B, Q, K)
+# measures (B, H, Q), received (B, H, K), maps (B, H, M, K), all float32; and perhaps table (B, Q, K)
+) -> dict[str, np.ndarray]:
     """Recompute the attention of one layer of the encoder and measure it."""
     grid, device = places.grid, call.query.device
     special, like, means = torch.from_numpy(grid.special).to(device), widened(call.query[:0]), []
@@ -221,12 +231,14 @@ def measure_layer(
     for chosen, chance, entropy in attention_chunks(call, budget):
         sums = (chance.flatten(1, 2) @ weights).view(*chance.shape[:-1], -1)  # (B, H, q, h + w + 2)
         own = sums.gather(-1, places.line[chosen].expand(*sums.shape[:-1], 2)) * ~special[chosen, None]
-        away = torch.hypot(*(centre[:, chosen, None] - centre[:, None]).unbind(-1)).nan_to_num()  # (S, q, K), 0 at special tokens
+        # (S, q, K), 0 at special tokens
+        away = torch.hypot(*(centre[:, chosen, None] - centre[:, None]).unbind(-1)).nan_to_num()
         scratch = torch.empty_like(chance) if scratch is None or scratch.shape != chance.shape else scratch
         away = away[:, None] if len(away) == 1 else away[places.size, None]
         far = torch.mul(chance, away, out=scratch).sum(-1) / (1 - sums[..., -2]).clamp(min=1e-30)
         hit = pointed(chance, ~special, evidence, scratch)
-        values = (entropy, own[..., 0], own[..., 1], sums[..., -2], far.masked_fill(special[chosen], math.nan), sums[..., -1], hit)
+        values = (entropy, own[..., 0], own[..., 1], sums[..., -2], far.masked_fill(special[chosen], math.nan),
+                  sums[..., -1], hit)
         for name, value in zip(STORED, values, strict=True):
             parts[name].append(value)
         inside = queries[(queries >= chosen.start) & (queries < chosen.stop)] - chosen.start
@@ -234,7 +246,9 @@ def measure_layer(
         received = received + chance.sum(2) / len(grid)
         if table:
             means.append(chance.mean(1).cpu())
-    whole = {name: torch.cat(pieces, dim=2) for name, pieces in parts.items()} | {"received": received} | ({"table": torch.cat(means, dim=1)} if table else {})
+    whole = {name: torch.cat(pieces, dim=2)
+             for name, pieces in parts.items()} | {"received": received} | ({"table": torch.cat(means, dim=1)} if table
+                                                                            else {})
     return {name: value.float().cpu().numpy() for name, value in whole.items()}
 
 
@@ -243,7 +257,8 @@ def followed(
     queries: np.ndarray,  # (M,)
 ) -> np.ndarray:  # (B, M, N) float32, rows sum to 1
     """Follow the attention of some queries from the last layer down to the first: their rows of the rollout."""
-    rows = np.broadcast_to(np.eye(tables[0].shape[-1], dtype=np.float32)[queries], (len(tables[0]), len(queries), tables[0].shape[-1]))
+    rows = np.broadcast_to(np.eye(tables[0].shape[-1], dtype=np.float32)[queries],
+                           (len(tables[0]), len(queries), tables[0].shape[-1]))
     for table in reversed(tables):
         rows = (rows @ table + rows) / 2
     return rows
@@ -261,7 +276,9 @@ def measure_word(
     maps = chance.gather(-1, images.clamp(min=0)[:, None, None].expand(*chance.shape[:-1], -1)) * shown[:, None, None]
     inside = torch.where(shown, evidence.to(maps), evidence[:, :1].to(maps) * 0)
     nothing = torch.full_like(entropy, math.nan)
-    values = (entropy, nothing, nothing, 1 - maps.sum(-1), nothing, torch.einsum("bhqk,bk->bhq", maps, inside), pointed(maps, shown, inside))
+    values = (entropy, nothing, nothing, 1 - maps.sum(-1), nothing, torch.einsum("bhqk,bk->bhq", maps, inside),
+              pointed(maps, shown, inside))
     visible = (logits[:, 0, 0] > torch.finfo(logits.dtype).min / 2).sum(-1)
-    measured = {name: value[..., 0] for name, value in zip(STORED, values, strict=True)} | {"maps": maps[:, :, 0], "visible": visible}
+    measured = {name: value[..., 0]
+                for name, value in zip(STORED, values, strict=True)} | {"maps": maps[:, :, 0], "visible": visible}
     return {name: value.float().cpu().numpy() for name, value in measured.items()}

@@ -29,7 +29,8 @@ def row_boxes(
     size: tuple[int, int],  # width and height of the image, pixels
     most: int,  # tiles' worth of tokens that are kept
 ) -> np.ndarray:  # (K, 4), nan at the end of every row
-    """Lay tiles together as LLaVA-OneVision does: padding cut off in whole cells, large pictures shrunk, a token without pixels behind every row."""
+    """Lay tiles together as LLaVA-OneVision does: padding cut off in whole cells, large pictures shrunk, a token
+    without pixels behind every row."""
     side, cells = tiles.shape[2], tiles.transpose(0, 2, 1, 3, 4).reshape(tiles.shape[0] * tiles.shape[2], -1, 4)
     (rows, columns), (width, height) = cells.shape[:2], size
     if width / height > columns / rows:
@@ -41,7 +42,8 @@ def row_boxes(
     ratio = math.sqrt(cells.shape[0] * cells.shape[1] / (most * side**2))
     if ratio > 1.1:
         down, across = np.r_[cells[:, 0, 1], cells[-1, 0, 3]], np.r_[cells[0, :, 0], cells[0, -1, 2]]
-        y, x = (np.interp(np.linspace(0, len(edges) - 1, int((len(edges) - 1) // ratio) + 1), np.arange(len(edges)), edges) for edges in (down, across))
+        y, x = (np.interp(np.linspace(0, len(edges) - 1, int((len(edges) - 1) // ratio) + 1), np.arange(len(edges)),
+                          edges) for edges in (down, across))
         corners = np.meshgrid(x[:-1], y[:-1]) + np.meshgrid(x[1:], y[1:])
         cells = np.stack(corners, axis=-1)
     return np.concatenate([cells, np.full((len(cells), 1, 4), np.nan)], axis=1).reshape(-1, 4).astype(np.float32)
@@ -62,7 +64,9 @@ def language_boxes(
         return np.concatenate([whole, nothing])
     across = len({region[0] for region in regions[1:]})
     cut = token_boxes(grid, regions[1:]).reshape(-1, across, grid.height, grid.width, 4)
-    return np.concatenate([whole, row_boxes(cut, size, int(bundle.model.config.vision_aspect_ratio.removeprefix("anyres_max_")))])
+    return np.concatenate(
+        [whole, row_boxes(cut, size, int(bundle.model.config.vision_aspect_ratio.removeprefix("anyres_max_")))]
+    )
 
 
 def cells_of(
@@ -86,7 +90,8 @@ def box_means(
 
     def upto(x, y):
         x, y = np.clip(x, 0, picture.shape[1]), np.clip(y, 0, picture.shape[0])
-        left, top = (np.minimum(np.floor(place).astype(int), side - 1) for place, side in ((x, picture.shape[1]), (y, picture.shape[0])))
+        left, top = (np.minimum(np.floor(place).astype(int), side - 1)
+                     for place, side in ((x, picture.shape[1]), (y, picture.shape[0])))
         across, down = x - left, y - top
         upper = total[top, left] * (1 - across) + total[top, left + 1] * across
         return upper * (1 - down) + (total[top + 1, left] * (1 - across) + total[top + 1, left + 1] * across) * down

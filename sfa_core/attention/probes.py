@@ -29,12 +29,14 @@ def evidence_in(
     sample: Sample,
     boxes: np.ndarray,  # (K, 4) pixels of tokens
     size: tuple[int, int],  # width and height of the image, pixels
-) -> tuple[np.ndarray, float]:  # (K,) share of each token inside the evidence, and the evidence's share of the image; nan without
-    """Say where the evidence of a sample is."""
+# (K,) share of each token inside the evidence, and the evidence's share of the image; nan without
+) -> tuple[np.ndarray, float]:
+    """Return where the evidence of a sample is."""
     marked = [sample.evidence.texts[index].box for index in sample.evidence.answer] if sample.evidence else []
     if not marked:
         return np.full(len(boxes), np.nan, dtype=np.float32), np.nan
-    corner, end = np.floor(marked)[:, :2].clip(min=0), np.minimum(np.ceil(marked)[:, 2:], size)  # whole pixels of the image
+    # whole pixels of the image
+    corner, end = np.floor(marked)[:, :2].clip(min=0), np.minimum(np.ceil(marked)[:, 2:], size)
     common = (np.minimum(end[:, None], end) - np.maximum(corner[:, None], corner)).clip(min=0).prod(-1)
     if common.sum() > common.trace():  # boxes overlap
         mask = box_mask(marked, size)
@@ -55,7 +57,8 @@ def image_sizes(
 
 
 def placed(
-    measured: dict[str, np.ndarray],  # of one sequence: (1, H, n), received (1, H, n), maps (1, H, m, n), perhaps table (1, n, n)
+    # of one sequence: (1, H, n), received (1, H, n), maps (1, H, m, n), perhaps table (1, n, n)
+    measured: dict[str, np.ndarray],
     own: np.ndarray,  # (n,) where its tokens are in the image
     kept: np.ndarray,  # (m,) where its queries are among those of the image
     whole: dict[str, np.ndarray],  # the image's arrays, filled in place
@@ -79,7 +82,8 @@ class RowMeasures:
         for grid, kept in zip(grids, queries, strict=True):
             tokens = len(grid)
             row = {name: np.full((1, heads, tokens), np.nan, dtype=np.float32) for name in (*STORED, "received")}
-            row |= {"maps": np.zeros((1, heads, len(kept), tokens), dtype=np.float32), "visible": np.zeros((1, tokens), dtype=np.float32)}
+            row |= {"maps": np.zeros((1, heads, len(kept), tokens), dtype=np.float32),
+                    "visible": np.zeros((1, tokens), dtype=np.float32)}
             self.rows.append(row | ({"table": np.zeros((1, tokens, tokens), dtype=np.float32)} if table else {}))
             index = np.zeros((grid.height, grid.width), dtype=int)
             index[grid.row, grid.column] = np.arange(tokens)
@@ -100,13 +104,16 @@ def record_tiles(
     prepared, modules = image_batch(bundle, images, tiles), family.attentions_of(model)
     sizes = image_sizes(prepared)
     of_image = zip(batch, images, sizes, strict=True)
-    of_row = [(sample, image.size, size, region) for sample, image, size in of_image for region in tile_regions(bundle, image.size, tiles)]
+    of_row = [(sample, image.size, size, region) for sample, image, size in of_image
+              for region in tile_regions(bundle, image.size, tiles)]
     layouts = {size: family.grid(model, size) for size in set(sizes)}
-    grids, regions = [layouts[size] for *_, size, _ in of_row], np.array([region for *_, region in of_row], dtype=np.float32)
+    grids, regions = [layouts[size] for *_, size, _ in of_row], np.array([region for *_, region in of_row],
+                                                                         dtype=np.float32)
     boxes = [grid.boxes(tuple(region)) for grid, (*_, region) in zip(grids, of_row, strict=True)]
     evidence = [evidence_in(sample, own, size)[0] for own, (sample, size, *_) in zip(boxes, of_row, strict=True)]
     wanted = [np.arange(len(grid)) if queries is None else queries for grid in grids]
-    seen = [RowMeasures(grids, wanted, modules[layer].num_heads, rollout) for layer in layers] if family.native else [None] * len(layers)
+    seen = [RowMeasures(grids, wanted, modules[layer].num_heads, rollout)
+            for layer in layers] if family.native else [None] * len(layers)
     geometry = family.geometry(model, sizes) if family.native else None
     places = None if family.native else place_tokens(grids[0], regions, np.stack(evidence), device)
 
@@ -119,7 +126,8 @@ def record_tiles(
         row = part.image
         own = seen[at].index[row][part.row, part.column]
         inside = np.flatnonzero(np.isin(own, wanted[row]))
-        measured = measure_layer(call, place_tokens(part, np.array([of_row[row][3]]), evidence[row][None, own], device), inside, table=rollout)
+        measured = measure_layer(call, place_tokens(part, np.array([of_row[row][3]]), evidence[row][None, own], device),
+                                 inside, table=rollout)
         placed(measured, own, np.searchsorted(wanted[row], own[inside]), seen[at].rows[row])
         seen[at].calls += 1
 
@@ -127,7 +135,8 @@ def record_tiles(
         image_features(bundle, prepared)
     known = [share[~np.isnan(own).any(1)] for share, own in zip(evidence, boxes, strict=True)]
     touched = [np.nan if np.isnan(share).all() else (share > 0).mean() for share in known]
-    groups = [[layer.rows[row] for layer in seen] for row in range(len(grids))] if family.native else [seen]  # rows as large as each other
+    # rows as large as each other
+    groups = [[layer.rows[row] for layer in seen] for row in range(len(grids))] if family.native else [seen]
     parts, count = [], len(grids) // len(groups)
     for start, group in zip(range(0, len(grids), count), groups, strict=True):
         rows = slice(start, start + count)
@@ -141,7 +150,8 @@ def record_tiles(
                 "pointing_chance": np.array(touched[rows], dtype=np.float32),
                 "words": (),
                 "rollout": followed([layer["table"] for layer in group], wanted[start]) if rollout else None,
-                **{name: np.stack([layer[name] for layer in group], axis=1) for name in (*STORED, "received", "maps", "visible")},
+                **{name: np.stack([layer[name] for layer in group], axis=1)
+                   for name in (*STORED, "received", "maps", "visible")},
             }
         )
     return join(parts)
@@ -155,7 +165,8 @@ def record_words(
     tiles: int | None,
     max_new_tokens: int,
 ) -> dict[str, Any]:  # fields of an `AttentionRecord`
-    """Let a model answer some questions and measure the attention of the words it writes; ValueError for a layer that forgets keys."""
+    """Let a model answer some questions and measure the attention of the words it writes; ValueError for a layer
+    that forgets keys."""
     family, model, language, images = bundle.family, bundle.model, bundle.devices[1], images_of(bundle, batch, tiles)
     prepared, prompts = image_batch(bundle, images, tiles), []
     for sample, block in zip(batch, prepared.tokens, strict=True):
@@ -163,29 +174,38 @@ def record_words(
         prompts.append(np.array(before + block + after))
     width = max(map(len, prompts))  # they are padded on the left
     places = [np.flatnonzero(prompt == model.config.image_token_id) + width - len(prompt) for prompt in prompts]
-    boxes = [language_boxes(bundle, image.size, tiles, size) for image, size in zip(images, image_sizes(prepared), strict=True)]
+    boxes = [language_boxes(bundle, image.size, tiles, size)
+             for image, size in zip(images, image_sizes(prepared), strict=True)]
     for sample, own, at in zip(batch, boxes, places, strict=True):
         if len(own) != len(at):
             raise ValueError(f"{sample.id} has {len(at)} image tokens in its prompt, expected {len(own)} for its tiles")
     marked = [evidence_in(sample, own, image.size) for sample, own, image in zip(batch, boxes, images, strict=True)]
-    hidden = [np.where(np.isnan(own).any(1), -1, at) for own, at in zip(boxes, places, strict=True)]  # tokens at the end of a row show nothing
-    on_device = [torch.from_numpy(array).to(language) for array in (padded(hidden, -1), padded([share for share, _ in marked], 0))]
+    # tokens at the end of a row show nothing
+    hidden = [np.where(np.isnan(own).any(1), -1, at) for own, at in zip(boxes, places, strict=True)]
+    on_device = [torch.from_numpy(array).to(language)
+                 for array in (padded(hidden, -1), padded([share for share, _ in marked], 0))]
     modules, seen = modules_at(family.language_of(model), "layers.*.self_attn"), [[] for _ in layers]
 
     def see(at, call):
         if call.key.shape[2] != width + len(seen[at]):
-            raise ValueError(f"layer {layers[at]} holds {call.key.shape[2]} keys for word {len(seen[at])}, expected all {width + len(seen[at])} before it")
+            raise ValueError(f"layer {layers[at]} holds {call.key.shape[2]} keys for word {len(seen[at])}, expected "
+                             f"all {width + len(seen[at])} before it")
         seen[at].append(measure_word(call, *on_device))
 
     with catching(family.language_of(model), [modules[layer] for layer in layers], see):
-        replies = generate(bundle, images, [(index, sample.question) for index, sample in enumerate(batch)], max_new_tokens, tiles=tiles)
+        replies = generate(bundle, images, [(index, sample.question) for index, sample in enumerate(batch)],
+                           max_new_tokens, tiles=tiles)
     spoken = [said or [end_token(bundle)] for said, _ in replies]
     known = np.arange(max(map(len, spoken))) < np.array([len(said) for said in spoken])[:, None]  # (B, Q)
-    stacked = {name: np.stack([[word[name] for word in words[: known.shape[1]]] for words in seen]) for name in seen[0][0]}  # (L, Q, B, H, ...)
+    # (L, Q, B, H, ...)
+    stacked = {name: np.stack([[word[name] for word in words[: known.shape[1]]] for words in seen])
+               for name in seen[0][0]}
     arrays = {name: np.moveaxis(stacked[name], (2, 0, 3, 1), (0, 1, 2, 3)) for name in (*STORED, "maps")}
-    arrays = {name: np.where(known[:, None, None, :, *(None,) * (array.ndim - 4)], array, np.float32(np.nan)) for name, array in arrays.items()}
+    arrays = {name: np.where(known[:, None, None, :, *(None,) * (array.ndim - 4)], array, np.float32(np.nan))
+              for name, array in arrays.items()}
     regions = [(0, 0, *image.size) for image in images]
-    chance = [np.nan if np.isnan(area) else (share[~np.isnan(own).any(1)] > 0).mean() for (share, area), own in zip(marked, boxes, strict=True)]
+    chance = [np.nan if np.isnan(area) else (share[~np.isnan(own).any(1)] > 0).mean()
+              for (share, area), own in zip(marked, boxes, strict=True)]
     return {
         "sample": tuple(sample.id for sample in batch),
         "region": np.array(regions, dtype=np.float32),
@@ -206,22 +226,29 @@ def record(
     data: Any,  # a dataset of documents, or samples
     layers: Sequence[int] | None = None,  # None: all of the tower, in order
     tower: str = "vision",  # or "language"
-    queries: Sequence[int] | str = (),  # tokens whose maps are kept, or "all": B L H N^2 numbers, for small models; every word of an answer is kept
+    # tokens whose maps are kept, or "all": B L H N^2 numbers, for small models; every word of an answer is kept
+    queries: Sequence[int] | str = (),
     batch_size: int = 16,  # samples
     tiles: int | None = None,  # most tiles per image; None: as many as the family's own processor cuts
     rollout: bool = False,  # follow the kept queries through all layers of the encoder
     max_new_tokens: int = 32,  # words of an answer
     progress: bool = False,  # show a bar
 ) -> AttentionRecord:
-    """Run a model as it is and measure its attention; ValueError for an unknown tower, layer or token, or an image that cannot be read."""
+    """Run a model as it is and measure its attention; ValueError for an unknown tower, layer or token, or an image
+    that cannot be read."""
     if tower not in ("vision", "language"):
         raise ValueError(f"tower is {tower!r}, expected 'vision' or 'language'")
     chosen, family = samples(data), bundle.family
     if (control := getattr(family.tower_of(bundle.model), CONTROL, None)) is not None and control.patches is not None:
-        raise ValueError("attention is recorded on the uniform grid and the model has adaptive patches: call detach_tokens first")
+        raise ValueError("attention is recorded on the uniform grid and the model has adaptive patches: call "
+                         "detach_tokens first")
     size = image_sizes(image_batch(bundle, images_of(bundle, chosen[:1], tiles), tiles))[0] if family.native else None
     grid = family.grid(bundle.model, size) if tower == "vision" else family.language_grid(bundle.model, size)
-    modules = family.attentions_of(bundle.model) if tower == "vision" else modules_at(family.language_of(bundle.model), "layers.*.self_attn")
+    modules = (
+        family.attentions_of(bundle.model)
+        if tower == "vision"
+        else modules_at(family.language_of(bundle.model), "layers.*.self_attn")
+    )
     layers = tuple(range(len(modules)) if layers is None else layers)
     kept = None if isinstance(queries, str) and queries == "all" else np.unique(np.asarray(queries, dtype=int))
     check_request(tower, layers, len(modules), kept, len(grid), batch_size, rollout)
@@ -232,7 +259,8 @@ def record(
         for start in tqdm(range(0, len(chosen), batch_size), desc="record", disable=not progress):
             batch = chosen[start : start + batch_size]
             batches.append(
-                record_tiles(bundle, batch, layers, kept, tiles, rollout) if tower == "vision" else record_words(bundle, batch, layers, tiles, max_new_tokens)
+                record_tiles(bundle, batch, layers, kept, tiles, rollout) if tower == "vision"
+                else record_words(bundle, batch, layers, tiles, max_new_tokens)
             )
     finally:
         if training:
@@ -242,14 +270,18 @@ def record(
     return AttentionRecord(layers=layers, grid=grid, tower=tower, queries=kept, **joined)
 
 
-def check_request(tower: str, layers: Sequence[int], depth: int, queries: np.ndarray | None, tokens: int, batch_size: int, rollout: bool) -> None:
+def check_request(tower: str, layers: Sequence[int], depth: int, queries: np.ndarray | None, tokens: int,
+                  batch_size: int, rollout: bool) -> None:
     """Raise a ValueError that names what cannot be recorded."""
     if not layers or len(set(layers)) != len(layers) or not all(0 <= layer < depth for layer in layers):
         raise ValueError(f"layers are {list(layers)}, expected different numbers from 0 to {depth - 1}")
     if queries is not None and len(queries) and not 0 <= queries.min() <= queries.max() < tokens:
-        raise ValueError(f"queries run from {queries.min()} to {queries.max()}, expected tokens from 0 to {tokens - 1}, or 'all'")
+        raise ValueError(f"queries run from {queries.min()} to {queries.max()}, expected tokens from 0 to "
+                         f"{tokens - 1}, or 'all'")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected at least 1")
-    if rollout and (tower != "vision" or list(layers) != list(range(depth)) or queries is not None and not len(queries)):
+    if rollout and (tower != "vision" or list(layers) != list(range(depth)) or queries is not None
+                    and not len(queries)):
         count = "all" if queries is None else len(queries)
-        raise ValueError(f"rollout of layers {list(layers)} and {count} queries of the {tower} tower, expected all {depth} of the encoder, and queries")
+        raise ValueError(f"rollout of layers {list(layers)} and {count} queries of the {tower} tower, expected all "
+                         f"{depth} of the encoder, and queries")

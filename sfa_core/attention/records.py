@@ -19,7 +19,8 @@ from .places import spread
 # %% ../../notebooks/library/07_attention/20_records.ipynb #dad08d9d
 STORED = ("entropy", "same_row", "same_column", "special_mass", "distance", "evidence_mass", "pointing")
 UNITS = {
-    "entropy": "nats", "effective": "tokens", "relative": "share of ln N", "same_row": "mass", "same_column": "mass", "special_mass": "mass",
+    "entropy": "nats", "effective": "tokens", "relative": "share of ln N", "same_row": "mass", "same_column": "mass",
+    "special_mass": "mass",
     "visual_mass": "mass", "distance": "pixels", "evidence_mass": "mass", "pointing": "rate",
 }  # measure -> unit
 OF_EVIDENCE = ("evidence_mass", "pointing")
@@ -32,12 +33,14 @@ def known_mean(
     """Average what is not nan."""
     known = ~np.isnan(values)
     count = known.sum(axis)
-    return np.divide(np.where(known, values, 0).sum(axis, dtype=np.float64), count, out=np.full(np.shape(count), np.nan), where=count > 0)
+    return np.divide(np.where(known, values, 0).sum(axis, dtype=np.float64), count,
+                     out=np.full(np.shape(count), np.nan), where=count > 0)
 
 # %% ../../notebooks/library/07_attention/20_records.ipynb #e1b9a556
 @dataclass(frozen=True, eq=False)
 class AttentionRecord:
-    """What attention did on some pages; all arrays float32, axes B rows, L layers, H heads, Q queries, K keys (see the table above)."""
+    """What attention did on some pages; all arrays float32, axes B rows, L layers, H heads, Q queries, K keys (see
+    the table above)."""
 
     sample: tuple[str, ...]  # (B,) id of the sample of a row
     region: np.ndarray = field(repr=False)  # (B, 4) the part of the image a row's keys show, pixels
@@ -54,7 +57,8 @@ class AttentionRecord:
     evidence_mass: np.ndarray = field(repr=False)  # (B, L, H, Q) mass, nan for samples without evidence
     pointing: np.ndarray = field(repr=False)  # (B, L, H, Q) 0 or 1, nan for samples without evidence
     evidence_share: np.ndarray = field(repr=False)  # (B,) share of the row's area inside the evidence, nan without
-    pointing_chance: np.ndarray = field(repr=False)  # (B,) share of the keys with pixels that touch the evidence, nan without
+    # (B,) share of the keys with pixels that touch the evidence, nan without
+    pointing_chance: np.ndarray = field(repr=False)
     received: np.ndarray = field(repr=False)  # (B, L, H, K) mean over all queries of the mass a key gets
     queries: np.ndarray = field(repr=False)  # (M,) queries whose maps were kept
     maps: np.ndarray = field(repr=False)  # (B, L, H, M, K) probabilities
@@ -81,35 +85,46 @@ class AttentionRecord:
         self,
         name: str,  # one of UNITS
     ) -> np.ndarray:  # (B, L, H, Q), nan for special tokens and where a row is shorter
-        """Return a measure of the queries that count, patches or words; ValueError lists the measures, or says that there is nothing."""
+        """Return a measure of the queries that count, patches or words; ValueError lists the measures, or says that
+        there is nothing."""
         if name not in UNITS:
             raise ValueError(f"measure is {name!r}, expected one of {', '.join(UNITS)}")
         values = self.counted(name)
         if name in OF_EVIDENCE and np.isnan(self.evidence_share).all():
-            raise ValueError("no sample of the record has evidence, expected samples whose evidence names the texts of the answer")
+            raise ValueError("no sample of the record has evidence, expected samples whose evidence names the texts of "
+                             "the answer")
         if np.isnan(values).all():
             raise ValueError(f"{name} is a measure of the encoder, the record is of the {self.tower} tower")
         return values
 
     def counted(self, name: str) -> np.ndarray:
         """Return a measure, nan for the special tokens of an encoder."""
-        special = np.isnan(self.boxes).any(-1) if self.tower == "vision" else np.zeros((len(self.sample), self.entropy.shape[-1]), dtype=bool)
+        special = (
+            np.isnan(self.boxes).any(-1)
+            if self.tower == "vision"
+            else np.zeros((len(self.sample), self.entropy.shape[-1]), dtype=bool)
+        )
         return np.where(special[:, None, None], np.float32(np.nan), getattr(self, name))
 
     def per_head(
         self,
         name: str,  # one of UNITS
     ) -> np.ndarray:  # (L, H) float32
-        """Average a measure over the queries of each row, then over rows, those without evidence left out of its measures; errors as in `of_queries`."""
+        """Average a measure over the queries of each row, then over rows, those without evidence left out of its
+        measures; errors as in `of_queries`."""
         return known_mean(known_mean(self.of_queries(name), -1), 0).astype(np.float32)
 
     def table(self) -> pd.DataFrame:
-        """Return one row per tile or question, layer and head: means over queries of all measures, share of the evidence and chance of pointing at it."""
+        """Return one row per tile or question, layer and head: means over queries of all measures, share of the
+        evidence and chance of pointing at it."""
         heads = self.entropy.shape[2]
-        index = pd.MultiIndex.from_product([range(len(self.sample)), self.layers, range(heads)], names=["tile", "layer", "head"])
-        table = pd.DataFrame({name: known_mean(self.counted(name), -1).ravel() for name in UNITS}, index=index).reset_index()
+        index = pd.MultiIndex.from_product([range(len(self.sample)), self.layers, range(heads)],
+                                           names=["tile", "layer", "head"])
+        table = pd.DataFrame({name: known_mean(self.counted(name), -1).ravel() for name in UNITS},
+                             index=index).reset_index()
         table.insert(0, "sample", np.asarray(self.sample, dtype=object)[table["tile"]])
-        return table.assign(evidence_share=self.evidence_share[table["tile"]], pointing_chance=self.pointing_chance[table["tile"]])
+        return table.assign(evidence_share=self.evidence_share[table["tile"]],
+                            pointing_chance=self.pointing_chance[table["tile"]])
 
     def map(
         self,
@@ -121,7 +136,8 @@ class AttentionRecord:
         """Return where one query looks, as a picture; ValueError when its map was not kept."""
         if layer not in self.layers or query not in self.queries or not 0 <= tile < len(self.sample):
             known = f"{len(self.sample)} tiles, layers {list(self.layers)} and {len(self.queries)} queries"
-            raise ValueError(f"no map of query {query} in layer {layer} of tile {tile}: recorded are {known}; record with queries='all' for all of them")
+            raise ValueError(f"no map of query {query} in layer {layer} of tile {tile}: recorded are {known}; record "
+                             f"with queries='all' for all of them")
         kept = self.maps[tile, self.layers.index(layer)][:, int(np.flatnonzero(self.queries == query)[0])]  # (H, K)
         return self.as_image(kept.mean(0) if head is None else kept[head], tile)
 
@@ -139,10 +155,12 @@ class AttentionRecord:
         x: float,  # pixels of the original image
         y: float,
     ) -> int:
-        """Return the key that shows a pixel, the finest if there are several; ValueError when it lies outside of the row's part of the image."""
+        """Return the key that shows a pixel, the finest if there are several; ValueError when it lies outside of
+        the row's part of the image."""
         x0, y0, x1, y1 = self.region[tile]
         if not (x0 <= x < x1 and y0 <= y < y1):
-            raise ValueError(f"pixel ({x:g}, {y:g}) is outside of tile {tile}, expected x in {x0:g} to {x1:g} and y in {y0:g} to {y1:g}")
+            raise ValueError(f"pixel ({x:g}, {y:g}) is outside of tile {tile}, expected x in {x0:g} to {x1:g} and y in "
+                             f"{y0:g} to {y1:g}")
         left, top, right, bottom = self.boxes[tile].T
         holds = np.flatnonzero((left <= x) & (x < right) & (top <= y) & (y < bottom))
         return int(holds[np.argmin(((right - left) * (bottom - top))[holds])])
@@ -155,7 +173,8 @@ def padded(
     """Stack arrays of different lengths."""
     parts = [np.asarray(part) for part in parts]
     longest = max(map(len, parts))
-    return np.stack([np.pad(part, [(0, longest - len(part)), *[(0, 0)] * (part.ndim - 1)], constant_values=filler) for part in parts])
+    return np.stack([np.pad(part, [(0, longest - len(part)), *[(0, 0)] * (part.ndim - 1)], constant_values=filler)
+                     for part in parts])
 
 
 def join(
@@ -172,6 +191,7 @@ def join(
             for axis, wide in enumerate(widest, start=1):
                 filler = 0 if name in ("maps", "received") and axis == first.ndim - 1 else np.nan
                 pads = [[(0, (wide - part.shape[axis]) * (axis == at)) for at in range(part.ndim)] for part in parts]
-                parts = [np.pad(part, pad, constant_values=filler) if wide > part.shape[axis] else part for part, pad in zip(parts, pads, strict=True)]
+                parts = [np.pad(part, pad, constant_values=filler) if wide > part.shape[axis] else part
+                         for part, pad in zip(parts, pads, strict=True)]
             joined[name] = np.concatenate(parts) if len(parts) > 1 else first
     return joined

@@ -47,11 +47,15 @@ def by_region(
     threshold: float = DENSE,
     shuffle: int | None = None,  # seed: shuffle the labels of each tile's patches, the control
 ) -> pd.DataFrame:  # sample, tile, layer, head, region, value, n
-    """Average a measure over the text-dense, sparse and special queries of every tile; ValueError for the language model or a missing density."""
+    """Average a measure over the text-dense, sparse and special queries of every tile; ValueError for the language
+    model or a missing density."""
     if seen.tower != "vision" or name not in UNITS:
-        raise ValueError(f"{name!r} of the {seen.tower} tower by region: expected a record of the encoder and one of {', '.join(UNITS)}")
+        raise ValueError(f"{name!r} of the {seen.tower} tower by region: expected a record of the encoder and one of "
+                         f"{', '.join(UNITS)}")
     if missing := sorted(set(seen.sample) - set(densities)):
-        raise ValueError(f"{len(missing)} samples have no density, the first is {missing[0]}: expected a map per sample")
+        raise ValueError(
+            f"{len(missing)} samples have no density, the first is {missing[0]}: expected a map per sample"
+        )
     index = pd.MultiIndex.from_product([seen.layers, range(seen.entropy.shape[2])], names=["layer", "head"])
     whole, draw, parts = getattr(seen, name), np.random.default_rng(shuffle), []
     for tile, sample in enumerate(seen.sample):
@@ -59,7 +63,8 @@ def by_region(
         if shuffle is not None:
             regions[regions != "special"] = draw.permutation(regions[regions != "special"])
         for region in dict.fromkeys(regions):
-            part = pd.DataFrame({"value": known_mean(whole[tile][..., regions == region], -1).ravel()}, index=index).reset_index()
+            part = pd.DataFrame({"value": known_mean(whole[tile][..., regions == region], -1).ravel()},
+                                index=index).reset_index()
             parts.append(part.assign(sample=sample, tile=tile, region=region, n=int((regions == region).sum())))
     return pd.concat(parts, ignore_index=True)[["sample", "tile", "layer", "head", "region", "value", "n"]]
 
@@ -85,6 +90,9 @@ def paired_contrast(
         reach = t.ppf((1 + confidence) / 2, n - 1) * deviation / np.sqrt(n)
         effect = mean / deviation if deviation > 0 else np.nan
         about = norm.ppf((1 + confidence) / 2) * np.sqrt(1 / n + effect**2 / (2 * n))
-        rows.append(dict(zip(by, key)) | dict(first=whole[pair[0]].mean(), second=whole[pair[1]].mean(), difference=mean, low=mean - reach, high=mean + reach,
-                                              effect=effect, effect_low=effect - about, effect_high=effect + about, n=n, left_out=len(part) - n))
+        rows.append(dict(zip(by, key))
+                    | dict(first=whole[pair[0]].mean(), second=whole[pair[1]].mean(), difference=mean, low=mean - reach,
+                           high=mean + reach,
+                                              effect=effect, effect_low=effect - about, effect_high=effect + about, n=n,
+                                              left_out=len(part) - n))
     return pd.DataFrame(rows)

@@ -34,7 +34,8 @@ class Bundle:
 
     @property
     def identity(self) -> str:
-        "Key over everything that decides an answer: weights, precision, quantisation, structure, resolution, processor."
+        """Key over everything that decides an answer: weights, precision, quantisation, structure, resolution,
+        processor."""
         return model_digest(self.model, self.processor)
 
     @property
@@ -46,4 +47,5 @@ class Bundle:
     def __repr__(self) -> str:
         millions, devices = self.model.num_parameters() / 1e6, dict.fromkeys(map(str, self.devices))
         size = f"{millions / 1e3:.1f} B" if millions >= 1000 else f"{millions:.1f} M"
-        return f"Bundle({self.name}, {self.family.name}, {size}, {str(self.model.dtype).removeprefix('torch.')}, {' and '.join(devices)})"
+        return (f"Bundle({self.name}, {self.family.name}, {size}, "
+                f"{str(self.model.dtype).removeprefix('torch.')}, {' and '.join(devices)})")

@@ -20,6 +20,7 @@ def html_text(
 def figure_text(
     text: Any,  # anything that has a text; ends of lines become line breaks
 ) -> str:
-    "Write text for a title, a label or a hover of a Plotly figure: tags, entities, $formulas$ and %{placeholders} are shown as they are."
+    """Write text for a title, a label or a hover of a Plotly figure: tags, entities, $formulas$ and %{placeholders}
+    are shown as they are."""
     safe = html.escape(str(text), quote=False).replace("$", "&#36;").replace("%{", "&#37;{")
     return "<br>".join(safe.split("\n"))

@@ -25,7 +25,8 @@ class TokenGrid:
     column: np.ndarray = field(repr=False)  # (N,) int, -1 for special tokens
     special: np.ndarray = field(repr=False)  # (N,) bool
     image: int = 0  # which image of a packed sequence
-    shown: tuple[float, float] = (1.0, 1.0)  # share of the tile's height and width that the grid covers, 0..1; less where a patch does not divide the tile
+    # share of the tile's height and width that the grid covers, 0..1; less where a patch does not divide the tile
+    shown: tuple[float, float] = (1.0, 1.0)
 
     def __len__(self) -> int:
         """Count the tokens."""
@@ -37,7 +38,8 @@ class TokenGrid:
     ) -> "TokenGrid":  # row-major, without special tokens
         """Return the grid after a pixel shuffle; ValueError when the sides are not divisible by the factor."""
         if factor < 1 or self.height % factor or self.width % factor:
-            raise ValueError(f"a grid of {self.height} x {self.width} tokens cannot be merged by {factor}: expected a factor that divides both sides")
+            raise ValueError(f"a grid of {self.height} x {self.width} tokens cannot be merged by {factor}: expected a "
+                             f"factor that divides both sides")
         return replace(uniform_grid(self.height // factor, self.width // factor), image=self.image, shown=self.shown)
 
     def take(
@@ -49,7 +51,8 @@ class TokenGrid:
 
     def boxes(
         self,
-        region: tuple[float, float, float, float],  # (x0, y0, x1, y1), the part of the image this tile shows; a single tile shows (0, 0, X, Y)
+        # (x0, y0, x1, y1), the part of the image this tile shows; a single tile shows (0, 0, X, Y)
+        region: tuple[float, float, float, float],
     ) -> np.ndarray:  # (N, 4) float32 pixel boxes, nan for special tokens
         """Map every token to the pixels it shows; ValueError for an empty region."""
         x0, y0, x1, y1 = region
@@ -69,10 +72,12 @@ def uniform_grid(
 ) -> TokenGrid:
     """Lay out a row-major grid behind its special tokens; ValueError for sides below 1."""
     if height < 1 or width < 1 or special < 0:
-        raise ValueError(f"a grid of {height} x {width} with {special} special tokens: expected sides of at least 1 and no negative count")
+        raise ValueError(f"a grid of {height} x {width} with {special} special tokens: expected sides of at least 1 "
+                         f"and no negative count")
     none = np.full(special, -1)
     row, column = np.divmod(np.arange(height * width), width)
-    return TokenGrid(height, width, np.r_[none, row], np.r_[none, column], np.arange(special + height * width) < special)
+    return TokenGrid(height, width, np.r_[none, row], np.r_[none, column],
+                     np.arange(special + height * width) < special)
 
 # %% ../../notebooks/library/01_core/40_families.ipynb #452a86ed
 Size = tuple[int, int]  # rows and columns of patches
@@ -98,7 +103,8 @@ def fixed_layout(
     special: int,  # special tokens in front
     size: Size | None = None,  # not known to a fixed tile
 ) -> TokenGrid:
-    """Lay out the tokens of a tower with a fixed tile; ValueError when the patch does not divide the tile, or when a size is given."""
+    """Lay out the tokens of a tower with a fixed tile; ValueError when the patch does not divide the tile, or when
+    a size is given."""
     grid = cropped_layout(model, special, size)
     if grid.shown != (1.0, 1.0):
         (tall, wide), (down, across) = pair(vision_of(model).image_size), pair(vision_of(model).patch_size)
@@ -111,7 +117,8 @@ def cropped_layout(
     special: int,
     size: Size | None = None,
 ) -> TokenGrid:
-    """Lay out the tokens of a tower with a fixed tile that loses what is left of a patch; arguments as in `fixed_layout`."""
+    """Lay out the tokens of a tower with a fixed tile that loses what is left of a patch; arguments as in
+    `fixed_layout`."""
     if size is not None:
         raise ValueError(f"a size of {size[0]} x {size[1]} patches for a tower with a fixed tile; expected none")
     (tall, wide), (down, across) = pair(vision_of(model).image_size), pair(vision_of(model).patch_size)
@@ -124,7 +131,8 @@ def native_layout(
     special: int,
     size: Size | None = None,  # of the image, in patches
 ) -> TokenGrid:  # in merge order
-    """Lay out an image of any size, the patches of one language token together; ValueError without a size or for one that cannot be merged."""
+    """Lay out an image of any size, the patches of one language token together; ValueError without a size or for
+    one that cannot be merged."""
     factor = merge_size(model)
     if size is None or min(size) < 1 or size[0] % factor or size[1] % factor:
         given = "no size" if size is None else f"a size of {size[0]} x {size[1]} patches"
@@ -177,7 +185,9 @@ def split_windows(
 
 def joined(parts: Sequence[TokenGrid]) -> TokenGrid:
     """Put the tokens of one image behind each other."""
-    return replace(parts[0], **{name: np.concatenate([getattr(part, name) for part in parts]) for name in ("row", "column", "special")})
+    return replace(parts[0],
+                   **{name: np.concatenate([getattr(part, name) for part in parts])
+                      for name in ("row", "column", "special")})
 
 # %% ../../notebooks/library/01_core/40_families.ipynb #393f3253
 def modules_at(
@@ -187,9 +197,12 @@ def modules_at(
     """Return the modules at a dotted path; ValueError names the model and the path when there are none."""
     found = [model]
     for name in path.split("."):
-        found = [child for module in found for child in (module.children() if name == "*" else [getattr(module, name, None)]) if child is not None]
+        found = [child for module in found
+                 for child in (module.children() if name == "*" else [getattr(module, name, None)])
+                 if child is not None]
     if not found:
-        raise ValueError(f"{type(model).__name__} has nothing at {path!r}: expected the ForConditionalGeneration model of a supported family")
+        raise ValueError(f"{type(model).__name__} has nothing at {path!r}: expected the ForConditionalGeneration model "
+                         f"of a supported family")
     return found
 
 # %% ../../notebooks/library/01_core/40_families.ipynb #d6980fd4
@@ -205,15 +218,18 @@ class Family:
     attention: str  # dotted pattern of the encoder's attention modules, first to last layer
     image_token: str  # the token that image features replace
     special: int  # special tokens in front of the patches
-    views: str  # how an image reaches the tower: tiles, anyres (tiles of chosen sizes), square (one, cropped) or native (at its own size)
+    # how an image reaches the tower: tiles, anyres (tiles of chosen sizes), square (one, cropped) or native (at its
+    # own size)
+    views: str
     example: str  # hub id of a checkpoint
     merge: Callable[[Any], int] = no_merge  # configuration -> patches per side in one language token
-    layout: Callable[[Any, int, Size | None], TokenGrid] = fixed_layout  # configuration, special, size -> the tower's tokens
+    # configuration, special, size -> the tower's tokens
+    layout: Callable[[Any, int, Size | None], TokenGrid] = fixed_layout
     windows: Callable[[Any], tuple[int, frozenset[int]]] | None = None  # None: every layer sees the whole tile or image
 
     @property
     def native(self) -> bool:
-        """Tell whether the tower sees images at their own size, packed into one sequence."""
+        """Return whether the tower sees images at their own size, packed into one sequence."""
         return self.views == "native"
 
     def tower_of(self, model: Any) -> Any:
@@ -239,19 +255,23 @@ class Family:
         return found[:used]
 
     def grid(self, model: Any, size: Size | None = None) -> TokenGrid:
-        """Return the tokens of one tile, or of one image of a native tower, as they enter it; takes a model or its configuration."""
+        """Return the tokens of one tile, or of one image of a native tower, as they enter it; takes a model or its
+        configuration."""
         return self.layout(model, self.special, size)
 
     def language_grid(self, model: Any, size: Size | None = None) -> TokenGrid:
-        """Return the tokens of one tile or image as the language model sees them; takes a model or its configuration."""
+        """Return the tokens of one tile or image as the language model sees them; takes a model or its
+        configuration."""
         return self.grid(model, size).merged(self.merge(getattr(model, "config", model)))
 
     def sequences(
         self,
         model: Any,  # a model, its configuration, or that of its encoder
-        sizes: Sequence[Size] | None = None,  # of the images of a native tower, in patches; None for a tower with a fixed tile
+        # of the images of a native tower, in patches; None for a tower with a fixed tile
+        sizes: Sequence[Size] | None = None,
     ) -> tuple[tuple[TokenGrid, ...], tuple[TokenGrid, ...]]:
-        """Return what a windowed layer and what a global layer attends over, a token grid per call of its attention, in order."""
+        """Return what a windowed layer and what a global layer attends over, a token grid per call of its
+        attention, in order."""
         if self.native != bool(sizes):
             expected = "the size of each image" if self.native else "no sizes, every tile is alike"
             raise ValueError(f"{self.name} got {len(sizes or ())} image sizes, expected {expected}")
@@ -266,10 +286,12 @@ class Family:
         model: Any,  # with its weights, or on the meta device
         sizes: Sequence[Size] | None = None,  # as in `sequences`
     ) -> list[tuple[TokenGrid, ...]]:
-        """Return, for each encoder layer in use, the token sequences its attention is called for; a tile's one grid serves all tiles of a batch."""
+        """Return, for each encoder layer in use, the token sequences its attention is called for; a tile's one grid
+        serves all tiles of a batch."""
         windowed, whole = self.sequences(model, sizes)
         everywhere = self.windows(model)[1] if self.windows else ()
-        return [whole if layer in everywhere or self.windows is None else windowed for layer in range(len(self.attentions_of(model)))]
+        return [whole if layer in everywhere or self.windows is None else windowed
+                for layer in range(len(self.attentions_of(model)))]
 
 # %% ../../notebooks/library/01_core/40_families.ipynb #2cc60e43
 LLAVA = dict(
@@ -277,21 +299,26 @@ LLAVA = dict(
     attention="model.vision_tower.encoder.layers.*.self_attn", image_token="<image>",
 )
 QWEN = dict(
-    tower="model.visual", projector="model.visual.merger", language="model.language_model", attention="model.visual.blocks.*.attn",
+    tower="model.visual", projector="model.visual.merger", language="model.language_model",
+    attention="model.visual.blocks.*.attn",
     image_token="<|image_pad|>", special=0, views="native", merge=merge_size, layout=native_layout,
 )
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         Family(
-            name="internvl", model_type="internvl", tower="model.vision_tower", projector="model.multi_modal_projector", language="model.language_model",
-            attention="model.vision_tower.encoder.layer.*.attention", image_token="<IMG_CONTEXT>", special=1, views="tiles",
+            name="internvl", model_type="internvl", tower="model.vision_tower", projector="model.multi_modal_projector",
+            language="model.language_model",
+            attention="model.vision_tower.encoder.layer.*.attention", image_token="<IMG_CONTEXT>", special=1,
+            views="tiles",
             example="OpenGVLab/InternVL3_5-8B-HF", merge=shuffle_factor,
         ),
         Family(
-            "llava_onevision", "llava_onevision", **LLAVA, special=0, views="anyres", example="llava-hf/llava-onevision-qwen2-7b-ov-hf", layout=cropped_layout
+            "llava_onevision", "llava_onevision", **LLAVA, special=0, views="anyres",
+            example="llava-hf/llava-onevision-qwen2-7b-ov-hf", layout=cropped_layout
         ),
-        Family("llava", "llava", **LLAVA, special=1, views="square", example="llava-hf/llava-1.5-7b-hf", layout=cropped_layout),
+        Family("llava", "llava", **LLAVA, special=1, views="square", example="llava-hf/llava-1.5-7b-hf",
+               layout=cropped_layout),
         Family("qwen2_5_vl", "qwen2_5_vl", **QWEN, example="Qwen/Qwen2.5-VL-7B-Instruct", windows=qwen_windows),
         Family("qwen3_vl", "qwen3_vl", **QWEN, example="Qwen/Qwen3-VL-8B-Instruct"),
     )
@@ -306,4 +333,5 @@ def family_of(
     for family in FAMILIES.values():
         if family.model_type == kind:
             return family
-    raise ValueError(f"model type {kind!r} is not supported, expected one of: {', '.join(sorted(family.model_type for family in FAMILIES.values()))}")
+    raise ValueError(f"model type {kind!r} is not supported, expected one of: "
+                     f"{', '.join(sorted(family.model_type for family in FAMILIES.values()))}")

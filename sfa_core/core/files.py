@@ -62,7 +62,8 @@ def new_folder(
     *,
     replace: bool = False,  # put it in the place of one that is there
 ) -> Iterator[Path]:  # an empty folder to write into
-    "Write a folder under a hidden name and move it to its own when the block ends well; FileExistsError where one is and `replace` is not given."
+    """Write a folder under a hidden name and move it to its own when the block ends well; FileExistsError where one
+    is and `replace` is not given."""
     path = Path(path)
     part, old = hidden_name(path), hidden_name(path)
     if path.exists() and not replace:

@@ -50,7 +50,8 @@ class AttentionHook:
     name: str = ""  # of whoever attached it
 
 # %% ../../notebooks/library/01_core/60_hooks.ipynb #b51a28e1
-HOOKS, PREFIX = "attention_hooks", "hooked_"  # attribute of an attention module; in front of the name of the replaced kernel
+# attribute of an attention module; in front of the name of the replaced kernel
+HOOKS, PREFIX = "attention_hooks", "hooked_"
 
 
 def replaced_name(
@@ -66,10 +67,12 @@ def kernel_of(
 ) -> Callable:
     """Return the function of a kernel; the eager one is that of the file in which the module is defined."""
     homes = [sys.modules[kind.__module__] for kind in type(module).__mro__]
-    eager = next((vars(home)["eager_attention_forward"] for home in homes if "eager_attention_forward" in vars(home)), None)
+    eager = next((vars(home)["eager_attention_forward"] for home in homes if "eager_attention_forward" in vars(home)),
+                 None)
     kernel = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
     if kernel is None:
-        raise ValueError(f"{type(module).__name__} has no eager_attention_forward in its file, expected one, or another kernel than {name!r}")
+        raise ValueError(f"{type(module).__name__} has no eager_attention_forward in its file, expected one, or "
+                         f"another kernel than {name!r}")
     return kernel
 
 
@@ -91,13 +94,15 @@ def hooked_attention(
     causal = options.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    call = AttentionCall(0, module, query, key, value, attention_mask, scaling, causal and attention_mask is None, options)
+    call = AttentionCall(0, module, query, key, value, attention_mask, scaling, causal and attention_mask is None,
+                         options)
     for hook in hooks:
         if hook.before is not None:
             call = hook.before(replace(call, layer=hook.layer)) or call
     if call.result is None:
         with without_hooks(module.config):  # some kernels look their own name up
-            result, weights = run(module, call.query, call.key, call.value, call.mask, scaling=call.scaling, **call.options)
+            result, weights = run(module, call.query, call.key, call.value, call.mask, scaling=call.scaling,
+                                  **call.options)
         call = replace(call, result=result, weights=weights)
     for hook in hooks:
         if hook.after is not None:
@@ -122,7 +127,8 @@ for kernel in ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_
 
 # %% ../../notebooks/library/01_core/60_hooks.ipynb #dcdf7c88
 def attach_hooks(
-    modules: Mapping[int, nn.Module],  # attention modules, each with its `config`, by the number that is shown to the hook
+    # attention modules, each with its `config`, by the number that is shown to the hook
+    modules: Mapping[int, nn.Module],
     *,
     before: Hook | None = None,
     after: Hook | None = None,
@@ -146,7 +152,8 @@ def remove_hooks(
 ) -> None:
     """Remove hooks; a configuration whose modules have none left gets the name of its kernel back."""
     hooked = [module for module in model.modules() if hasattr(module, HOOKS)]
-    gone = {id(hook) for module in hooked for hook in getattr(module, HOOKS)} if attached is None else {id(hook) for _, hook in attached}
+    gone = {id(hook) for module in hooked
+            for hook in getattr(module, HOOKS)} if attached is None else {id(hook) for _, hook in attached}
     for module in hooked:
         left = [hook for hook in getattr(module, HOOKS) if id(hook) not in gone]
         setattr(module, HOOKS, left) if left else delattr(module, HOOKS)

@@ -76,7 +76,8 @@ PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")  # files o
 def local_model(
     name: str | Path,  # "embedded", a folder or a hub id
 ) -> Path | None:  # None: a name of the hub
-    "Return the folder that a model's name stands for here; FileNotFoundError for what is neither a folder nor a hub id."
+    """Return the folder that a model's name stands for here; FileNotFoundError for what is neither a folder nor a
+    hub id."""
     if str(name) in SHIPPED_MODELS:
         return SHIPPED_MODELS[str(name)]
     folder = Path(os.path.expanduser(name))

@@ -58,7 +58,8 @@ def file_digest(
     facts = path.stat()
     if facts.st_size < REMEMBERED:
         return read_digest(path)
-    place = key_of(32, path=str(path), size=facts.st_size, times=[facts.st_mtime_ns, facts.st_ctime_ns], inode=facts.st_ino)
+    place = key_of(32, path=str(path), size=facts.st_size, times=[facts.st_mtime_ns, facts.st_ctime_ns],
+                   inode=facts.st_ino)
     kept = exports_root() / "cache" / "digests" / place
     try:
         if re.fullmatch("[0-9a-f]{64}", text := kept.read_text(encoding="ascii")):
@@ -79,7 +80,8 @@ def folder_digest(
     "Return a digest of names and contents of the files in a folder."
     folder, skipped = Path(folder), {"__pycache__", *leave_out}
     found = {path for pattern in patterns for path in folder.rglob(pattern) if path.is_file()}
-    inside = sorted((path.relative_to(folder).as_posix(), path) for path in found if not skipped & set(path.relative_to(folder).parts))
+    inside = sorted((path.relative_to(folder).as_posix(), path)
+                    for path in found if not skipped & set(path.relative_to(folder).parts))
     return key_of(64, files=[(name, file_digest(path)) for name, path in inside])
 
 # %% ../../notebooks/library/01_core/30_identity.ipynb #1de0000d
@@ -102,13 +104,15 @@ def tensor_digest(
     import torch  # a key over text needs none
 
     held = tensor.detach().to("cpu").contiguous()
-    return key_of(64, type=str(held.dtype), shape=list(held.shape), bytes=array_digest(held.reshape(-1).view(torch.uint8)))
+    return key_of(64, type=str(held.dtype), shape=list(held.shape),
+                  bytes=array_digest(held.reshape(-1).view(torch.uint8)))
 
 
 def without_private(settings: Any) -> Any:
     "Leave out of a configuration where it was read, by which version, and what begins with an underscore."
     if isinstance(settings, dict):
-        names = [name for name in settings if not name.startswith("_") and name not in ("transformers_version", "dtype", "torch_dtype")]
+        names = [name for name in settings if not name.startswith("_")
+                 and name not in ("transformers_version", "dtype", "torch_dtype")]
         return {name: without_private(settings[name]) for name in names}
     return [without_private(value) for value in settings] if isinstance(settings, list) else settings
 
@@ -116,10 +120,13 @@ def without_private(settings: Any) -> Any:
 def processor_facts(processor: Any) -> dict[str, Any]:
     "Collect what a processor does to pages and texts: sizes, tokens, chat template."
     images, tokenizer = getattr(processor, "image_processor", None), processor.tokenizer
-    tokens = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {"vocabulary": tokenizer.get_vocab()}
+    tokens = (
+        json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {"vocabulary": tokenizer.get_vocab()}
+    )
     own = {name: value for name, value in vars(processor).items() if isinstance(value, str | int | float | None)}
     return {
-        "kind": type(processor).__name__, "own": own, "images": [type(images).__name__, images and json.loads(images.to_json_string())],
+        "kind": type(processor).__name__, "own": own,
+        "images": [type(images).__name__, images and json.loads(images.to_json_string())],
         "tokens": key_of(64, **{name: part for name, part in tokens.items() if name not in ("padding", "truncation")}),
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "templates": [getattr(tokenizer, "chat_template", None), getattr(processor, "chat_template", None)]}
@@ -131,7 +138,8 @@ def model_digest(
 ) -> str:  # 16 hex digits
     "Return a key over weights, precision, quantisation, what is attached, configuration and processor of a model."
     weights = {name: tensor_digest(tensor) for name, tensor in model.state_dict().items() if hasattr(tensor, "dtype")}
-    attached = {f"{name}.{what}": part.identity for name, module in model.named_modules() for what, part in vars(module).items()
+    attached = {f"{name}.{what}": part.identity for name, module in model.named_modules()
+                for what, part in vars(module).items()
                 if isinstance(getattr(type(part), "identity", None), property)}
     settings = without_private(json.loads(model.config.to_json_string(use_diff=False)))
     return key_of(weights=weights, attached=attached, settings=settings, processor=processor_facts(processor))
@@ -146,7 +154,8 @@ def statements(
     "Parse code and leave out docstrings."
     tree = ast.parse(re.sub(r"^[ \t]*[%!][^\n]*$", "", source, flags=re.M))
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and ast.get_docstring(node, clean=False) is not None:
+        if isinstance(node, ast.Module | ast.FunctionDef | ast.AsyncFunctionDef
+                      | ast.ClassDef) and ast.get_docstring(node, clean=False) is not None:
             node.body = node.body[1:]
     return tree
 
@@ -164,8 +173,10 @@ def imports(
         elif isinstance(node, ast.ImportFrom):
             above = [PACKAGE, *module.split(".")][: 3 - node.level] if node.level else []
             base = ".".join([*above, *([node.module] if node.module else [])])
-            found |= {f"{base}.{alias.name}" for alias in node.names} | {base} if base.split(".")[0] == PACKAGE else set()
-    names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") in facades}
+            found |= {f"{base}.{alias.name}"
+                      for alias in node.names} | {base} if base.split(".")[0] == PACKAGE else set()
+    names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)
+             and getattr(node.value, "id", "") in facades}
     names |= {name.removeprefix(f"{PACKAGE}.") for name in found}
     reached = {sfa_core.FACADE[name][0] for name in names if name in sfa_core.FACADE}
     return {name.removeprefix(f"{PACKAGE}.") for name in found if module_file(name)} | reached
@@ -183,7 +194,8 @@ def module_file(
 def facts_at(path: Path, size: int, time: int) -> tuple[str, frozenset[str]]:
     "Read one module of the package; size and time make a changed file another one."
     tree = statements(path.read_text(encoding="utf-8"))
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), frozenset(imports(tree, f"{path.parent.name}.{path.stem}"))
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), frozenset(imports(tree,
+                                                                                  f"{path.parent.name}.{path.stem}"))
 
 
 def module_facts(

@@ -68,7 +68,9 @@ def held_bytes(
     parts: Iterable[nn.Module],
     gradients: bool = False,  # of the parameters that learn, with the two averages of AdamW
 ) -> int:
-    """Count the bytes of the parameters and buffers of some modules, shared ones once; what is on the meta device takes none."""
-    tensors = {tensor.data_ptr(): tensor for part in parts for tensor in chain(part.parameters(), part.buffers()) if tensor.device.type != "meta"}
+    """Count the bytes of the parameters and buffers of some modules, shared ones once; what is on the meta device
+    takes none."""
+    tensors = {tensor.data_ptr(): tensor for part in parts
+               for tensor in chain(part.parameters(), part.buffers()) if tensor.device.type != "meta"}
     learning = sum(tensor.nbytes for tensor in tensors.values() if tensor.requires_grad)
     return sum(tensor.nbytes for tensor in tensors.values()) + (3 * learning if gradients else 0)

@@ -19,13 +19,15 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MOST_PIXELS = 50_000_000  # a page of A3 at 500 dpi
 ORIENTATION = 0x0112  # EXIF tag
 TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
     6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
 }  # orientation -> what brings the page upright
 
 
 def turn_of(image: Image.Image) -> Image.Transpose | None:
-    "Return what brings a picture upright, None when it is or when its EXIF block says nothing that can be read, as viewers do."
+    """Return what brings a picture upright, None when it is or when its EXIF block says nothing that can be read,
+    as viewers do."""
     try:
         return TURNS.get(image.getexif().get(ORIENTATION))
     except Exception:  # a damaged block raises whatever its bytes lead to
@@ -46,7 +48,8 @@ def as_seen(image: Image.Image) -> Image.Image:
 
 
 def pages_of(image: Image.Image) -> str:
-    "Return what is left out of a file of several pages, empty when it has one; the second picture of a photograph (MPO) is no page."
+    """Return what is left out of a file of several pages, empty when it has one; the second picture of a photograph
+    (MPO) is no page."""
     if image.format == "MPO":
         return ""
     try:
@@ -68,15 +71,18 @@ def decode_page(
             raise FileNotFoundError(f"no file {source}")
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
             if image.width * image.height > MOST_PIXELS:
-                raise ValueError(f"{image.width:,} x {image.height:,} px, more than {MOST_PIXELS:,}, could be a decompression bomb")
+                raise ValueError(f"{image.width:,} x {image.height:,} px, more than {MOST_PIXELS:,}, could be a "
+                                 f"decompression bomb")
             note = pages_of(image)
             return as_seen(image), note and f"{name}: {note}"
     except Exception as error:  # what a decoder raises is up to the bytes it is given
-        raise ValueError(f"{name}: the image cannot be decoded ({error}); expected a PNG or JPEG file, or {', '.join(FORMATS[2:])}") from error
+        raise ValueError(f"{name}: the image cannot be decoded ({error}); expected a PNG or JPEG file, or "
+                         f"{', '.join(FORMATS[2:])}") from error
 
 
 def decode(source: Any, name: str) -> Image.Image:
-    "Decode bytes, a path or a PIL image to RGB, upright; ValueError with `name` if that fails, a warning where further pages are left out."
+    """Decode bytes, a path or a PIL image to RGB, upright; ValueError with `name` if that fails, a warning where
+    further pages are left out."""
     image, note = decode_page(source, name)
     if note:
         warnings.warn(note, stacklevel=2)

@@ -24,7 +24,8 @@ MARK = b"\xef\xbb\xbf"  # byte order mark of UTF-8
 def read_text(
     path: str | Path,
 ) -> str:  # ends of lines as they are in the file
-    "Read a text file in UTF-8, without its byte order mark; ValueError names a file in another encoding, FileNotFoundError what is no file."
+    """Read a text file in UTF-8, without its byte order mark; ValueError names a file in another encoding,
+    FileNotFoundError what is no file."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is no file; expected a text file in UTF-8")
@@ -35,7 +36,8 @@ def read_text(
     except UnicodeDecodeError as error:
         at = error.start + (len(MARK) if content.startswith(MARK) else 0)
     if at >= 0:
-        raise ValueError(f"{path} is no UTF-8 text (byte 0x{content[at]:02x} at {at}); expected UTF-8, so save or convert it as such")
+        raise ValueError(f"{path} is no UTF-8 text (byte 0x{content[at]:02x} at {at}); expected UTF-8, so save or "
+                         f"convert it as such")
     return text
 
 
@@ -63,7 +65,8 @@ def json_lines(
     path: str | Path,
     expected: str,  # what a line holds, for the error
 ) -> Iterator[tuple[str, dict]]:  # file and line, object
-    "Read the objects of a file with one JSON object per line, empty lines left out; ValueError names the line that holds none."
+    """Read the objects of a file with one JSON object per line, empty lines left out; ValueError names the line
+    that holds none."""
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip(" \t\r"):
             continue
@@ -79,7 +82,8 @@ def text_value(
     what: str,  # what it is, for the error
     where: str,  # of which file and line, or row
 ) -> str:
-    "Return a text, or a number as it is written; ValueError for null, objects, lists, bytes, numbers that are not finite and text with half a character."
+    """Return a text, or a number as it is written; ValueError for null, objects, lists, bytes, numbers that are not
+    finite and text with half a character."""
     if value is None or isinstance(value, dict | list | tuple | set | bytes | np.ndarray):
         kind = "null" if value is None else {dict: "an object", bytes: "bytes"}.get(type(value), "a list")
         raise ValueError(f"{where}: {what} is {kind}; expected text or a number")
@@ -123,7 +127,7 @@ def answers_of(
 def is_folder(
     name: str | Path,
 ) -> bool:
-    "Tell whether a name is a folder; a text that cannot be a name is none."
+    "Return whether a name is a folder; a text that cannot be a name is none."
     try:
         return Path(name).is_dir()
     except (OSError, ValueError):
@@ -136,7 +140,8 @@ def inside(
     where: str,  # of which file and line, or row
     below: str = "",  # folder inside of `folder` that the file must be in
 ) -> Path:
-    "Return a file that a data set names; ValueError when it lies outside of the folder, FileNotFoundError when it is no file."
+    """Return a file that a data set names; ValueError when it lies outside of the folder, FileNotFoundError when it
+    is no file."""
     root = Path(folder).resolve() / below
     try:
         path = (root / name).resolve()
@@ -156,13 +161,17 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*(@[\w./-]+)?", re.AS
 def is_hub_id(
     name: str | Path,
 ) -> bool:
-    "Tell whether a name can be `owner/name` or `owner/name@revision` of the hub, and is not meant as a path here."
+    "Return whether a name can be `owner/name` or `owner/name@revision` of the hub, and is not meant as a path here."
     text = str(name)
     if not HUB_ID.fullmatch(text):
         return False
     hub = text.partition("@")[0]
     owner, repository = hub.split("/")
-    sound = not re.search(r"--|\.\.", hub) and not repository.endswith(".git") and all(part[-1] not in ".-" and len(part) <= 96 for part in (owner, repository))
+    sound = (
+        not re.search(r"--|\.\.", hub)
+        and not repository.endswith(".git")
+        and all(part[-1] not in ".-" and len(part) <= 96 for part in (owner, repository))
+    )
     return sound and not is_folder(owner)
 
 
@@ -176,4 +185,5 @@ def check_cache(
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as reason:
-        raise ValueError(f"the cache {folder} cannot be written ({reason.strerror}); set HF_HOME to a folder that can be") from (error or reason)
+        raise ValueError(f"the cache {folder} cannot be written ({reason.strerror}); set HF_HOME to a folder that can "
+                         f"be") from (error or reason)

@@ -45,7 +45,8 @@ class Benchmark:
     config: str | None = None                           # configuration of the hub repository
     split: str = "test"                                 # split used unless another is asked for
     rows: int | None = None                             # questions in that split
-    fields: dict[str, str | tuple[str, ...]] = field(default_factory=dict)  # id, question, answers, kind, choices -> columns
+    # id, question, answers, kind, choices -> columns
+    fields: dict[str, str | tuple[str, ...]] = field(default_factory=dict)
     suffix: str = SHORT                                 # text after every question
     tiles: int = 12                                     # most tiles an image is cut into
     published: tuple[float | None, ...] = (None,) * 3   # scores of REFERENCES
@@ -57,7 +58,7 @@ OPTION_FIELDS = {"question": "question", "answers": "answer"}
 
 # %% ../../notebooks/library/02_documents/55_benchmarks.ipynb #4ded851e
 def both_owners(name: str) -> tuple[str, str]:
-    "Give both owners of a repository that was renamed in 2026."
+    "Return both owners of a repository that was renamed in 2026."
     return f"lmms-lab-encoder/{name}", f"lmms-lab/{name}"
 
 
@@ -65,22 +66,32 @@ BENCHMARKS = {row.name: row for row in (
     Benchmark("chartqa", "relaxed", ("HuggingFaceM4/ChartQA",), rows=2500, published=(86.7, 87.3, 80.0),
               fields={"question": "query", "answers": "label", "kind": "human_or_machine"},
               note="mean of 1,250 human and 1,250 machine questions; data under GPL-3.0"),
-    Benchmark("docvqa", "anls", both_owners("DocVQA"), "DocVQA", "validation", 5349, VQA_FIELDS, tiles=18, published=(92.3, 95.7, 87.5),
+    Benchmark("docvqa", "anls", both_owners("DocVQA"), "DocVQA", "validation", 5349, VQA_FIELDS, tiles=18,
+              published=(92.3, 95.7, 87.5),
               note="published on the hidden test split"),
-    Benchmark("infographicvqa", "anls", both_owners("DocVQA"), "InfographicVQA", "validation", 2801, VQA_FIELDS, tiles=24, published=(79.1, 82.6, 68.8),
+    Benchmark("infographicvqa", "anls", both_owners("DocVQA"), "InfographicVQA", "validation", 2801, VQA_FIELDS,
+              tiles=24, published=(79.1, 82.6, 68.8),
               note="published on the hidden test split"),
-    Benchmark("textvqa", "vqa", both_owners("textvqa"), None, "validation", 5000, VQA_FIELDS | {"id": "question_id"}, tiles=6,
+    Benchmark("textvqa", "vqa", both_owners("textvqa"), None, "validation", 5000, VQA_FIELDS | {"id": "question_id"},
+              tiles=6,
               published=(78.2, 84.9, None)),
-    Benchmark("ocrbench", "containment", ("echo840/OCRBench",), rows=1000, fields=OPTION_FIELDS | {"kind": "question_type"}, tiles=24,
+    Benchmark("ocrbench", "containment", ("echo840/OCRBench",), rows=1000,
+              fields=OPTION_FIELDS | {"kind": "question_type"}, tiles=24,
               published=(840, 864, 621), note="points out of 1,000"),
-    Benchmark("ai2d", "letter", both_owners("ai2d"), rows=3088, fields=OPTION_FIELDS | {"choices": "options"}, suffix=LETTER, tiles=6,
+    Benchmark("ai2d", "letter", both_owners("ai2d"), rows=3088, fields=OPTION_FIELDS | {"choices": "options"},
+              suffix=LETTER, tiles=6,
               published=(84.0, 83.9, 81.4)),
-    Benchmark("dvqa", "exact", split="val_easy", note="original release: a folder with val_easy_qa.json, val_hard_qa.json and images/"),
-    Benchmark("figureqa", "exact", split="validation1", note="original release: a folder with validation1/qa_pairs.json and validation1/png/"),
+    Benchmark("dvqa", "exact", split="val_easy", note="original release: a folder with val_easy_qa.json, "
+                                                      "val_hard_qa.json and images/"),
+    Benchmark("figureqa", "exact", split="validation1", note="original release: a folder with "
+                                                             "validation1/qa_pairs.json and validation1/png/"),
     Benchmark("plotqa", "relaxed", note="original release: a folder with test/qa_pairs_V2.json (or V1) and test/png/"),
-    Benchmark("k_dtcbench", "letter", ("NCSOFT/K-DTCBench",), rows=240, suffix=LETTER_KOREAN, note="Korean documents, tables and charts",
-              fields=OPTION_FIELDS | {"id": "index", "kind": "category", "choices": ("choice_a", "choice_b", "choice_c", "choice_d")}),
-    Benchmark("folder", "relaxed", split="all", note="your own folder: images/ and questions.jsonl; choose scorer and suffix when evaluating"),
+    Benchmark("k_dtcbench", "letter", ("NCSOFT/K-DTCBench",), rows=240, suffix=LETTER_KOREAN,
+              note="Korean documents, tables and charts",
+              fields=OPTION_FIELDS
+              | {"id": "index", "kind": "category", "choices": ("choice_a", "choice_b", "choice_c", "choice_d")}),
+    Benchmark("folder", "relaxed", split="all", note="your own folder: images/ and questions.jsonl; choose scorer and "
+                                                     "suffix when evaluating"),
     Benchmark("synthetic", "relaxed", tiles=1, note="generated documents; ships with the workbook, with evidence"),
 )}
 
@@ -103,7 +114,9 @@ def with_choices(
     choices: Sequence[str],  # in the order A, B, C, ...
 ) -> str:
     "Write the options of a question under it, one `A. text` a line."
-    return "\n".join([question, *(f"{letter}. {' '.join(str(choice).split())}" for letter, choice in zip(string.ascii_uppercase, choices))])
+    return "\n".join([question,
+                      *(f"{letter}. {' '.join(str(choice).split())}"
+                        for letter, choice in zip(string.ascii_uppercase, choices))])
 
 
 def choices_of(question: str) -> dict[str, str]:
@@ -128,7 +141,8 @@ def sample_of(
     columns = benchmark.fields
     wanted = {"image", *(c for entry in columns.values() for c in ((entry,) if isinstance(entry, str) else entry))}
     if missing := sorted(wanted - set(row)):
-        raise ValueError(f"benchmark {benchmark.name}: {name} has no field {', '.join(missing)}; it has {', '.join(sorted(row))}")
+        raise ValueError(f"benchmark {benchmark.name}: {name} has no field {', '.join(missing)}; it has "
+                         f"{', '.join(sorted(row))}")
     where = f"benchmark {benchmark.name}: {name}"
     answers = answers_of(row[columns["answers"]], where, f"a split with answers, such as {benchmark.split!r}")
     question = text_value(row[columns["question"]], "the question", where)
@@ -137,14 +151,17 @@ def sample_of(
         if not isinstance(options, list | tuple):
             raise ValueError(f"{where} has no list of options; expected one")
         options = [text_value(option, "an option", where) for option in options]
-        question, answers = with_choices(question, options), [option_answer(a, len(options), f"{benchmark.name}: {name}") for a in answers]
+        question, answers = with_choices(question,
+                                         options), [option_answer(a, len(options), f"{benchmark.name}: {name}")
+                                                    for a in answers]
     document, source = image_file(row["image"], images, where, folder)
     kind = text_value(row[columns["kind"]], "the kind", where) if "kind" in columns else benchmark.name
-    return Sample(text_value(row[columns["id"]], "the id", where) if "id" in columns else name, document, kind, question, tuple(answers), source)
+    return Sample(text_value(row[columns["id"]], "the id", where) if "id" in columns else name, document, kind,
+                  question, tuple(answers), source)
 
 
 def option_answer(answer: str, options: int, name: str) -> str:
-    "Give the letter of an answer stored as a letter or as an index from 0."
+    "Return the letter of an answer stored as a letter or as an index from 0."
     letters = string.ascii_uppercase[:options]
     if answer.strip().isdecimal() and int(answer) < options:
         return letters[int(answer)]
@@ -154,12 +171,14 @@ def option_answer(answer: str, options: int, name: str) -> str:
 
 
 def image_file(image, images: dict[str, bytes], where: str, folder: Path | None = None) -> tuple[str, object]:
-    "Return the document name and the source of an image: the hash of its file and the file, or a file inside of the folder."
+    """Return the document name and the source of an image: the hash of its file and the file, or a file inside of
+    the folder."""
     if isinstance(image, dict):
         image = image.get("bytes") or image.get("path")
     if isinstance(image, str | Path) and str(image):
         if folder is None:
-            raise ValueError(f"{where} names the file {str(image)[:200]!r} instead of an image; expected its bytes, or a local copy that holds it")
+            raise ValueError(f"{where} names the file {str(image)[:200]!r} instead of an image; expected its bytes, or "
+                             f"a local copy that holds it")
         image = inside(folder, str(image), where)
         return str(image), image
     if isinstance(image, bytes) and image:
@@ -170,12 +189,15 @@ def image_file(image, images: dict[str, bytes], where: str, folder: Path | None 
     return hashlib.sha256(image.tobytes()).hexdigest()[:16], image
 
 # %% ../../notebooks/library/02_documents/55_benchmarks.ipynb #d2bbe915
-def hub_rows(benchmark: Benchmark, split: str, source: str | Path | None, stream: bool) -> datasets.Dataset | datasets.IterableDataset:
-    "Open a split of a benchmark kept in the hub's layout, images not decoded; FileNotFoundError says how to get it, ValueError names the splits there are."
+def hub_rows(benchmark: Benchmark, split: str, source: str | Path | None,
+             stream: bool) -> datasets.Dataset | datasets.IterableDataset:
+    """Open a split of a benchmark kept in the hub's layout, images not decoded; FileNotFoundError says how to get
+    it, ValueError names the splits there are."""
     if source is not None and is_folder(source):
         data = local_rows(benchmark, split, Path(source), stream)
     elif source is not None and not is_hub_id(source):
-        raise FileNotFoundError(f"benchmark {benchmark.name}: no folder {source}; expected a local copy or a hub id such as {benchmark.hubs[0]}")
+        raise FileNotFoundError(f"benchmark {benchmark.name}: no folder {source}; expected a local copy or a hub id "
+                                f"such as {benchmark.hubs[0]}")
     else:
         hubs, reasons, data = (str(source),) if source else benchmark.hubs, [], None
         for hub in hubs:
@@ -185,19 +207,22 @@ def hub_rows(benchmark: Benchmark, split: str, source: str | Path | None, stream
                 data = datasets.load_dataset(hub, benchmark.config, split=split, streaming=stream, revision=commit)
                 break
             except ValueError as error:   # reached, but this split or configuration is not there
-                raise ValueError(f"benchmark {benchmark.name}: {hub} has no split {split!r} of configuration {benchmark.config}: {error}") from error
+                raise ValueError(f"benchmark {benchmark.name}: {hub} has no split {split!r} of configuration "
+                                 f"{benchmark.config}: {error}") from error
             except OSError as error:      # offline, gone, or not allowed
                 check_cache(datasets.config.HF_DATASETS_CACHE, error)
                 reasons.append(f"{hub}: {' '.join(str(error).split())[:120]}")
         if data is None:
-            raise FileNotFoundError(f"benchmark {benchmark.name} cannot be read ({'; '.join(reasons)}); on a machine with access run "
+            raise FileNotFoundError(f"benchmark {benchmark.name} cannot be read ({'; '.join(reasons)}); on a machine "
+                                    f"with access run "
                                     f"`hf download {hubs[0]} --repo-type dataset --local-dir DIR` and pass source=DIR")
     if data.column_names is not None and "image" not in data.column_names:
         raise ValueError(f"benchmark {benchmark.name}: no field image; it has {', '.join(sorted(data.column_names))}")
     return data.cast_column("image", datasets.Image(decode=False))
 
 
-def local_rows(benchmark: Benchmark, split: str, folder: Path, stream: bool) -> datasets.Dataset | datasets.IterableDataset:
+def local_rows(benchmark: Benchmark, split: str, folder: Path,
+               stream: bool) -> datasets.Dataset | datasets.IterableDataset:
     "Open a split of a local copy: parquet files in the hub's layout, or a dataset saved to disk."
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
         check_saved(folder)
@@ -208,7 +233,11 @@ def local_rows(benchmark: Benchmark, split: str, folder: Path, stream: bool) -> 
     else:
         files = sorted(folder.rglob("*.parquet"))
         of_config = [f for f in files if benchmark.config in f.relative_to(folder).parts]
-        files = of_config if any(len(f.relative_to(folder).parts) > 1 and f.parent.name != "data" for f in files) and benchmark.config else files
+        files = (
+            of_config
+            if any(len(f.relative_to(folder).parts) > 1 and f.parent.name != "data" for f in files) and benchmark.config
+            else files
+        )
         found = sorted({re.split(r"[-.]", f.name)[0] for f in files})
         chosen = [str(f) for f in files if re.split(r"[-.]", f.name)[0] == split]
         if chosen:
@@ -219,7 +248,8 @@ def local_rows(benchmark: Benchmark, split: str, folder: Path, stream: bool) -> 
                 raise
         if not files:
             part = f" of configuration {benchmark.config}" if benchmark.config else ""
-            raise FileNotFoundError(f"benchmark {benchmark.name}: no parquet files{part} in {folder}; expected {split}-*.parquet or a dataset saved to disk")
+            raise FileNotFoundError(f"benchmark {benchmark.name}: no parquet files{part} in {folder}; expected "
+                                    f"{split}-*.parquet or a dataset saved to disk")
     raise ValueError(f"benchmark {benchmark.name}: no split {split!r} in {folder}; it has {', '.join(found)}")
 
 
@@ -232,17 +262,21 @@ def check_saved(folder: Path) -> None:
             for file in read_json(state)["_data_files"]:
                 inside(state.parent, str(file["filename"]), str(state))
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder} is no dataset saved to disk ({error!r}); expected splits in dataset_dict.json, _data_files in state.json") from error
+        raise ValueError(f"{folder} is no dataset saved to disk ({error!r}); expected splits in dataset_dict.json, "
+                         f"_data_files in state.json") from error
 
 # %% ../../notebooks/library/02_documents/55_benchmarks.ipynb #d20c2682
 def release_rows(benchmark: Benchmark, split: str, folder: Path) -> Iterator[dict]:
     "Read the questions of an original JSON release; FileNotFoundError names the file that is expected."
-    choices = {"dvqa": [f"{split}_qa.json"], "figureqa": [f"{split}/qa_pairs.json"], "plotqa": [f"{split}/qa_pairs_V2.json", f"{split}/qa_pairs_V1.json"]}
+    choices = {"dvqa": [f"{split}_qa.json"], "figureqa": [f"{split}/qa_pairs.json"],
+               "plotqa": [f"{split}/qa_pairs_V2.json", f"{split}/qa_pairs_V1.json"]}
     files = [file for name in choices[benchmark.name] for file in sorted(folder.rglob(name))]
     if not files:
-        raise FileNotFoundError(f"benchmark {benchmark.name}: no {' or '.join(choices[benchmark.name])} in {folder}; {benchmark.note}")
+        raise FileNotFoundError(f"benchmark {benchmark.name}: no {' or '.join(choices[benchmark.name])} in {folder}; "
+                                f"{benchmark.note}")
     asked, known = read_json(files[0], "a list of questions, or qa_pairs"), {}
-    for number, entry in enumerate(asked.get("qa_pairs", []) if isinstance(asked, dict) else asked if isinstance(asked, list) else []):
+    for number, entry in enumerate(asked.get("qa_pairs", []) if isinstance(asked, dict) else asked
+                                   if isinstance(asked, list) else []):
         where = f"benchmark {benchmark.name}: question {number} of {files[0].name}"
         try:
             if benchmark.name == "dvqa":
@@ -260,7 +294,8 @@ def release_rows(benchmark: Benchmark, split: str, folder: Path) -> Iterator[dic
             answer = ("No", "Yes")[int(answer)]
         if image not in known:
             known[image] = inside(top, image, where, below)
-        yield {"id": f"{split}-{number:07d}", "image": known[image], "document": known[image].stem, "kind": text_value(kind, "the kind", where),
+        yield {"id": f"{split}-{number:07d}", "image": known[image], "document": known[image].stem,
+               "kind": text_value(kind, "the kind", where),
                "question": text_value(question, "the question", where), "answers": answers_of(answer, where)}
 
 # %% ../../notebooks/library/02_documents/55_benchmarks.ipynb #ad4bd965
@@ -271,28 +306,33 @@ SYNTHETIC_DOCUMENTS = 200
 def load_benchmark(
     name: str,                         # a key of BENCHMARKS
     split: str | None = None,          # None: the benchmark's own
-    source: str | Path | None = None,  # local folder or other hub id; for "synthetic" the generator's preset, with a language as in "rich-ko"
+    # local folder or other hub id; for "synthetic" the generator's preset, with a language as in "rich-ko"
+    source: str | Path | None = None,
     limit: int | None = None,          # most questions; None: all (for "synthetic" those of 200 documents)
     seed: int | None = None,           # of the random choice under `limit`, or of the generated documents
 ) -> list[Sample]:
-    "Load a benchmark as samples, one per question; ValueError or FileNotFoundError say what is missing and how to get it."
+    """Load a benchmark as samples, one per question; ValueError or FileNotFoundError say what is missing and how to
+    get it."""
     benchmark = find_benchmark(name)
     split = split or benchmark.split
     if limit is not None and limit < 1:
         raise ValueError(f"limit: got {limit}, expected at least 1 question")
     if name == "synthetic":
         if split != benchmark.split:
-            raise ValueError(f"benchmark synthetic has no split {split!r}, expected {benchmark.split!r}; other documents come from other seeds")
+            raise ValueError(f"benchmark synthetic has no split {split!r}, expected {benchmark.split!r}; other "
+                             f"documents come from other seeds")
         preset, _, language = str(source or "embedded").partition("-")
         number, found = min(limit or SYNTHETIC_DOCUMENTS, SYNTHETIC_DOCUMENTS), []
         while len(found) < (limit or 1):
-            found = samples(documents(number, SYNTHETIC_SEED if seed is None else seed, preset=preset, language=language or "en"))
+            found = samples(documents(number, SYNTHETIC_SEED if seed is None else seed, preset=preset,
+                                      language=language or "en"))
             number *= 2   # the first documents of a seed stay the same
         return unique(found[:limit], name)
     if not benchmark.hubs:
         if source is None or not is_folder(source):
             raise FileNotFoundError(f"benchmark {name}: got source {source}, expected a local folder; {benchmark.note}")
-        return from_rows(folder_rows(Path(source)) if name == "folder" else release_rows(benchmark, split, Path(source)), limit, seed, name)
+        return from_rows(folder_rows(Path(source)) if name == "folder"
+                         else release_rows(benchmark, split, Path(source)), limit, seed, name)
     if name == "chartqa" and source is not None and is_folder(source) and is_release(Path(source)):
         return from_rows(chartqa_rows(Path(source), split), limit, seed, name)
     data, images = hub_rows(benchmark, split, source, stream=limit is not None and seed is None), {}
@@ -302,18 +342,20 @@ def load_benchmark(
     found = []
     for i, row in islice(rows, limit):
         named = row | {kind: kinds.int2str(row[kind])} if isinstance(kinds, datasets.ClassLabel) else row
-        found.append(sample_of(benchmark, named, f"{split}-{i:05d}", images, Path(source) if source is not None and is_folder(source) else None))
+        found.append(sample_of(benchmark, named, f"{split}-{i:05d}", images,
+                               Path(source) if source is not None and is_folder(source) else None))
     return unique(found, name)
 
 
 def from_rows(rows: Iterable[dict], limit: int | None, seed: int | None, name: str) -> list[Sample]:
     "Make samples of rows that have the fields of a sample already, the first or a random choice of them."
     chosen = choose(list(rows), limit, seed) if seed is not None else islice(rows, limit)
-    return unique((Sample(r["id"], r["document"], r["kind"], r["question"], tuple(r["answers"]), r["image"], r.get("evidence")) for r in chosen), name)
+    return unique((Sample(r["id"], r["document"], r["kind"], r["question"], tuple(r["answers"]), r["image"],
+                          r.get("evidence")) for r in chosen), name)
 
 
 def is_release(folder: Path) -> bool:
-    "Tell whether a folder holds ChartQA as its authors released it, whatever the split."
+    "Return whether a folder holds ChartQA as its authors released it, whatever the split."
     return any(find_split(folder, split) for split in ("test", "val", "train"))
 
 
@@ -331,5 +373,6 @@ def unique(found: Iterable[Sample], name: str) -> list[Sample]:
     times = Counter(sample.id for sample in found)
     if len(times) < len(found):
         (twice, count), = times.most_common(1)
-        raise ValueError(f"benchmark {name}: question id {twice!r} occurs {count} times; expected each question with its own id")
+        raise ValueError(f"benchmark {name}: question id {twice!r} occurs {count} times; expected each question with "
+                         f"its own id")
     return found

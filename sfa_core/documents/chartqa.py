@@ -120,7 +120,9 @@ def chartqa_rows(
     if place is None:
         there = sorted({path.name.rsplit("_", 1)[0] for part in PARTS for path in folder.rglob(f"*_{part}.json")})
         listings = f"{split}_human.json or {split}_augmented.json"
-        raise FileNotFoundError(f"benchmark chartqa: no {listings} in {folder}; it has {', '.join(there) or 'no split'}")
+        raise FileNotFoundError(
+            f"benchmark chartqa: no {listings} in {folder}; it has {', '.join(there) or 'no split'}"
+        )
     known: dict[str, Evidence | None] = {}
     for part, kind in PARTS.items():
         listing = place / f"{split}_{part}.json"

@@ -63,12 +63,14 @@ def load_font(name: str, size: int) -> ImageFont.FreeTypeFont:
     "Open a font of data/fonts at `size` pixels; FileNotFoundError lists the fonts there are."
     path = FONTS / f"{name}.ttf"
     if not path.exists():
-        raise FileNotFoundError(f"no font {name!r} in {FONTS}; there are: {', '.join(sorted(p.stem for p in FONTS.glob('*.ttf')))}")
+        raise FileNotFoundError(f"no font {name!r} in {FONTS}; there are: "
+                                f"{', '.join(sorted(p.stem for p in FONTS.glob('*.ttf')))}")
     return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
 
 
 def ink(text: str, font: str, size: int, turned: bool = False) -> np.ndarray:
-    "Give the ink of a text, (Y, X) uint8 opacity, cropped so that each edge touches ink; ValueError for a text without ink."
+    """Return the ink of a text, (Y, X) uint8 opacity, cropped so that each edge touches ink; ValueError for a text
+    without ink."""
     return _ink(text, font, size, turned)[0]
 
 
@@ -79,13 +81,14 @@ def _ink(text, font, size, turned):
     grey = np.asarray(mask, dtype=np.uint8).reshape(mask.size[1], mask.size[0])
     rows, columns = np.flatnonzero(grey.any(1)), np.flatnonzero(grey.any(0))
     if not len(rows):
-        raise ValueError(f"text {text!r} leaves no ink in font {font!r} at {size} px; expected at least one visible character")
+        raise ValueError(f"text {text!r} leaves no ink in font {font!r} at {size} px; expected at least one visible "
+                         f"character")
     grey = grey[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     return (np.ascontiguousarray(np.rot90(grey)) if turned else grey), -(rise + int(rows[0]))
 
 
 def text_box(item: Text) -> tuple[int, int, int, int]:
-    "Give the exact ink box (x0, y0, x1, y1) of a text, before it is painted."
+    "Return the exact ink box (x0, y0, x1, y1) of a text, before it is painted."
     grey, above = _ink(item.text, item.font, item.size, item.turned)
     (height, width), (across, down) = grey.shape, item.anchor
     x0 = round(item.x - {"l": 0, "m": width / 2, "r": width}[across])
@@ -94,7 +97,7 @@ def text_box(item: Text) -> tuple[int, int, int, int]:
 
 # %% ../../notebooks/library/02_documents/05_drawing.ipynb #c31b91b9
 def fitting_size(texts, font: str, size: int, width: float, smallest: int = 6) -> int:
-    "Give the largest font size <= `size` at which every text is at most `width` pixels wide, never below `smallest`."
+    "Return the largest font size <= `size` at which every text is at most `width` pixels wide, never below `smallest`."
     for candidate in range(size, smallest, -1):
         if all(ink(t, font, candidate).shape[1] <= width for t in texts):
             return candidate
@@ -134,7 +137,8 @@ def _text(page, item):
     left, top, right, bottom = max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)
     if right <= left or bottom <= top:
         return
-    opacity = ink(item.text, item.font, item.size, item.turned)[top - y0 : bottom - y0, left - x0 : right - x0, None].astype(np.uint16)
+    opacity = ink(item.text, item.font, item.size, item.turned)[top - y0 : bottom - y0, left - x0 : right - x0,
+                                                                None].astype(np.uint16)
     under = page[top:bottom, left:right].astype(np.uint16)
     page[top:bottom, left:right] = (under * (255 - opacity) + np.array(item.colour, np.uint16) * opacity + 127) // 255
 

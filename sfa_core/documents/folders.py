@@ -22,9 +22,12 @@ def folder_rows(folder: Path) -> Iterator[dict]:
     for where, entry in json_lines(listing, expected):
         if missing := [key for key in ("image", "question", "answers") if entry.get(key) in (None, "", [])]:
             raise ValueError(f"{where}: no {', '.join(missing)}; expected {expected}")
-        text = {key: text_value(entry[key], f"the {key}", where) for key in ("id", "image", "question", "kind") if entry.get(key) is not None}
-        yield {"id": text.get("id", f"line-{where.rpartition(' ')[2]}"), "image": inside(folder, text["image"], where, "images"), "document": text["image"],
-               "kind": text.get("kind", "folder"), "question": text["question"], "answers": answers_of(entry["answers"], where),
+        text = {key: text_value(entry[key], f"the {key}", where)
+                for key in ("id", "image", "question", "kind") if entry.get(key) is not None}
+        yield {"id": text.get("id", f"line-{where.rpartition(' ')[2]}"),
+               "image": inside(folder, text["image"], where, "images"), "document": text["image"],
+               "kind": text.get("kind", "folder"), "question": text["question"],
+               "answers": answers_of(entry["answers"], where),
                "evidence": folder_evidence(entry.get("evidence"), where)}
 
 
@@ -33,8 +36,11 @@ def folder_evidence(given: dict | None, where: str) -> Evidence | None:
     if given is None:
         return None
     try:
-        table = tuple(tuple("" if cell is None else text_value(cell, "a cell", where) for cell in line) for line in given.get("table", []))
-        texts = [(text_value(t["text"], "a text", where), box_of_edges(t["box"]), str(t.get("role", "text"))) for t in given.get("texts", [])]
+        table = tuple(tuple("" if cell is None else text_value(cell, "a cell", where) for cell in line)
+                      for line in given.get("table", []))
+        texts = [(text_value(t["text"], "a text", where), box_of_edges(t["box"]), str(t.get("role", "text")))
+                 for t in given.get("texts", [])]
         return Evidence(table, tuple(TextBox(*text) for text in texts))
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{where}: evidence cannot be read ({error!r}); expected table (rows of text) and texts (text, box of four numbers, role)") from error
+        raise ValueError(f"{where}: evidence cannot be read ({error!r}); expected table (rows of text) and texts "
+                         f"(text, box of four numbers, role)") from error

@@ -26,7 +26,8 @@ from .words import SERIES, SHORT_WORDS, TITLES, WORDS
 
 # %% ../../notebooks/library/02_documents/25_generate.ipynb #1decd8ff
 EMBEDDED_KINDS = ("bar", "grouped_bar", "table")
-LATIN_FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSansMono", "Arimo-Regular", "Arimo-Bold", "Tinos-Regular",
+LATIN_FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSansMono", "Arimo-Regular", "Arimo-Bold",
+               "Tinos-Regular",
                "Roboto-Regular", "RobotoCondensed-Regular")
 PRESETS = dict(embedded=112, rich=448, page=224, page_large=224)  # name -> default edge in pixels
 SMALLEST = dict(embedded=64, rich=64, page=SMALLEST_PAGE, page_large=SMALLEST_PAGE)  # edge in pixels
@@ -40,7 +41,8 @@ def _embedded(kind, rng, size, language):
         n_rows, n_columns = int(rng.integers(3, 6)), 1
     elif kind == "table":
         n_rows, n_columns = int(rng.integers(2, 5)), int(rng.integers(1, 3))
-    words = [str(w) for w in rng.choice(SHORT_WORDS if language == "en" else WORDS["ko"], n_rows + n_columns, replace=False)]
+    words = [str(w) for w in rng.choice(SHORT_WORDS if language == "en" else WORDS["ko"], n_rows + n_columns,
+                                        replace=False)]
     columns = tuple(words[n_rows:]) if n_columns > 1 or kind == "table" else ("",)
     coloured = {"bar": n_rows, "pie": n_rows, "grouped_bar": n_columns, "line": n_columns}.get(kind, 0)
     names = list(PALETTE)[:8]
@@ -48,7 +50,8 @@ def _embedded(kind, rng, size, language):
     values = tuple(tuple(int(v) for v in line) for line in rng.integers(1, 100, (n_rows, n_columns)))
     content = Content(kind, "", tuple(words[:n_rows]), columns, values, NumberFormat(), colours, True, language)
     gap = rng.uniform(0.12, 0.2) if n_columns > 1 else rng.uniform(0.2, 0.4)
-    style = Style(size, "DejaVuSans" if language == "en" else "SFAGothicKR", max(9, size // 11), gap=float(gap), grid=bool(rng.integers(2)),
+    style = Style(size, "DejaVuSans" if language == "en" else "SFAGothicKR", max(9, size // 11), gap=float(gap),
+                  grid=bool(rng.integers(2)),
                   stripes=bool(rng.integers(2)), shades=varied_palette(rng, 8))
     return content, style
 
@@ -57,14 +60,17 @@ def _embedded(kind, rng, size, language):
 def _rich(kind, rng, size, language):
     "Content and style of the preset `rich`."
     n_rows = int(rng.integers(3, 5 if kind == "grouped_bar" else 8))
-    n_columns = {"grouped_bar": int(rng.integers(2, 4)), "line": int(rng.integers(1, 4)), "table": int(rng.integers(2, 5))}.get(kind, 1)
+    n_columns = {"grouped_bar": int(rng.integers(2, 4)), "line": int(rng.integers(1, 4)),
+                 "table": int(rng.integers(2, 5))}.get(kind, 1)
     rows = tuple(str(w) for w in rng.choice(WORDS[language], n_rows, replace=False))
     if kind == "line":
         start = int(rng.integers(1990, 2020))
         rows = tuple(str(start + i) for i in range(n_rows))
     columns = tuple(str(w) for w in rng.choice(SERIES[language], n_columns, replace=False)) if n_columns > 1 else ("",)
-    number, low, high = [(NumberFormat(), 1, 100), (NumberFormat(1), 5, 1000), (NumberFormat(2), 10, 999), (NumberFormat(thousands=True), 800, 60_000),
-                         (NumberFormat(percent=True), 2, 100), (NumberFormat(1, percent=True), 20, 990)][int(rng.integers(6))]
+    number, low, high = [(NumberFormat(), 1, 100), (NumberFormat(1), 5, 1000), (NumberFormat(2), 10, 999),
+                         (NumberFormat(thousands=True), 800, 60_000),
+                         (NumberFormat(percent=True), 2, 100),
+                         (NumberFormat(1, percent=True), 20, 990)][int(rng.integers(6))]
     if kind in ("table", "form") and rng.random() < 0.15:
         number, low, high = NumberFormat(), 1950, 2026  # years
     elif kind in ("bar", "line", "table") and rng.random() < 0.2:
@@ -76,11 +82,14 @@ def _rich(kind, rng, size, language):
     colours = tuple(str(c) for c in rng.choice(list(PALETTE), coloured, replace=False)) if coloured else ()
     printed = kind in ("table", "form", "pie") or bool(rng.random() < 0.65) and not (kind == "line" and n_columns > 1)
     title = str(rng.choice(TITLES[language])) if rng.random() < 0.8 else ""
-    content = Content(kind, title, rows, columns, tuple(tuple(int(v) for v in line) for line in values), number, colours, printed, language)
+    content = Content(kind, title, rows, columns, tuple(tuple(int(v) for v in line) for line in values), number,
+                      colours, printed, language)
     font = str(rng.choice(LATIN_FONTS)) if language == "en" else "SFAGothicKR"
     paper = tuple(int(v) for v in rng.integers(238, 256, 3))
-    style = Style(size, font, max(8, int(size * rng.uniform(0.035, 0.05))), tuple(int(v) for v in rng.integers(0, 70, 3)), paper, bool(rng.integers(2)),
-                  not printed or bool(rng.integers(2)), bool(rng.integers(2)), float(rng.uniform(0.15, 0.45)), bool(rng.integers(2)), varied_palette(rng, 20))
+    style = Style(size, font, max(8, int(size * rng.uniform(0.035, 0.05))),
+                  tuple(int(v) for v in rng.integers(0, 70, 3)), paper, bool(rng.integers(2)),
+                  not printed or bool(rng.integers(2)), bool(rng.integers(2)), float(rng.uniform(0.15, 0.45)),
+                  bool(rng.integers(2)), varied_palette(rng, 20))
     return content, style
 
 # %% ../../notebooks/library/02_documents/25_generate.ipynb #c21b281a
@@ -99,9 +108,11 @@ class Document:
 
     def facts(self) -> dict:
         "What is known about the page without looking at it: its kind, its table, and every text and mark with its box."
-        texts = [dict(text=t.item.text, box=list(text_box(t.item)), role=t.role, row=t.row, column=t.column) for t in self.sheet.texts]
+        texts = [dict(text=t.item.text, box=list(text_box(t.item)), role=t.role, row=t.row, column=t.column)
+                 for t in self.sheet.texts]
         marks = [dict(box=list(m.box), row=m.row, column=m.column, colour=m.colour) for m in self.sheet.marks]
-        return dict(kind=self.content.kind, table=[list(line) for line in self.content.table()], texts=texts, marks=marks)
+        return dict(kind=self.content.kind, table=[list(line) for line in self.content.table()], texts=texts,
+                    marks=marks)
 
     def row(self) -> dict:
         "The document as a row of the dataset."
@@ -109,10 +120,12 @@ class Document:
         for i, t in enumerate(texts):
             if t.role in ("value", "cell"):
                 place[t.row, t.column] = i
-        asked = [dict(id=f"{self.id}/{i}", kind=q.kind, question=q.question, answers=list(q.answers), evidence=[place[c] for c in q.cells if c in place])
+        asked = [dict(id=f"{self.id}/{i}", kind=q.kind, question=q.question, answers=list(q.answers),
+                      evidence=[place[c] for c in q.cells if c in place])
                  for i, q in enumerate(self.questions)]
         done, png = cv2.imencode(".png", self.pixels[:, :, ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])
-        return dict(id=self.id, language=self.content.language, image=dict(bytes=png.tobytes(), path=None), title=self.content.title,
+        return dict(id=self.id, language=self.content.language, image=dict(bytes=png.tobytes(), path=None),
+                    title=self.content.title,
                     questions=asked, **self.facts())
 
 
@@ -127,14 +140,17 @@ def make_document(
     preset: str = "embedded",  # one of PRESETS
 ) -> Document:
     "Draw one document; ValueError names an unknown kind, preset or language, or a size below the preset's smallest."
-    for name, given, known in (("document kind", kind, DOCUMENT_KINDS), ("preset", preset, PRESETS), ("language", language, WORDS)):
+    for name, given, known in (("document kind", kind, DOCUMENT_KINDS), ("preset", preset, PRESETS),
+                               ("language", language, WORDS)):
         if given not in known:
             raise ValueError(f"unknown {name} {given!r}; expected one of {', '.join(known)}")
     size = PRESETS[preset] if size is None else size
     if size < SMALLEST[preset]:
         raise ValueError(f"document size {size} px; expected at least {SMALLEST[preset]}")
     if preset != "embedded" and kind not in PRESET_KINDS[preset]:
-        raise ValueError(f"document kind {kind!r} of preset {preset}; expected one of {', '.join(PRESET_KINDS[preset])}")
+        raise ValueError(
+            f"document kind {kind!r} of preset {preset}; expected one of {', '.join(PRESET_KINDS[preset])}"
+        )
     rng = np.random.default_rng([*np.atleast_1d(seed), DOCUMENT_KINDS.index(kind)])
     content, style = DRAW[preset](kind, rng, size, language)
     unusual = [language] * (language != "en") + [f"{size}px"] * (size != PRESETS[preset])
@@ -144,10 +160,12 @@ def make_document(
 # %% ../../notebooks/library/02_documents/25_generate.ipynb #5e092d14
 BOX = List(Value("float32"), length=4)
 FEATURES = Features(
-    id=Value("string"), kind=Value("string"), language=Value("string"), image=Image(), title=Value("string"), table=List(List(Value("string"))),
+    id=Value("string"), kind=Value("string"), language=Value("string"), image=Image(), title=Value("string"),
+    table=List(List(Value("string"))),
     texts=List(dict(text=Value("string"), box=BOX, role=Value("string"), row=Value("int32"), column=Value("int32"))),
     marks=List(dict(box=BOX, row=Value("int32"), column=Value("int32"), colour=Value("string"))),
-    questions=List(dict(id=Value("string"), kind=Value("string"), question=Value("string"), answers=List(Value("string")), evidence=List(Value("int32")))),
+    questions=List(dict(id=Value("string"), kind=Value("string"), question=Value("string"),
+                        answers=List(Value("string")), evidence=List(Value("int32")))),
 )
 
 
@@ -172,7 +190,8 @@ def documents(
     if n < 1:
         raise ValueError(f"{n} documents asked for; expected at least 1")
     kinds = tuple(kinds or PRESET_KINDS.get(preset, DOCUMENT_KINDS))
-    key = key_of(n=n, seed=seed, preset=preset, kinds=kinds, size=size, language=language, generator=generator_version())
+    key = key_of(n=n, seed=seed, preset=preset, kinds=kinds, size=size, language=language,
+                 generator=generator_version())
     path = exports_root() / "cache" / f"documents-{key}.arrow"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

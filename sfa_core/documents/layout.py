@@ -14,7 +14,8 @@ import numpy as np
 from .drawing import Polyline, Rect, Text, Wedge, fitting_size, ink, text_box
 from .questions import Content
 
-PALETTE = dict(red=(214, 39, 40), green=(44, 150, 44), blue=(31, 100, 190), orange=(255, 140, 0), purple=(140, 60, 190), pink=(240, 120, 190),
+PALETTE = dict(red=(214, 39, 40), green=(44, 150, 44), blue=(31, 100, 190), orange=(255, 140, 0), purple=(140, 60, 190),
+               pink=(240, 120, 190),
                brown=(130, 80, 50), teal=(30, 175, 175), black=(40, 40, 40), gold=(225, 190, 0))
 NOWHERE = -1  # the row or column of a text that belongs to none
 
@@ -74,7 +75,8 @@ class Sheet:
         item = Text(text, x, y, anchor, self.style.font, size or self.style.font_size, colour or self.style.ink, turned)
         x0, y0, x1, y1 = text_box(item)
         edge = self.style.size
-        item = replace(item, x=item.x + max(0, 1 - x0) - max(0, x1 + 1 - edge), y=item.y + max(0, 1 - y0) - max(0, y1 + 1 - edge))
+        item = replace(item, x=item.x + max(0, 1 - x0) - max(0, x1 + 1 - edge),
+                       y=item.y + max(0, 1 - y0) - max(0, y1 + 1 - edge))
         self.items.append(item)
         self.texts.append(Placed(item, role, row, column))
         return text_box(item)
@@ -102,7 +104,8 @@ def _heading(sheet, content):
             box = (round(x) + 1, top + half - 4, round(x) + 8, top + half + 3)
             sheet.items.append(Rect(box, style.shades[content.colours[c]]))
             sheet.marks.append(Mark(box, NOWHERE, c, content.colours[c]))
-            bottom = max(bottom, sheet.write(name, x + 10, top + half + _capital(sheet, size) / 2, "ls", "legend", column=c, size=size)[3])
+            bottom = max(bottom, sheet.write(name, x + 10, top + half + _capital(sheet, size) / 2, "ls", "legend",
+                                             column=c, size=size)[3])
             x += widths[c]
         top = max(bottom, top + half + 3) + 3
     return top
@@ -123,7 +126,8 @@ def _plot(sheet, content, low, high):
     if style.axis:
         for t in marks:
             sheet.write(number.shown(t), left - 4, height(t), "rm", "tick", size=small)
-            sheet.items.append(Polyline(((left - 2, height(t)), (style.size - 3 if style.grid else left, height(t))), (205, 205, 205)))
+            sheet.items.append(Polyline(((left - 2, height(t)), (style.size - 3 if style.grid else left, height(t))),
+                                        (205, 205, 205)))
         sheet.items.append(Polyline(((left, top), (left, bottom)), (120, 120, 120)))
     return (left, top, style.size - 3, bottom), height
 
@@ -148,7 +152,8 @@ def bars(content: Content, style: Style) -> Sheet:
     slot = (right - left) / len(content.rows)
     width = slot * (1 - style.gap) / len(content.columns)
     shown = [content.shown(r, c) for r in range(len(content.rows)) for c in range(len(content.columns))]
-    size = fitting_size(shown, style.font, style.font_size, (slot - 1 if len(content.columns) == 1 else width) - 2 * style.clear)
+    size = fitting_size(shown, style.font, style.font_size,
+                        (slot - 1 if len(content.columns) == 1 else width) - 2 * style.clear)
     for r in range(len(content.rows)):
         for c in range(len(content.columns)):
             value, colour = values[r, c], content.colours[r if len(content.columns) == 1 else c]
@@ -163,7 +168,8 @@ def bars(content: Content, style: Style) -> Sheet:
                 y = (y0 + 3 if fits else y0 - 2) if value >= 0 else (y1 - 3 if fits else y1 + 2)
                 anchor = ("mt" if fits else "mb") if value >= 0 else ("mb" if fits else "mt")
                 light = fits and sum(style.shades[colour]) < 380
-                sheet.write(content.shown(r, c), (x0 + x1) / 2, y, anchor, "value", r, c, size, (255, 255, 255) if light else None)
+                sheet.write(content.shown(r, c), (x0 + x1) / 2, y, anchor, "value", r, c, size,
+                            (255, 255, 255) if light else None)
     sheet.items.append(Polyline(((left, height(0)), (right, height(0))), (120, 120, 120)))
     _labels(sheet, content, [left + (r + 0.5) * slot for r in range(len(content.rows))], slot, bottom + 3)
     return sheet
@@ -175,7 +181,8 @@ def lines(content: Content, style: Style) -> Sheet:
     (left, _, right, bottom), height = _plot(sheet, content, min(0, values.min()), values.max())
     slot = (right - left) / len(content.rows)
     centres = [left + (r + 0.5) * slot for r in range(len(content.rows))]
-    size = fitting_size([content.shown(r, c) for r in range(len(content.rows)) for c in range(len(content.columns))], style.font, style.font_size, slot - 1)
+    size = fitting_size([content.shown(r, c) for r in range(len(content.rows)) for c in range(len(content.columns))],
+                        style.font, style.font_size, slot - 1)
     for c, colour in enumerate(content.colours):
         points = tuple((x, height(v)) for x, v in zip(centres, values[:, c]))
         sheet.items.append(Polyline(points, style.shades[colour], 2))
@@ -185,7 +192,8 @@ def lines(content: Content, style: Style) -> Sheet:
             sheet.marks.append(Mark(box, r, c, colour))
             if content.printed and not style.clear:
                 above = values[r, c] >= values[r].max()
-                sheet.write(content.shown(r, c), x, y - 4 if above else y + 5, "mb" if above else "mt", "value", r, c, size)
+                sheet.write(content.shown(r, c), x, y - 4 if above else y + 5, "mb" if above else "mt", "value", r, c,
+                            size)
     if content.printed and style.clear:
         for r, c in np.ndindex(values.shape):
             _write_on_paper(sheet, content.shown(r, c), centres[r], height(values[r, c]) - 4, r, c, size)
@@ -219,14 +227,16 @@ def pie(content: Content, style: Style) -> Sheet:
         angle = (edges[r] + edges[r + 1]) * np.pi
         if content.printed:
             light = sum(style.shades[colour]) < 380
-            sheet.write(content.shown(r, 0), centre[0] + 0.68 * radius * np.sin(angle), centre[1] - 0.68 * radius * np.cos(angle), "mm", "value", r, 0, size,
+            sheet.write(content.shown(r, 0), centre[0] + 0.68 * radius * np.sin(angle),
+                        centre[1] - 0.68 * radius * np.cos(angle), "mm", "value", r, 0, size,
                         (255, 255, 255) if light else (20, 20, 20))
         y = top + (r + 0.5) * room
         box = (round(2 * radius + 8), round(y) - 3, round(2 * radius + 15), round(y) + 4)
         sheet.items.append(Rect(box, style.shades[colour]))
         if style.clear:
             sheet.marks.append(Mark(box, r, 0, colour))
-        sheet.write(content.rows[r], 2 * radius + 18, y + _capital(sheet, label_size) / 2, "ls", "label", row=r, size=label_size)
+        sheet.write(content.rows[r], 2 * radius + 18, y + _capital(sheet, label_size) / 2, "ls", "label", row=r,
+                    size=label_size)
     return sheet
 
 # %% ../../notebooks/library/02_documents/15_layout.ipynb #f2659730
@@ -246,14 +256,17 @@ def table(content: Content, style: Style) -> Sheet:
         if shade:
             sheet.items.append(Rect((3, y(r), edge - 3, y(r + 1)), shade))
     rules = [((3, y(r)), (edge - 3, y(r))) for r in range(len(content.rows) + 2)]
-    rules += [((x(c), y(0)), (x(c), y(len(content.rows) + 1))) for c in range(len(content.columns) + 2)] if style.grid else []
+    rules += [((x(c), y(0)), (x(c), y(len(content.rows) + 1)))
+              for c in range(len(content.columns) + 2)] if style.grid else []
     sheet.items += [Polyline(rule, (170, 170, 170)) for rule in rules]
     for c, name in enumerate(content.columns):
-        sheet.write(name or "value", (x(c + 1) + x(c + 2)) / 2, (y(0) + y(1)) / 2 + drop, "ms", "header", column=c, size=size)
+        sheet.write(name or "value", (x(c + 1) + x(c + 2)) / 2, (y(0) + y(1)) / 2 + drop, "ms", "header", column=c,
+                    size=size)
     for r, label in enumerate(content.rows):
         sheet.write(label, x(0) + 3, (y(r + 1) + y(r + 2)) / 2 + drop, "ls", "label", row=r, size=size)
         for c in range(len(content.columns)):
-            sheet.write(content.shown(r, c), (x(c + 1) + x(c + 2)) / 2, (y(r + 1) + y(r + 2)) / 2 + drop, "ms", "cell", r, c, size)
+            sheet.write(content.shown(r, c), (x(c + 1) + x(c + 2)) / 2, (y(r + 1) + y(r + 2)) / 2 + drop, "ms", "cell",
+                        r, c, size)
             sheet.marks.append(Mark((x(c + 1), y(r + 1), x(c + 2), y(r + 2)), r, c))
     return sheet
 
@@ -264,7 +277,8 @@ def form(content: Content, style: Style) -> Sheet:
     top = _heading(sheet, replace(content, colours=())) + 2
     height = min((edge - top - 2) / len(content.rows), style.font_size * 2.6)
     size = min(fitting_size(content.rows, style.font, style.font_size, edge / 2 - 6),
-               fitting_size([content.shown(r, 0) for r in range(len(content.rows))], style.font, style.font_size, edge / 2 - 10))
+               fitting_size([content.shown(r, 0) for r in range(len(content.rows))], style.font, style.font_size,
+                            edge / 2 - 10))
     for r, label in enumerate(content.rows):
         y0, y1 = round(top + r * height), round(top + (r + 1) * height) - 2
         box = (round(edge / 2), y0, edge - 4, y1)

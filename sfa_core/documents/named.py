@@ -38,7 +38,8 @@ def data_version(
     name: str,  # a kind of document, or a benchmark as `named_benchmark` reads it
     source: str = "",  # folder or hub id of a benchmark that names none
 ) -> str:
-    "Return which version of the data a name stands for: commit of the hub, content of a folder, or version of the generator."
+    """Return which version of the data a name stands for: commit of the hub, content of a folder, or version of the
+    generator."""
     if name in DOCUMENT_KINDS:
         return generator_version()
     benchmark, _, own = named_benchmark(name)

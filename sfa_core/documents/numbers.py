@@ -36,9 +36,11 @@ class Number(NamedTuple):
 
 
 def rounds_to(value: float, number: Number) -> bool:
-    "Say whether a value, rounded to the digits that a number shows, is that number; halves round either way."
+    "Return whether a value, rounded to the digits that a number shows, is that number; halves round either way."
     slack = number.unit / 2 * (1 + 1e-9) + 1e-12 * abs(value)
-    return abs(value - number.value) <= slack and (abs(value) >= number.unit or ten_digits(value) == ten_digits(number.value))
+    return abs(value - number.value) <= slack and (
+        abs(value) >= number.unit or ten_digits(value) == ten_digits(number.value)
+    )
 
 # %% ../../notebooks/library/02_documents/40_numbers.ipynb #fd05b1e3
 NARROW = re.compile(r"(?<!\d)\d{1,3}(?:[\u00a0\u202f\u2007\u2008\u2009]\d{3})+(?!\d)")  # 1 234 567
@@ -72,11 +74,15 @@ def ascii_text(text: str) -> str:
     return re.sub(r"(?<=\d) (?=\d{3}(?!\d))", "", text) if BLANKS.fullmatch(text) else text
 
 # %% ../../notebooks/library/02_documents/40_numbers.ipynb #b9182a81
-NUMBER_WORDS = {word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())} | {"none": "0"}
-SCALES = {"hundred": 1e2, "thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12, "mn": 1e6, "mln": 1e6, "mio": 1e6, "bn": 1e9, "bln": 1e9,
+NUMBER_WORDS = {
+    word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())
+} | {"none": "0"}
+SCALES = {"hundred": 1e2, "thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12, "mn": 1e6, "mln": 1e6,
+          "mio": 1e6, "bn": 1e9, "bln": 1e9,
           "mrd": 1e9, "tn": 1e12, "trn": 1e12, "lakh": 1e5, "crore": 1e7, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 SCALE = "|".join(name for name in SCALES if len(name) > 1)
-KOREAN = {"십": 10, "백": 100, "천": 1_000, "만": 10_000, "억": 10**8, "조": 10**12, "十": 10, "百": 100, "千": 1_000, "万": 10_000, "萬": 10_000,
+KOREAN = {"십": 10, "백": 100, "천": 1_000, "만": 10_000, "억": 10**8, "조": 10**12, "十": 10, "百": 100, "千": 1_000,
+          "万": 10_000, "萬": 10_000,
           "亿": 10**8, "億": 10**8, "兆": 10**12}  # and the Chinese characters
 UNITS = "(?>(?:[십백천만억十百千万萬亿億兆]|조(?!각|건|사|치))+)"
 RUN = r"(?>\d+(?:[.,]\d+)*|\.\d+)(?>e[-+]?\d{1,3}(?!\d))?(?!\d|_\w|e[-+]?\d)"  # one number, or a list without blanks
@@ -89,20 +95,24 @@ NUMBER = re.compile(rf"""
       | (?P<digits>{RUN})(?!(?:st|nd|rd|th)\b)
         (?: (?P<percent>\s?(?:%|percent\b|per\ cent\b|percentage\b|pct\b|퍼센트|프로(?!그램|젝트)))
           | (?P<scale>(?:(?:\s{{0,2}}|-)(?:{SCALE})s?\b)+) | (?P<letter>[kmbt])(?![A-Za-z]) | \s(?P<apart>[kmbt])(?![A-Za-z])
-          | \s?[x×*·]\s?10\s?\^\s?\{{?(?P<power>[-+]?\d{{1,3}})(?!\d)\}}? )? )""", flags=re.VERBOSE | re.IGNORECASE)
+          | \s?[x×*·]\s?10\s?\^\s?\{{?(?P<power>[-+]?\d{{1,3}})(?!\d)\}}? )? )""", flags=re.VERBOSE | re.IGNORECASE)  # noqa: E501
 BRACKETED = re.compile(r"\(\s*[$€£¥₩]?\s*[\d.,]+\s*%?\s*\)")  # a whole text in brackets is a loss
 PART = re.compile(rf"({RUN})\s?({UNITS})", flags=re.IGNORECASE)
-GROUPS = re.compile(r"(?!0[.,])\d{1,3}(?:(?:,\d{3})+(?:\.\d+)?|(?:\.\d{3}){2,}|(?:\.\d{3})+,\d+)|\d{1,2}(?:,\d{2})+,\d{3}(?:\.\d+)?")
+GROUPS = re.compile(
+    r"(?!0[.,])\d{1,3}(?:(?:,\d{3})+(?:\.\d+)?|(?:\.\d{3}){2,}|(?:\.\d{3})+,\d+)|\d{1,2}(?:,\d{2})+,\d{3}(?:\.\d+)?"
+)
 DECIMAL = re.compile(r"\d*\.\d+|\d+,\d+|\d+")
 YEARS = re.compile(r"(?:1[5-9]|2[01])\d\d,(?:1[5-9]|2[01])\d\d")
 
 
 def pieces(run: str) -> list[str]:
-    "Split digits with separators into numbers that are written with a decimal point and without groups; most often there is one."
+    """Split digits with separators into numbers that are written with a decimal point and without groups; most
+    often there is one."""
     mantissa, e, power = run.lower().partition("e")
     if GROUPS.fullmatch(mantissa):
         last = max(mantissa.rfind("."), mantissa.rfind(","))
-        ends = mantissa.count(mantissa[last]) == 1 and len(set(mantissa) & set(".,")) == 2  # one other mark at the end is decimal
+        # one other mark at the end is decimal
+        ends = mantissa.count(mantissa[last]) == 1 and len(set(mantissa) & set(".,")) == 2
         whole, fraction = (mantissa[:last], "." + mantissa[last + 1 :]) if ends else (mantissa, "")
         return [whole.replace(",", "").replace(".", "") + fraction + e + power]
     if DECIMAL.fullmatch(mantissa) and not YEARS.fullmatch(mantissa):
@@ -120,7 +130,8 @@ def digits_of(text: str) -> tuple[float, float]:  # value, unit
 
 # %% ../../notebooks/library/02_documents/40_numbers.ipynb #15fabee5
 def number_of(text: str, digits: str, sign: int, *, scale: float = 1.0, mark: str = "") -> Number:
-    "Return the number of plain digits; its mark is percent, letter (a scale that may be a unit), apart (a letter behind a blank) or none."
+    """Return the number of plain digits; its mark is percent, letter (a scale that may be a unit), apart (a letter
+    behind a blank) or none."""
     face, unit = digits_of(digits)
     face *= sign
     value = face * scale
@@ -129,11 +140,13 @@ def number_of(text: str, digits: str, sign: int, *, scale: float = 1.0, mark: st
     if mark == "apart":
         return Number(text, face, unit, (ten_digits(face), ten_digits(value)), face)
     year = scale == 1 and digits.isdigit() and len(digits) == 4 and 1500 <= int(digits) < 2200
-    return Number(text, value, unit * scale, (ten_digits(value), ten_digits(face)) if mark == "letter" else (ten_digits(value),), face, year=year)
+    return Number(text, value, unit * scale,
+                  (ten_digits(value), ten_digits(face)) if mark == "letter" else (ten_digits(value),), face, year=year)
 
 
 def korean_numbers(found: re.Match, sign: int) -> list[Number]:
-    "Turn a match with Korean scale characters into a number, or two when what follows is no smaller than the last scale."
+    """Turn a match with Korean scale characters into a number, or two when what follows is no smaller than the last
+    scale."""
     parts, tail = PART.findall(found["korean"]), found["tail"] or ""
     value, unit, scale = 0.0, 1.0, 1.0
     for digits, characters in parts:
@@ -167,7 +180,8 @@ def numbers_of(found: re.Match, negative: bool) -> list[Number]:
     return [*numbers, number_of(text, digits, 1 if before else sign, scale=scale, mark=mark)]
 
 
-WORDED = re.compile(rf"\b({'|'.join(word for word in NUMBER_WORDS if word != 'none')})(?=[\s-](?:{SCALE})s?\b)", flags=re.IGNORECASE)
+WORDED = re.compile(rf"\b({'|'.join(word for word in NUMBER_WORDS if word != 'none')})(?=[\s-](?:{SCALE})s?\b)",
+                    flags=re.IGNORECASE)
 
 
 def written(text: str) -> str:
@@ -192,8 +206,10 @@ def read_numbers(text: str) -> tuple[Number, ...]:
     if text.startswith("[") or text.startswith("("):
         text = re.sub(r"(?<=\d),(?=\d{1,2}(?!\d))", ", ", text)  # in a list a comma separates
     negative = bool(BRACKETED.fullmatch(text))
-    found = tuple(number for match in NUMBER.finditer(text) for number in numbers_of(match, negative) if is_finite(number))
-    return tuple(n._replace(value=-n.value, readings=tuple(-r for r in n.readings), face=-n.face) if negative and n.year else n for n in found)
+    found = tuple(number for match in NUMBER.finditer(text)
+                  for number in numbers_of(match, negative) if is_finite(number))
+    return tuple(n._replace(value=-n.value, readings=tuple(-r for r in n.readings), face=-n.face) if negative
+                 and n.year else n for n in found)
 
 # %% ../../notebooks/library/02_documents/40_numbers.ipynb #175d8673
 WORDS = re.compile(r"[^\W\d_]+")
@@ -201,7 +217,7 @@ WORDS = re.compile(r"[^\W\d_]+")
 
 @lru_cache(maxsize=100_000)
 def is_numeric(text: str) -> bool:
-    "Say whether an answer is a number, with at most two words of unit, or a range or list of numbers."
+    "Return whether an answer is a number, with at most two words of unit, or a range or list of numbers."
     if not read_numbers(text):
         return False
     bare = written(text)
@@ -234,7 +250,8 @@ def agree(
     *,
     tolerance: float = 0.0,  # relative, of the reference
 ) -> bool:
-    "Check whether two numbers agree in a reading; two percentages, and two numbers with a scale letter, in the same one."
+    """Check whether two numbers agree in a reading; two percentages, and two numbers with a scale letter, in the
+    same one."""
     if number.percent and reference.percent:
         pairs = [(number.readings[0], reference.readings[0])]
     elif len(number.readings) == len(reference.readings) == 2 and not (number.percent or reference.percent):

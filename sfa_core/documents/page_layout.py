@@ -53,9 +53,11 @@ def page_content(
     large: bool = False,  # a table of 9 to 11 rows and up to 6 columns
 ) -> Content:
     "Draw what a page says."
-    (fewest, most), (narrow, wide) = (LARGE_ROWS, LARGE_COLUMNS) if large else (PAGE_ROWS[kind], PAGE_COLUMNS.get(kind, (1, 1)))
+    (fewest, most), (narrow, wide) = (LARGE_ROWS, LARGE_COLUMNS) if large else (PAGE_ROWS[kind],
+                                                                                PAGE_COLUMNS.get(kind, (1, 1)))
     rows, columns = int(rng.integers(fewest, most + 1)), int(rng.integers(narrow, wide + 1))
-    words = [str(w) for w in rng.choice(SHORT_WORDS if language == "en" else WORDS[language], rows + columns, replace=False)]
+    words = [str(w) for w in rng.choice(SHORT_WORDS if language == "en" else WORDS[language], rows + columns,
+                                        replace=False)]
     coloured = {"bar": rows, "pie": rows, "grouped_bar": columns, "line": columns}.get(kind, 0)
     colours = tuple(str(c) for c in rng.choice(list(PALETTE), coloured, replace=False)) if coloured else ()
     title = str(rng.choice(TITLES[language])) if rng.random() < 0.8 else ""
@@ -67,7 +69,8 @@ def page_content(
     else:
         values = rng.integers(1, top + 1, (rows, columns)).tolist()
     names = tuple(words[rows:]) if columns > 1 else ("",)
-    return Content(kind, title, tuple(words[:rows]), names, tuple(tuple(line) for line in values), colours=colours, language=language)
+    return Content(kind, title, tuple(words[:rows]), names, tuple(tuple(line) for line in values), colours=colours,
+                   language=language)
 
 # %% ../../notebooks/library/02_documents/20_page_layout.ipynb #762ed904
 def page_style(
@@ -92,7 +95,8 @@ def page_style(
         drop = int(free * max(0, size - 2.5 * em - 8 - lines * each * em))
     else:
         drop = 0
-    return Style(size, font if content.language == "en" else "SFAGothicKR", em, dark, paper, grid, axis, gap=float(gap), stripes=stripes, shades=shades,
+    return Style(size, font if content.language == "en" else "SFAGothicKR", em, dark, paper, grid, axis, gap=float(gap),
+                 stripes=stripes, shades=shades,
                  clear=True, drop=drop)
 
 

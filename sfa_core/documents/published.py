@@ -48,7 +48,11 @@ class Reproduction:
 
     def __str__(self) -> str:
         "Say it in one line."
-        beside = f"{self.reference} published {self.published:.1f}, {self.gap:+.1f} points; " if self.published is not None else ""
+        beside = (
+            f"{self.reference} published {self.published:.1f}, {self.gap:+.1f} points; "
+            if self.published is not None
+            else ""
+        )
         return f"ours {self.ours:.1f}; {beside}{self.verdict}"
 
 
@@ -70,6 +74,7 @@ def reproduction(
     published = published / 10 if benchmark == "ocrbench" else published  # points out of 1,000
     if (split or row.split) != row.split or row.rows is not None and asked != row.rows:
         whole = f"{row.rows:,} of {row.split}" if row.rows else row.split
-        return Reproduction(ours, published, reference, f"not comparable: {asked:,} questions of {split or row.split}, published on {whole}")
+        return Reproduction(ours, published, reference, f"not comparable: {asked:,} questions of {split or row.split}, "
+                                                        f"published on {whole}")
     verdict = "reproduced" if abs(ours - published) <= TOLERANCE else "not reproduced"
     return Reproduction(ours, published, reference, verdict + (f", with {', '.join(changed)}" if changed else ""))

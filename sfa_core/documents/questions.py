@@ -13,7 +13,8 @@ import numpy as np
 
 DOCUMENT_KINDS = ("bar", "grouped_bar", "line", "pie", "table", "form")
 READ_KINDS = ("read_label", "read_colour", "read_cell")
-KINDS = (*READ_KINDS, "estimate", "colour", "argmax", "argmin", "max", "min", "difference", "sum", "count", "compare", "transcribe")
+KINDS = (*READ_KINDS, "estimate", "colour", "argmax", "argmin", "max", "min", "difference", "sum", "count", "compare",
+         "transcribe")
 
 # %% ../../notebooks/library/02_documents/10_questions.ipynb #797c5f49
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class NumberFormat:
         return text + "%" * self.percent
 
     def answers(self, value: int) -> tuple[str, ...]:
-        "Give every accepted writing, the printed one first."
+        "Return every accepted writing, the printed one first."
         return tuple(dict.fromkeys((self.shown(value), self.plain(value))))
 
 
@@ -56,20 +57,22 @@ class Content:
     language: str = "en"
 
     def shown(self, row: int, column: int) -> str:
-        "Give a cell as printed."
+        "Return a cell as printed."
         return self.number.shown(self.values[row][column])
 
     def table(self) -> tuple[tuple[str, ...], ...]:
-        "Give the table as text, first the header."
+        "Return the table as text, first the header."
         header = ("", *(c or "value" for c in self.columns))
-        return (header, *((label, *(self.shown(r, c) for c in range(len(self.columns)))) for r, label in enumerate(self.rows)))
+        return (header, *((label, *(self.shown(r, c) for c in range(len(self.columns))))
+                          for r, label in enumerate(self.rows)))
 
 # %% ../../notebooks/library/02_documents/10_questions.ipynb #927df13d
 WORDING = {
     "en": {
         "read_label": ("What is the value of {row}?", "How much is {row}?"),
         "read_colour": ("What is the value of the {colour} {mark}?", "How much is the {colour} {mark}?"),
-        "read_colour_row": ("What is the value of the {colour} {mark} of {row}?", "How much is the {colour} {mark} of {row}?"),
+        "read_colour_row": ("What is the value of the {colour} {mark} of {row}?", "How much is the {colour} {mark} of "
+                                                                                  "{row}?"),
         "read_cell": ("What is {column} for {row}?", "What is the value of {row} in {column}?"),
         "estimate": ("About how much is {row}?", "Estimate the value of {row}."),
         "estimate_cell": ("About how much is {column} for {row}?", "Estimate {column} for {row}."),
@@ -107,7 +110,8 @@ WORDING = {
         "transcribe": ("표 전체를 읽으십시오.", "모든 값을 나열하십시오."),
     },
 }
-MARK = {"en": dict(bar="bar", grouped_bar="bar", line="point", pie="slice"), "ko": dict(bar="막대", grouped_bar="막대", line="점", pie="조각")}
+MARK = {"en": dict(bar="bar", grouped_bar="bar", line="point", pie="slice"),
+        "ko": dict(bar="막대", grouped_bar="막대", line="점", pie="조각")}
 YES_NO = {"en": ("yes", "no"), "ko": ("예", "아니요")}
 COLOUR_NAMES_KO = dict(red="빨간색", green="초록색", blue="파란색", orange="주황색", purple="보라색",
                        pink="분홍색", brown="갈색", teal="청록색", black="검은색", gold="금색")
@@ -123,7 +127,7 @@ class Question:
 
 
 def colour_name(colour: str, language: str) -> str:
-    "Give the name of a colour in a language."
+    "Return the name of a colour in a language."
     return COLOUR_NAMES_KO[colour] if language == "ko" else colour
 
 
@@ -136,7 +140,8 @@ def _name(content, cell):
 
 def _extreme(content, kind, column):
     "The rows of a column, or cells of the table, that hold its largest or smallest value."
-    cells = [(r, c) for r in range(len(content.rows)) for c in range(len(content.columns)) if column is None or c == column]
+    cells = [(r, c) for r in range(len(content.rows))
+             for c in range(len(content.columns)) if column is None or c == column]
     best = (max if kind.endswith("max") else min)(content.values[r][c] for r, c in cells)
     return best, tuple((r, c) for r, c in cells if content.values[r][c] == best)
 
@@ -147,19 +152,22 @@ def ask(content: Content, kind: str, rng: np.random.Generator) -> Question | Non
     row, column = int(rng.integers(len(content.rows))), int(rng.integers(len(content.columns)))
     by_column = content.kind in ("grouped_bar", "line")
     colour = content.colours[column if by_column else row] if content.colours else None
-    fill = dict(row=content.rows[row], column=content.columns[column], mark=MARK[content.language].get(content.kind), name=content.rows[row],
+    fill = dict(row=content.rows[row], column=content.columns[column], mark=MARK[content.language].get(content.kind),
+                name=content.rows[row],
                 colour=colour and colour_name(colour, content.language))
     value, cells, template = content.values[row][column], ((row, column),), kind
     if kind not in KINDS:
         raise ValueError(f"unknown question kind {kind!r}; expected one of {', '.join(KINDS)}")
     if not content.printed and kind in (*READ_KINDS, "max", "min", "difference", "sum", "count", "transcribe"):
         return None
-    if (kind == "estimate" and content.printed) or (kind == "read_label" and several) or (kind == "read_cell" and not several):
+    if (kind == "estimate" and content.printed) or (kind == "read_label"
+                                                    and several) or (kind == "read_cell" and not several):
         return None
     if kind in ("read_colour", "colour") and not colour or kind == "read_colour" and by_column and not several:
         return None
     if kind in ("read_label", "read_colour", "read_cell", "estimate"):
-        template = {"read_colour": "read_colour_row" if several else kind, "estimate": "estimate_cell" if several else kind}.get(kind, kind)
+        template = {"read_colour": "read_colour_row" if several else kind,
+                    "estimate": "estimate_cell" if several else kind}.get(kind, kind)
         answers = number.answers(value)
     elif kind == "colour":
         if by_column and not several:
@@ -196,7 +204,8 @@ def ask(content: Content, kind: str, rng: np.random.Generator) -> Question | Non
 
 
 def transcript(content: Content) -> str:
-    "Write the table out in one line: label value, label value, ... with the series before each value where there are several."
+    """Write the table out in one line: label value, label value, ... with the series before each value where there
+    are several."""
     def line(r):
         cells = (f"{series} {content.shown(r, c)}".strip() for c, series in enumerate(content.columns))
         return f"{content.rows[r]} {' '.join(cells)}"

@@ -18,7 +18,7 @@ MARK = re.compile(
     (?P<open>  <{THOUGHT}(?:[ ][^<>\n]{{0,99}})?> | \[THINK\] | ◁think▷ | <\|begin_of_thought\|> | <\|START_THINKING\|> | <unused94>
       | <\|channel\|>[ ]?(?:analysis|commentary)\b | <\|channel>[ ]?thought\b | here(?:'s|[ ]is)[ ]my[ ]thought[ ]process: )
   | (?P<close> </{THOUGHT}[ ]?> | \[/THINK\] | ◁/think▷ | <\|end_of_thought\|> | <\|END_THINKING\|> | <unused95>
-      | <\|channel\|>[ ]?final(?:<\|message\|>)? | <channel\|> | here(?:'s|[ ]is)[ ]my[ ]response: )""",
+      | <\|channel\|>[ ]?final(?:<\|message\|>)? | <channel\|> | here(?:'s|[ ]is)[ ]my[ ]response: )""",  # noqa: E501
     flags=re.VERBOSE | re.IGNORECASE,
 )
 HINTS = (
@@ -94,6 +94,7 @@ def count_thoughts(
 def opened_by(
     prompt: str,  # what stands before the reply
 ) -> str:  # empty when the prompt opens none
-    "Return the mark of a thought that a prompt ends with; a reply that was cut off before it closes the thought does not show it."
+    """Return the mark of a thought that a prompt ends with; a reply that was cut off before it closes the thought
+    does not show it."""
     marks = list(MARK.finditer(prompt))
     return marks[-1][0] if marks and marks[-1]["open"] and not prompt[marks[-1].end() :].strip() else ""

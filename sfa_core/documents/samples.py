@@ -61,7 +61,8 @@ def samples(data: Dataset | Iterable[Sample], kinds: tuple[str, ...] | None = No
     "Return the questions of documents, or the samples given, of all kinds or of some; ValueError when none are left."
     if isinstance(data, Dataset):
         rows = data.cast_column("image", Image(decode=False))
-        chosen = [Sample(q["id"], row["id"], q["kind"], q["question"], tuple(q["answers"]), row["image"]["bytes"] or row["image"]["path"], evidence_of(row, q))
+        chosen = [Sample(q["id"], row["id"], q["kind"], q["question"], tuple(q["answers"]),
+                         row["image"]["bytes"] or row["image"]["path"], evidence_of(row, q))
                   for row in rows for q in row["questions"] if kinds is None or q["kind"] in kinds]
     else:
         chosen = [s for s in data if kinds is None or s.kind in kinds]
@@ -73,7 +74,8 @@ def samples(data: Dataset | Iterable[Sample], kinds: tuple[str, ...] | None = No
 def image_digest(
     source: object,  # bytes, a path or a PIL image
 ) -> str:
-    "Return a digest of a picture: of its file, or of the pixels of a picture that is no file; `missing` for a file that is gone."
+    """Return a digest of a picture: of its file, or of the pixels of a picture that is no file; `missing` for a
+    file that is gone."""
     if isinstance(source, bytes):
         return bytes_digest(source)
     if isinstance(source, str | Path):
@@ -121,7 +123,8 @@ def sample_facts(
 def data_digest(
     data: Dataset | Iterable[Sample],
 ) -> str:  # 16 hex digits
-    "Return a key over the content of a data set or of samples: ids, questions, answers, evidence and pictures, in their order."
+    """Return a key over the content of a data set or of samples: ids, questions, answers, evidence and pictures, in
+    their order."""
     if isinstance(data, Dataset):
         rows = data.cast_column("image", Image(decode=False))
         return key_of(asked=[key_of(32, facts=facts) for row in rows for facts in row_facts(row)])

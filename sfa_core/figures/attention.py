@@ -36,19 +36,22 @@ def entropy_violins(
     subtitle: str = "",
     unit: str = "entropy, nats",
 ) -> go.Figure:
-    """Draw a measure of two groups of tokens per layer and head, with effect sizes; ValueError for missing columns, groups or layers."""
+    """Draw a measure of two groups of tokens per layer and head, with effect sizes; ValueError for missing columns,
+    groups or layers."""
     columns_of(table, ("layer", "head", "region", "value"), "a table of regions")
     columns_of(contrast, ("layer", "head", "effect", "effect_low", "effect_high", "n"), "a table of contrasts")
     known = sorted(table["layer"].unique())
     layers = known[:6] if layers is None else list(layers)
     if not layers or len(layers) > 6 or not set(layers) <= set(known) or not set(pair) <= set(table["region"]):
         groups = ", ".join(sorted(set(table["region"])))
-        raise ValueError(f"layers {layers} and groups {pair}, expected at most 6 of the layers {[int(layer) for layer in known]} and two of {groups}")
+        raise ValueError(f"layers {layers} and groups {pair}, expected at most 6 of the layers "
+                         f"{[int(layer) for layer in known]} and two of {groups}")
     heads = [str(head) for head in sorted(table["head"].unique())]
     columns = min(1 if len(heads) > 3 else 2, len(layers))  # the effects under the heads must stay readable
     rows = -(-len(layers) // columns)
     names = [f"layer {layer}" for layer in layers]
-    figure = make_subplots(rows, columns, subplot_titles=names, vertical_spacing=0.36 / rows, horizontal_spacing=0.07, shared_yaxes=True)
+    figure = make_subplots(rows, columns, subplot_titles=names, vertical_spacing=0.36 / rows, horizontal_spacing=0.07,
+                           shared_yaxes=True)
     for index, layer in enumerate(layers):
         place = {"row": index // columns + 1, "col": index % columns + 1}
         for side, group in zip(("negative", "positive"), pair, strict=True):
@@ -72,7 +75,9 @@ def entropy_violins(
                 ),
                 **place,
             )
-        effects = contrast[contrast["layer"] == layer].assign(head=lambda part: part["head"].astype(str)).set_index("head")
+        effects = (
+            contrast[contrast["layer"] == layer].assign(head=lambda part: part["head"].astype(str)).set_index("head")
+        )
         ticks = [f"head {head}<br>{effect_text(effects.loc[head])}" for head in heads]
         figure.update_xaxes(
             type="category",
@@ -88,7 +93,8 @@ def entropy_violins(
     figure.update_xaxes(title_text="effect size with 95 % interval, under each head", row=rows)
     figure.update_yaxes(title_text=figure_text(unit), col=1)
     in_style(figure, title, subtitle, 260 * rows, above=64)
-    return figure.update_layout(violinmode="overlay", violingap=0.1, showlegend=True, legend={"y": 1 + 0.12 / rows}, margin={"b": 90})
+    return figure.update_layout(violinmode="overlay", violingap=0.1, showlegend=True, legend={"y": 1 + 0.12 / rows},
+                                margin={"b": 90})
 
 # %% ../../notebooks/library/11_figures/30_attention.ipynb #2af7669d
 def attention_frames(
@@ -100,7 +106,8 @@ def attention_frames(
     title: str = "Where the encoder looks",
     subtitle: str = "",
 ) -> go.Figure:
-    """Lay attention maps over a page, with a slider over states; ValueError for no states, other names in one of them, or what `attention_maps` refuses."""
+    """Lay attention maps over a page, with a slider over states; ValueError for no states, other names in one of
+    them, or what `attention_maps` refuses."""
     if not states or len({tuple(maps) for maps in states.values()}) != 1:
         found = ", ".join(f"{state!r} with {sorted(maps)}" for state, maps in states.items()) or "none"
         raise ValueError(f"states are {found}, expected at least one, and the same maps in each")
@@ -112,7 +119,8 @@ def attention_frames(
         shown = [np.asarray(values, dtype=np.float32) for values in maps.values()]
         most = max(most, *(float(values.max()) for values in shown))
         if difference:
-            shown.append(np.asarray(maps[difference[1]], dtype=np.float32) - np.asarray(maps[difference[0]], dtype=np.float32))
+            shown.append(np.asarray(maps[difference[1]],
+                                    dtype=np.float32) - np.asarray(maps[difference[0]], dtype=np.float32))
             change = max(change, float(np.abs(shown[-1]).max()))
         frames.append(go.Frame(name=str(state), data=[go.Heatmap(z=values) for values in shown], traces=layers))
     figure.frames = frames
@@ -123,4 +131,5 @@ def attention_frames(
     steps = [{"label": figure_text(state), "method": "animate", "args": [[str(state)], at_once]} for state in states]
     current = {"prefix": f"{figure_text(what)}: ", "font": {"size": 13}}
     slider = {"active": 0, "steps": steps, "currentvalue": current, "pad": {"t": 6, "b": 6}, "x": 0, "len": 1}
-    return figure.update_layout(sliders=[slider], height=figure.layout.height + 74, margin={"b": (figure.layout.margin.b or 24) + 74})
+    return figure.update_layout(sliders=[slider], height=figure.layout.height + 74,
+                                margin={"b": (figure.layout.margin.b or 24) + 74})

@@ -30,7 +30,8 @@ def document_gallery(
 ) -> go.Figure:
     """Show documents with their captions; ValueError when there are none or not as many captions."""
     if not len(images) or len(images) != len(captions):
-        raise ValueError(f"{len(images)} images and {len(captions)} captions, expected at least one image and as many captions")
+        raise ValueError(f"{len(images)} images and {len(captions)} captions, expected at least one image and as many "
+                         f"captions")
     columns = min(columns, len(images))
     edge, wrapped = 840 // columns, ["\n".join(textwrap.wrap(caption, 840 // columns // 8)) for caption in captions]
     figure, places, height = grid_panels(wrapped, columns, min(edge, 320))
@@ -49,7 +50,8 @@ def columns_of(
     """Return the table; ValueError names missing columns, or an empty table."""
     missing = [name for name in needed if name not in table]
     if missing or not len(table):
-        raise ValueError(f"{what} has {len(table)} rows and the columns {', '.join(map(str, table))}, expected at least one row and {', '.join(needed)}")
+        raise ValueError(f"{what} has {len(table)} rows and the columns {', '.join(map(str, table))}, expected at "
+                         f"least one row and {', '.join(needed)}")
     return table
 
 
@@ -68,19 +70,26 @@ def score_by_kind(
     kinds, middle = list(counts), (len(tables) - 1) / 2
     for index, (arm, table) in enumerate(tables.items()):
         colour, symbol, name = arm_look(arm, index)
-        bars = {"type": "data", "symmetric": False, "array": table["high"] - table["rate"], "arrayminus": table["rate"] - table["low"]}
+        bars = {"type": "data", "symmetric": False, "array": table["high"] - table["rate"],
+                "arrayminus": table["rate"] - table["low"]}
         figure.add_trace(go.Scatter(
-            x=table["rate"], y=[kinds.index(kind) + (index - middle) * 0.7 / len(tables) for kind in table["kind"]], mode="markers", name=name,
-            marker={"color": colour, "symbol": symbol, "size": 9}, error_x={**bars, "thickness": 1.6, "width": 3, "color": colour},
+            x=table["rate"], y=[kinds.index(kind) + (index - middle) * 0.7 / len(tables) for kind in table["kind"]],
+            mode="markers", name=name,
+            marker={"color": colour, "symbol": symbol, "size": 9},
+            error_x={**bars, "thickness": 1.6, "width": 3, "color": colour},
             customdata=np.column_stack([table["kind"].map(figure_text), table["n"], table["low"], table["high"]]),
-            hovertemplate=f"{name}, %{{customdata[0]}}: %{{x:.1%}} [%{{customdata[2]:.1%}}, %{{customdata[3]:.1%}}], n = %{{customdata[1]:,}}<extra></extra>",
+            hovertemplate=f"{name}, %{{customdata[0]}}: %{{x:.1%}} [%{{customdata[2]:.1%}}, "
+                          f"%{{customdata[3]:.1%}}], n = %{{customdata[1]:,}}<extra></extra>",
         ))
-    labels = [f"{figure_text(kind)}  <span style='color:#5F6368'>n = {'–'.join(f'{n:,}' for n in sorted(counts[kind]))}</span>" for kind in kinds]
-    figure.update_yaxes(tickvals=list(range(len(kinds))), ticktext=labels, range=[len(kinds) - 0.5, -0.5], showgrid=False)
+    labels = [f"{figure_text(kind)}  <span style='color:#5F6368'>n = "
+              f"{'–'.join(f'{n:,}' for n in sorted(counts[kind]))}</span>" for kind in kinds]
+    figure.update_yaxes(tickvals=list(range(len(kinds))), ticktext=labels, range=[len(kinds) - 0.5, -0.5],
+                        showgrid=False)
     for line in range(1, len(kinds)):
         figure.add_hline(line - 0.5, line={"color": "#ECEEF0", "width": 1})
     figure.update_xaxes(title_text="share of right answers, with 95 % interval", tickformat=".0%", range=[-0.01, 1.01])
-    return in_style(figure, title, subtitle, 80 + len(kinds) * (14 + 15 * len(tables)), above=28).update_layout(showlegend=True)
+    return in_style(figure, title, subtitle, 80 + len(kinds) * (14 + 15 * len(tables)),
+                    above=28).update_layout(showlegend=True)
 
 # %% ../../notebooks/library/11_figures/20_charts.ipynb #156bf6f2
 def difference_forest(
@@ -89,7 +98,8 @@ def difference_forest(
     subtitle: str = "",
     better: str = "",  # which side is to the right of zero, as "control + SFA better"
 ) -> go.Figure:
-    """Draw paired differences with their intervals around zero, in percentage points; filled dots are those whose interval excludes zero."""
+    """Draw paired differences with their intervals around zero, in percentage points; filled dots are those whose
+    interval excludes zero."""
     columns_of(table, ("name", "difference", "low", "high", "n"), "a table of differences")
     points = 100 * table[["difference", "low", "high"]].astype(float)
     resolved = (points["low"] > 0) | (points["high"] < 0)
@@ -99,22 +109,27 @@ def difference_forest(
     for at, (low, high), colour in zip(rows, points[["low", "high"]].to_numpy(), colours, strict=True):
         figure.add_shape(type="line", x0=low, x1=high, y0=at, y1=at, line={"color": colour, "width": 2})
     figure.add_trace(go.Scatter(
-        x=points["difference"], y=rows, mode="markers", text=texts, customdata=np.column_stack([table["name"].map(figure_text), table["n"]]),
-        marker={"size": 10, "symbol": ["diamond" if known else "diamond-open" for known in resolved], "color": colours, "line": {"width": 2}},
+        x=points["difference"], y=rows, mode="markers", text=texts,
+        customdata=np.column_stack([table["name"].map(figure_text), table["n"]]),
+        marker={"size": 10, "symbol": ["diamond" if known else "diamond-open" for known in resolved], "color": colours,
+                "line": {"width": 2}},
         hovertemplate="%{customdata[0]}: %{text} points, n = %{customdata[1]:,}<extra></extra>",
     ))
     for at, text, n in zip(rows, texts, table["n"], strict=True):
-        figure.add_annotation(x=1.01, xref="paper", xanchor="left", y=at, text=f"{text}  <span style='color:#5F6368'>n = {n:,}</span>", showarrow=False)
+        figure.add_annotation(x=1.01, xref="paper", xanchor="left", y=at, text=f"{text}  <span style='color:#5F6368'>n "
+                                                                               f"= {n:,}</span>", showarrow=False)
     figure.add_vline(0, line={"color": INK, "width": 1})
     side = f" (right of zero: {figure_text(better)})" if better else ""
     figure.update_xaxes(title_text=f"percentage points, with 95 % interval{side}", range=[-span, span])
-    figure.update_yaxes(tickvals=rows, ticktext=table["name"].map(figure_text), range=[len(table) - 0.5, -0.5], showgrid=False)
+    figure.update_yaxes(tickvals=rows, ticktext=table["name"].map(figure_text), range=[len(table) - 0.5, -0.5],
+                        showgrid=False)
     return in_style(figure, title, subtitle, 80 + 34 * len(table)).update_layout(showlegend=False, margin={"r": 230})
 
 # %% ../../notebooks/library/11_figures/20_charts.ipynb #2f821346
 def training_loss(
     logs: Mapping[str, pd.DataFrame],  # run -> step, loss
-    reported: pd.DataFrame | Sequence[float] | None = None,  # step and loss, or losses alone, laid out evenly over the run
+    # step and loss, or losses alone, laid out evenly over the run
+    reported: pd.DataFrame | Sequence[float] | None = None,
     title: str = "Training loss",
     subtitle: str = "",
     span: int | None = None,  # steps of the smoothing; None: a twentieth of the run
@@ -125,19 +140,23 @@ def training_loss(
     figure, last = go.Figure(), 0
     for index, (run, log) in enumerate(logs.items()):
         colour, _, name = arm_look(run, index)
-        smooth = columns_of(log, ("step", "loss"), f"the log of {run!r}")["loss"].ewm(span=span or max(2, len(log) // 20)).mean()
+        smooth = columns_of(log, ("step", "loss"),
+                            f"the log of {run!r}")["loss"].ewm(span=span or max(2, len(log) // 20)).mean()
         common = {"x": log["step"], "legendgroup": run, "name": name}
         faint = {"opacity": 0.3, "showlegend": False, "hoverinfo": "skip", "line": {"color": colour, "width": 1}}
         figure.add_trace(go.Scatter(y=log["loss"], mode="lines", **faint, **common))
         hover = f"{name}, step %{{x:,}}: %{{y:.3f}}<extra></extra>"
-        figure.add_trace(go.Scatter(y=smooth, mode="lines", line={"color": colour, "width": 2.5}, hovertemplate=hover, **common))
+        figure.add_trace(go.Scatter(y=smooth, mode="lines", line={"color": colour, "width": 2.5}, hovertemplate=hover,
+                                    **common))
         last = max(last, log["step"].max())
     if reported is not None:
         even = not isinstance(reported, pd.DataFrame)
         points = pd.DataFrame({"step": np.linspace(0, last, len(reported)), "loss": reported}) if even else reported
         figure.add_trace(go.Scatter(
-            x=points["step"], y=points["loss"], mode="markers+text", text=[f"{loss:.2f}" for loss in points["loss"]], textposition="top center",
-            cliponaxis=False, name="reported elsewhere" + (", laid out evenly" if even else ""), textfont={"color": "#5F6368"},
+            x=points["step"], y=points["loss"], mode="markers+text", text=[f"{loss:.2f}" for loss in points["loss"]],
+            textposition="top center",
+            cliponaxis=False, name="reported elsewhere" + (", laid out evenly" if even else ""),
+            textfont={"color": "#5F6368"},
             marker={"symbol": "circle-open", "size": 10, "color": ARM_COLOURS["baseline"], "line": {"width": 2}},
         ))
     figure.update_xaxes(title_text="optimiser step")
@@ -153,18 +172,24 @@ def attention_maps(
     title: str = "Where the encoder looks",
     subtitle: str = "",
 ) -> go.Figure:
-    """Lay attention maps over the image they were recorded on; ValueError for no maps, maps of different grids, or an unknown name."""
+    """Lay attention maps over the image they were recorded on; ValueError for no maps, maps of different grids, or
+    an unknown name."""
     maps = {name: np.asarray(values, dtype=np.float32) for name, values in maps.items()}
     if len({values.shape for values in maps.values()}) != 1 or not all(name in maps for name in difference or ()):
         shapes = ", ".join(f"{name!r} {values.shape}" for name, values in maps.items())
-        raise ValueError(f"maps are {shapes or 'none'} and the difference is of {difference}, expected maps of one grid, and two of their names")
+        raise ValueError(f"maps are {shapes or 'none'} and the difference is of {difference}, expected maps of one "
+                         f"grid, and two of their names")
     source, *size = png_source(image)
     shown = {name: ARM_NAMES.get(name, name) for name in maps}
-    titles = ["document", *shown.values()] + ([f"{shown[difference[1]]} − {shown[difference[0]]}"] if difference else [])
+    titles = ["document",
+              *shown.values()] + ([f"{shown[difference[1]]} − {shown[difference[0]]}"] if difference else [])
     columns = 2 if len(titles) == 4 else min(len(titles), 3)
-    figure, places, height = grid_panels(titles, columns, round(min((660 if difference else 760) / columns, 330) * min(1, size[1] / size[0])))
+    figure, places, height = grid_panels(titles, columns,
+                                         round(min((660 if difference else 760) / columns,
+                                                   330) * min(1, size[1] / size[0])))
     change = maps[difference[1]] - maps[difference[0]] if difference else None
-    layers = [None, *((values, "coloraxis", "attention") for values in maps.values())] + ([(change, "coloraxis2", "difference")] if difference else [])
+    layers = [None, *((values, "coloraxis", "attention")
+                      for values in maps.values())] + ([(change, "coloraxis2", "difference")] if difference else [])
     for layer, place in zip(layers, places, strict=True):
         draw_page(figure, place, source, size)
         if layer:
@@ -172,12 +197,15 @@ def attention_maps(
         if query is not None:
             outline(figure, place, query, next(iter(maps.values())).shape, size)
     limits = {"cmin": 0, "cmax": float(max(values.max() for values in maps.values()))}
-    figure.update_layout(coloraxis={"colorscale": see_through("attention"), "colorbar": colour_bar("attention (sums to 1)"), **limits})
+    figure.update_layout(coloraxis={"colorscale": see_through("attention"),
+                                    "colorbar": colour_bar("attention (sums to 1)"), **limits})
     if difference:
         most = float(np.abs(change).max()) or 1.0
         limits = {"cmin": -most, "cmax": most}
-        figure.update_layout(coloraxis2={"colorscale": see_through("difference"), "colorbar": colour_bar("difference", 1.16), **limits})
-    return in_style(figure, title, subtitle, height + 24, above=26).update_layout(margin={"l": 30, "r": 210 if difference else 110, "b": 24})
+        figure.update_layout(coloraxis2={"colorscale": see_through("difference"),
+                                         "colorbar": colour_bar("difference", 1.16), **limits})
+    return in_style(figure, title, subtitle, height + 24,
+                    above=26).update_layout(margin={"l": 30, "r": 210 if difference else 110, "b": 24})
 
 # %% ../../notebooks/library/11_figures/20_charts.ipynb #3085fc83
 def structural_bias(
@@ -186,17 +214,21 @@ def structural_bias(
     title: str = "Structural bias of one query",
     subtitle: str = "",
 ) -> go.Figure:
-    """Draw what the structural terms add to the logits of one query; ValueError for no terms, different grids or a query outside."""
+    """Draw what the structural terms add to the logits of one query; ValueError for no terms, different grids or a
+    query outside."""
     terms = {name: np.asarray(values, dtype=np.float32) for name, values in terms.items()}
     if len({values.shape for values in terms.values()}) != 1:
-        raise ValueError(f"terms have shapes {', '.join(f'{n!r} {v.shape}' for n, v in terms.items()) or 'none'}, expected maps (h, w) of one grid")
-    (rows, width), most = next(iter(terms.values())).shape, max(float(np.abs(values).max()) for values in terms.values()) or 1.0
+        raise ValueError(f"terms have shapes {', '.join(f'{n!r} {v.shape}' for n, v in terms.items()) or 'none'}, "
+                         f"expected maps (h, w) of one grid")
+    (rows, width), most = next(iter(terms.values())).shape, max(float(np.abs(values).max())
+                                                                for values in terms.values()) or 1.0
     columns = len(terms) if len(terms) <= 5 else 3
     figure, places, height = grid_panels(list(terms), columns, round(750 / columns * min(1, rows / width)))
     for values, place in zip(terms.values(), places, strict=True):
         figure.add_trace(over(values, (width, rows), "coloraxis", "logits"), row=place[0], col=place[1])
         outline(figure, place, query, (rows, width), (width, rows))
-    figure.update_layout(coloraxis={"colorscale": SCALES["difference"], "cmin": -most, "cmax": most, "colorbar": colour_bar("phi (logits)")})
+    figure.update_layout(coloraxis={"colorscale": SCALES["difference"], "cmin": -most, "cmax": most,
+                                    "colorbar": colour_bar("phi (logits)")})
     return in_style(figure, title, subtitle, height + 20, above=26).update_layout(margin={"l": 30, "r": 110, "b": 20})
 
 # %% ../../notebooks/library/11_figures/20_charts.ipynb #89e1ce80
@@ -216,16 +248,20 @@ def entropy_by_layer(
         colour, _, name = arm_look(str(group), index)
         colour = GROUP_COLOURS.get(str(group), colour)
         figure.add_trace(go.Violin(
-            x=[str(layer) for layer in part["layer"]], y=part["entropy"].to_numpy(np.float32), name=name, legendgroup=str(group), offsetgroup=str(group),
-            line={"color": colour, "width": 1.4}, fillcolor=colour, opacity=0.7, points=False, meanline={"visible": True, "color": INK, "width": 2},
+            x=[str(layer) for layer in part["layer"]], y=part["entropy"].to_numpy(np.float32), name=name,
+            legendgroup=str(group), offsetgroup=str(group),
+            line={"color": colour, "width": 1.4}, fillcolor=colour, opacity=0.7, points=False,
+            meanline={"visible": True, "color": INK, "width": 2},
             spanmode="hard", scalemode="width",
         ))
     if tokens is not None:
-        figure.add_hline(math.log(tokens), line={"color": INK, "width": 1, "dash": "dot"}, annotation={"text": f"uniform over {tokens:,} tokens"})
+        figure.add_hline(math.log(tokens), line={"color": INK, "width": 1, "dash": "dot"},
+                         annotation={"text": f"uniform over {tokens:,} tokens"})
     order = [str(layer) for layer in sorted(table["layer"].unique())]
     figure.update_xaxes(title_text="layer", type="category", categoryorder="array", categoryarray=order)
     figure.update_yaxes(title_text="entropy, nats")
-    return in_style(figure, title, subtitle, 380, above=28).update_layout(violinmode="group", violingap=0.2, violingroupgap=0.05, showlegend=True)
+    return in_style(figure, title, subtitle, 380, above=28).update_layout(violinmode="group", violingap=0.2,
+                                                                          violingroupgap=0.05, showlegend=True)
 
 
 def head_grid(
@@ -239,13 +275,15 @@ def head_grid(
     """Draw one value per layer and head; ValueError for another shape or an unknown scale."""
     values = np.asarray(values, dtype=np.float32)
     if values.ndim != 2 or scale not in SCALES:
-        raise ValueError(f"values have shape {values.shape} and the scale is {scale!r}, expected (L, H) and one of {', '.join(SCALES)}")
+        raise ValueError(f"values have shape {values.shape} and the scale is {scale!r}, expected (L, H) and one of "
+                         f"{', '.join(SCALES)}")
     names, most = list(range(len(values)) if layers is None else layers), float(np.nanmax(np.abs(values))) or 1.0
     limits = {"zmin": -most, "zmax": most} if scale == "difference" else {}
     figure = go.Figure(go.Heatmap(
         z=values, x=[str(head) for head in range(values.shape[1])], y=[figure_text(layer) for layer in names],
         colorscale=SCALES[scale], xgap=2, ygap=2, **limits,
-        texttemplate="%{z:.3g}" if values.size <= 96 else None, hovertemplate=f"layer %{{y}}, head %{{x}}: %{{z:.4g}} {figure_text(unit)}<extra></extra>",
+        texttemplate="%{z:.3g}" if values.size <= 96 else None,
+        hovertemplate=f"layer %{{y}}, head %{{x}}: %{{z:.4g}} {figure_text(unit)}<extra></extra>",
         colorbar=colour_bar(unit),
     ))
     figure.update_xaxes(title_text="head", type="category", showgrid=False)
@@ -254,11 +292,13 @@ def head_grid(
 
 # %% ../../notebooks/library/11_figures/20_charts.ipynb #7c1bb43a
 def architecture(
-    parts: pd.DataFrame,  # part, detail, parameters, trained (bool), within (the part it sits in, or ""); in the order of the data
+    # part, detail, parameters, trained (bool), within (the part it sits in, or ""); in the order of the data
+    parts: pd.DataFrame,
     title: str = "The model and what is trained",
     subtitle: str = "",
 ) -> go.Figure:
-    """Draw the parts of a model as boxes in the order of the data, trained ones in colour; ValueError for missing columns or a part within none."""
+    """Draw the parts of a model as boxes in the order of the data, trained ones in colour; ValueError for missing
+    columns or a part within none."""
     columns_of(parts, ("part", "detail", "parameters", "trained", "within"), "a table of parts")
     outer, figure = list(parts["part"][parts["within"] == ""]), go.Figure()
     if lost := set(parts["within"]) - set(outer) - {""}:
@@ -269,7 +309,8 @@ def architecture(
         middle = (low + high) / 2 if not has_inner else 0.71
         colour = (STRUCTURE if row.within else ARM_COLOURS["vision"]) if row.trained else ARM_COLOURS["baseline"]
         fill = "white" if row.within else "#E8F0FE" if row.trained else "#F5F6F7"
-        figure.add_shape(type="rect", x0=at + edge, x1=at + 1 - edge, y0=low, y1=high, line={"color": colour, "width": 2}, fillcolor=fill, layer="below")
+        figure.add_shape(type="rect", x0=at + edge, x1=at + 1 - edge, y0=low, y1=high,
+                         line={"color": colour, "width": 2}, fillcolor=fill, layer="below")
         lines = figure_text("\n".join(textwrap.wrap(row.detail, 110 // max(4, len(outer)))))
         amount = f"{row.parameters:,} parameters, {'trained' if row.trained else 'frozen'}"
         text = f"<b>{figure_text(row.part)}</b><br>{lines}<br><span style='color:{colour}'>{amount}</span>"

@@ -15,7 +15,18 @@ import plotly.graph_objects as go
 
 from ..core.escape import figure_text
 from .charts import columns_of
-from .style import ARM_COLOURS, INK, SCALES, arm_look, colour_bar, draw_page, grid_panels, in_style, over, png_source
+from sfa_core.figures.style import (
+    ARM_COLOURS,
+    INK,
+    SCALES,
+    arm_look,
+    colour_bar,
+    draw_page,
+    grid_panels,
+    in_style,
+    over,
+    png_source,
+)
 
 # %% ../../notebooks/library/11_figures/40_density.ipynb #14d336b3
 def draw_boxes(
@@ -28,7 +39,8 @@ def draw_boxes(
     x0, y0, x1, y1 = np.asarray(boxes, dtype=np.float32).T - 0.5
     gap = np.full_like(x0, np.nan)
     line = {"x": np.stack([x0, x1, x1, x0, x0, gap], 1).ravel(), "y": np.stack([y0, y0, y1, y1, y0, gap], 1).ravel()}
-    figure.add_trace(go.Scatter(**line, mode="lines", line={"color": colour, "width": 1}, hoverinfo="skip", showlegend=False), row=place[0], col=place[1])
+    figure.add_trace(go.Scatter(**line, mode="lines", line={"color": colour, "width": 1}, hoverinfo="skip",
+                                showlegend=False), row=place[0], col=place[1])
 
 
 def motivation(
@@ -49,10 +61,13 @@ def motivation(
     for place in places:
         draw_page(figure, place, source, size)
     draw_boxes(figure, places[0], uniform, ARM_COLOURS["baseline"])
-    figure.add_trace(over(density, size, "coloraxis", "density").update(opacity=0.75), row=places[1][0], col=places[1][1])
+    figure.add_trace(over(density, size, "coloraxis", "density").update(opacity=0.75), row=places[1][0],
+                     col=places[1][1])
     draw_boxes(figure, places[2], adaptive, ARM_COLOURS["adat"])
-    figure.update_layout(coloraxis={"colorscale": SCALES["density"], "cmin": 0, "cmax": 1, "colorbar": colour_bar("density")})
-    return in_style(figure, title, subtitle, height + 24, above=26).update_layout(margin={"l": 30, "r": 110, "b": 24}, showlegend=False)
+    figure.update_layout(coloraxis={"colorscale": SCALES["density"], "cmin": 0, "cmax": 1,
+                                    "colorbar": colour_bar("density")})
+    return in_style(figure, title, subtitle, height + 24, above=26).update_layout(margin={"l": 30, "r": 110, "b": 24},
+                                                                                  showlegend=False)
 
 # %% ../../notebooks/library/11_figures/40_density.ipynb #8c615c43
 def density_gallery(
@@ -69,8 +84,13 @@ def density_gallery(
         raise ValueError(f"{counts}, expected as many of each, or no names")
     titles = []
     for index, (label, found) in enumerate(zip(labels, predictions, strict=True)):
-        error = f"mean error {np.abs(np.asarray(label) - np.asarray(found)).mean():.3f}" if np.shape(label) == np.shape(found) else "prediction"
-        titles += [names[index] if names else f"page {index + 1}", "pseudo label", f"prediction, {error}" if error != "prediction" else error]
+        error = (
+            f"mean error {np.abs(np.asarray(label) - np.asarray(found)).mean():.3f}"
+            if np.shape(label) == np.shape(found)
+            else "prediction"
+        )
+        titles += [names[index] if names else f"page {index + 1}", "pseudo label",
+                   f"prediction, {error}" if error != "prediction" else error]
     figure, places, height = grid_panels(titles, 3, 240)
     for index, image in enumerate(images):
         source, *size = png_source(image)
@@ -78,8 +98,10 @@ def density_gallery(
             place = places[3 * index + column]
             draw_page(figure, place, source, size)
             if values is not None:
-                figure.add_trace(over(values, size, "coloraxis", "density").update(opacity=0.85), row=place[0], col=place[1])
-    figure.update_layout(coloraxis={"colorscale": SCALES["density"], "cmin": 0, "cmax": 1, "colorbar": colour_bar("density") | {"len": min(1, 300 / height)}})
+                figure.add_trace(over(values, size, "coloraxis", "density").update(opacity=0.85), row=place[0],
+                                 col=place[1])
+    figure.update_layout(coloraxis={"colorscale": SCALES["density"], "cmin": 0, "cmax": 1,
+                                    "colorbar": colour_bar("density") | {"len": min(1, 300 / height)}})
     return in_style(figure, title, subtitle, height + 24, above=26).update_layout(margin={"l": 30, "r": 110, "b": 24})
 
 # %% ../../notebooks/library/11_figures/40_density.ipynb #723461d2
@@ -95,22 +117,27 @@ def cross_architecture(
         colour, symbol, name = arm_look(str(arm), index)
         part = table[table["arm"] == arm]
         points, known = 100 * part[["difference", "low", "high"]].astype(float), (part["low"] > 0) | (part["high"] < 0)
-        bars = {"type": "data", "symmetric": False, "array": points["high"] - points["difference"], "arrayminus": points["difference"] - points["low"]}
+        bars = {"type": "data", "symmetric": False, "array": points["high"] - points["difference"],
+                "arrayminus": points["difference"] - points["low"]}
         figure.add_trace(
             go.Scatter(
                 x=points["difference"],
                 y=[models.index(model) + (index - (len(arms) - 1) / 2) * 0.6 / len(arms) for model in part["model"]],
                 mode="markers",
                 name=name,
-                marker={"color": colour, "symbol": [symbol if sure else f"{symbol}-open" for sure in known], "size": 10, "line": {"width": 2, "color": colour}},
+                marker={"color": colour, "symbol": [symbol if sure else f"{symbol}-open" for sure in known], "size": 10,
+                        "line": {"width": 2, "color": colour}},
                 error_x={**bars, "thickness": 1.8, "width": 3, "color": colour},
                 customdata=np.column_stack([part["model"].map(figure_text), part["n"], points["low"], points["high"]]),
-                hovertemplate="%{customdata[0]}: %{x:+.1f} [%{customdata[2]:+.1f}, %{customdata[3]:+.1f}] points, n = %{customdata[1]}<extra></extra>",
+                hovertemplate="%{customdata[0]}: %{x:+.1f} [%{customdata[2]:+.1f}, %{customdata[3]:+.1f}] points, n = "
+                              "%{customdata[1]}<extra></extra>",
             )
         )
     encoders = table.drop_duplicates("model").set_index("model")["encoder"]
-    labels = [f"{figure_text(model)}<br><span style='color:#5F6368'>{figure_text(encoders[model])}</span>" for model in models]
-    figure.update_yaxes(tickvals=list(range(len(models))), ticktext=labels, range=[len(models) - 0.5, -0.5], showgrid=False)
+    labels = [f"{figure_text(model)}<br><span style='color:#5F6368'>{figure_text(encoders[model])}</span>"
+              for model in models]
+    figure.update_yaxes(tickvals=list(range(len(models))), ticktext=labels, range=[len(models) - 0.5, -0.5],
+                        showgrid=False)
     figure.add_vline(0, line={"color": INK, "width": 1})
     figure.update_xaxes(title_text="percentage points against the control, with 95 % interval")
     return in_style(figure, title, subtitle, 90 + 70 * len(models), above=28).update_layout(showlegend=True)

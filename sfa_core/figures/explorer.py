@@ -36,30 +36,35 @@ def word_row(explorer: "AttentionExplorer", arm: str, words: tuple[str, ...]) ->
         button.on_click(lambda _, index=index: explorer.choose(tower="language", word=index))
         buttons.append(button.add_class("sfa-word"))
     return widgets.HBox(
-        [widgets.HTML(f"{html_text(ARM_NAMES.get(arm, arm))} answers:&nbsp;"), *buttons], layout=widgets.Layout(flex_flow="row wrap", align_items="center")
+        [widgets.HTML(f"{html_text(ARM_NAMES.get(arm, arm))} answers:&nbsp;"), *buttons],
+        layout=widgets.Layout(flex_flow="row wrap", align_items="center")
     )
 
 # %% ../../notebooks/library/11_figures/80_explorer.ipynb #f8e44a39
 class AttentionExplorer:
-    """Widgets over recorded pages; `view` is what is shown, `choose` shows something else, `ask` adds a question of one's own."""
+    """Widgets over recorded pages; `view` is what is shown, `choose` shows something else, `ask` adds a question of
+    one's own."""
 
     def __init__(
         self,
         bundle: Bundle,
         data: Any,  # a dataset of documents, or samples
-        arms: Mapping[str, str | Path | None] | None = None,  # name -> folder of a trained arm, None for the model as it is; one or two
+        # name -> folder of a trained arm, None for the model as it is; one or two
+        arms: Mapping[str, str | Path | None] | None = None,
         folder: str | Path | None = None,  # of saved pictures; None: exports/explorer
         tiles: int | None = None,  # most tiles per image
         max_new_tokens: int = 32,
     ):
-        self.recorder, self.folder = Recorder(bundle, arms, tiles, max_new_tokens), Path(folder or exports_root() / "explorer")
+        self.recorder, self.folder = Recorder(bundle, arms, tiles,
+                                              max_new_tokens), Path(folder or exports_root() / "explorer")
         self.samples: dict[str, list[Sample]] = {}
         for sample in samples(data):
             self.samples.setdefault(sample.document, []).append(sample)
         first = next(iter(self.samples.values()))[0]
         self.view: View = look(self.recorder, self.recorder.page(first), Choice())
         self.figure = go.FigureWidget(view_figure(self.view))
-        camera = {"format": "png", "filename": "attention", "width": WIDTH, "height": self.figure.layout.height, "scale": SCALE}
+        camera = {"format": "png", "filename": "attention", "width": WIDTH, "height": self.figure.layout.height,
+                  "scale": SCALE}
         self.figure._config = {"displaylogo": False, "toImageButtonOptions": camera}  # of the browser's own button
         self.busy, self.spoken = False, None  # widgets are being set by the program; the page whose words are shown
         self.make_controls()
@@ -68,32 +73,44 @@ class AttentionExplorer:
 
     def make_controls(self) -> None:
         """Make the widgets."""
-        attentions, wide = self.recorder.bundle.family.attentions_of(self.recorder.bundle.model), {"description_width": "70px"}
+        attentions, wide = (
+            self.recorder.bundle.family.attentions_of(self.recorder.bundle.model),
+            {"description_width": "70px"},
+        )
         line = widgets.Layout(width="330px")
         self.document = widgets.Dropdown(options=list(self.samples), description="document", style=wide, layout=line)
         self.question = widgets.Dropdown(description="question", style=wide, layout=widgets.Layout(width="520px"))
-        self.tower = widgets.ToggleButtons(options=[("encoder", "vision"), ("language model", "language")], style={"button_width": "130px"})
+        self.tower = widgets.ToggleButtons(options=[("encoder", "vision"), ("language model", "language")],
+                                           style={"button_width": "130px"})
         self.layer = widgets.IntSlider(max=len(attentions) - 1, description="layer", style=wide, layout=line)
-        self.head = widgets.Dropdown(options=[("mean", MEAN)], description="head", style=wide, layout=widgets.Layout(width="180px"))
-        self.sinks = widgets.Checkbox(value=True, description="show sinks", indent=False, layout=widgets.Layout(width="110px"))
+        self.head = widgets.Dropdown(options=[("mean", MEAN)], description="head", style=wide,
+                                     layout=widgets.Layout(width="180px"))
+        self.sinks = widgets.Checkbox(value=True, description="show sinks", indent=False,
+                                      layout=widgets.Layout(width="110px"))
         self.thumbnail = widgets.Checkbox(description="thumbnail", indent=False, layout=widgets.Layout(width="110px"))
         self.words, self.notes = widgets.VBox(), widgets.HTML()
-        self.own = widgets.Text(placeholder="your own question about this page, or about an image you upload", layout=widgets.Layout(width="520px"))
+        self.own = widgets.Text(placeholder="your own question about this page, or about an image you upload",
+                                layout=widgets.Layout(width="520px"))
         self.upload = widgets.FileUpload(accept="image/*", description="image")
-        self.ask_button, self.save_button = widgets.Button(description="ask"), widgets.Button(description="save picture")
+        self.ask_button, self.save_button = (
+            widgets.Button(description="ask"),
+            widgets.Button(description="save picture"),
+        )
         rows = [
             (self.document, self.question),
             (self.tower, self.layer, self.head, self.sinks, self.thumbnail),
             (self.own, self.upload, self.ask_button, self.save_button),
         ]
-        self.box = widgets.VBox([*(widgets.HBox(row, layout=widgets.Layout(flex_flow="row wrap")) for row in rows), self.words, self.notes, self.figure])
+        self.box = widgets.VBox([*(widgets.HBox(row, layout=widgets.Layout(flex_flow="row wrap")) for row in rows),
+                                 self.words, self.notes, self.figure])
         self.box.add_class("sfa-explorer")
 
     def watch(self) -> None:
         """Connect widgets and clicks with what they choose."""
         self.document.observe(lambda change: self.open(self.samples[change["new"]][0]), "value")
         self.question.observe(lambda change: self.open(change["new"]), "value")
-        for widget, name in ((self.tower, "tower"), (self.layer, "layer"), (self.sinks, "sinks"), (self.thumbnail, "thumbnail")):
+        for widget, name in ((self.tower, "tower"), (self.layer, "layer"), (self.sinks, "sinks"),
+                             (self.thumbnail, "thumbnail")):
             widget.observe(lambda change, name=name: self.choose(**{name: change["new"]}), "value")
         self.head.observe(lambda change: self.choose(head=None if change["new"] == MEAN else change["new"]), "value")
         for trace in self.figure.data:
@@ -118,9 +135,11 @@ class AttentionExplorer:
         if self.busy:
             return self.view
         choice, page = replace(self.view.choice, **changes), self.view.page
-        depth, heads = next(iter((page.vision if choice.tower == "vision" else page.language).values())).entropy.shape[1:3]
+        depth, heads = next(iter((page.vision if choice.tower == "vision"
+                                  else page.language).values())).entropy.shape[1:3]
         if choice.tower != self.view.choice.tower:
-            choice = replace(choice, layer=min(choice.layer, depth - 1), head=None if (choice.head or 0) >= heads else choice.head)
+            choice = replace(choice, layer=min(choice.layer, depth - 1),
+                             head=None if (choice.head or 0) >= heads else choice.head)
         self.view = look(self.recorder, page, choice)
         self.show()
         return self.view
@@ -131,7 +150,9 @@ class AttentionExplorer:
             return self.view
         page = self.recorder.page(sample)
         self.view = look(
-            self.recorder, page, replace(self.view.choice, place=None if page.image.size != self.view.page.image.size else self.view.choice.place, word=0)
+            self.recorder, page, replace(self.view.choice,
+                                         place=None if page.image.size != self.view.page.image.size
+                                         else self.view.choice.place, word=0)
         )
         self.show()
         return self.view
@@ -160,7 +181,8 @@ class AttentionExplorer:
         depth, heads = next(iter(records.values())).entropy.shape[1:3]
         try:
             with self.figure.batch_update():
-                for part, update in zip((*self.figure.data, self.figure.layout), (*trace_values(view), around), strict=True):
+                for part, update in zip((*self.figure.data, self.figure.layout), (*trace_values(view), around),
+                                        strict=True):
                     for name, value in update.items():
                         part[name] = value  # cheaper than `update`, which looks every path up
             sample = view.page.sample
@@ -175,8 +197,11 @@ class AttentionExplorer:
                 self.spoken = view.page
             for row in self.words.children:
                 for index, button in enumerate(row.children[1:]):
-                    button.button_style = "info" if view.choice.tower == "language" and view.choice.word == index else ""
-            self.notes.value = "<br>".join(f"<b>{html_text(ARM_NAMES.get(arm, arm))}</b>: {html_text(text)}" for arm, text in view.notes.items())
+                    button.button_style = (
+                        "info" if view.choice.tower == "language" and view.choice.word == index else ""
+                    )
+            self.notes.value = "<br>".join(f"<b>{html_text(ARM_NAMES.get(arm, arm))}</b>: {html_text(text)}"
+                                           for arm, text in view.notes.items())
         finally:
             self.busy = False
 

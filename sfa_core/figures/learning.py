@@ -24,7 +24,8 @@ def seed_bands(
 ) -> pd.DataFrame:  # step, measure, seeds, mean, low, high; no interval for one seed
     "Average curves over seeds, with the interval of 95 % over them."
     rows = []
-    for (step, measure), part in columns_of(curves, ("seed", "step", "measure", "rate"), "a table of curves").groupby(["step", "measure"]):
+    for (step, measure), part in columns_of(curves, ("seed", "step", "measure", "rate"),
+                                            "a table of curves").groupby(["step", "measure"]):
         rates = part["rate"].astype(float)
         interval = seed_interval(rates) if len(rates) > 1 else None
         ends = dict(low=interval and interval.low, high=interval and interval.high)
@@ -42,21 +43,29 @@ def learning_curves(
     "Draw curves with bands, a panel per measure; ValueError for no runs or a measure that nobody has."
     absent = [name for name in measures if not any((band["measure"] == name).any() for band in bands.values())]
     if not bands or not measures or absent:
-        raise ValueError(f"got {len(bands)} runs and the measures {list(measures)}, expected at least one of each, measured: {absent} are not")
+        raise ValueError(f"got {len(bands)} runs and the measures {list(measures)}, expected at least one of each, "
+                         f"measured: {absent} are not")
     columns = min(3, len(measures))
     count = math.ceil(len(measures) / columns)
-    figure = make_subplots(rows=count, cols=columns, subplot_titles=[figure_text(name.replace("_", " ")) for name in measures], vertical_spacing=0.25 / count)
+    figure = make_subplots(rows=count, cols=columns,
+                           subplot_titles=[figure_text(name.replace("_", " ")) for name in measures],
+                           vertical_spacing=0.25 / count)
     for index, (run, band) in enumerate(bands.items()):
         colour, _, name = arm_look(run, index)
         for panel, measure in enumerate(measures):
-            place, part = dict(row=panel // columns + 1, col=panel % columns + 1), band[band["measure"] == measure].sort_values("step")
+            place, part = dict(row=panel // columns + 1,
+                               col=panel % columns + 1), band[band["measure"] == measure].sort_values("step")
             known = part.dropna(subset=["low", "high"])
-            around = dict(x=[*known["step"], *known["step"][::-1]], y=[*known["high"], *known["low"][::-1]], fill="toself", mode="lines")
+            around = dict(x=[*known["step"], *known["step"][::-1]], y=[*known["high"], *known["low"][::-1]],
+                          fill="toself", mode="lines")
             quiet = dict(line={"width": 0}, hoverinfo="skip", showlegend=False, legendgroup=run)
             figure.add_trace(go.Scatter(**around, **quiet, fillcolor=colour, opacity=0.18), **place)
             hover = f"{name}, step %{{x:,}}: %{{y:.3f}}<extra></extra>"
-            look = dict(mode="lines+markers", line={"color": colour, "width": 2.5}, marker={"size": 5}, hovertemplate=hover)
-            figure.add_trace(go.Scatter(x=part["step"], y=part["mean"], name=name, legendgroup=run, showlegend=panel == 0, **look), **place)
+            look = dict(mode="lines+markers", line={"color": colour, "width": 2.5}, marker={"size": 5},
+                        hovertemplate=hover)
+            figure.add_trace(go.Scatter(x=part["step"], y=part["mean"], name=name, legendgroup=run,
+                                        showlegend=panel == 0, **look), **place)
     figure.update_xaxes(title_text="optimiser step", row=count)
     figure.update_yaxes(title_text=figure_text(unit), col=1)
-    return in_style(figure, title, subtitle, 240 * count, above=48).update_layout(showlegend=True, legend={"y": 1 + 0.16 / count})
+    return in_style(figure, title, subtitle, 240 * count, above=48).update_layout(showlegend=True,
+                                                                                  legend={"y": 1 + 0.16 / count})

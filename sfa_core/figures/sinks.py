@@ -14,10 +14,22 @@ import plotly.graph_objects as go
 
 from ..core.escape import figure_text
 from .charts import columns_of
-from .style import ARM_COLOURS, INK, colour_bar, draw_page, grid_panels, in_style, outline, over, png_source, see_through
+from sfa_core.figures.style import (
+    ARM_COLOURS,
+    INK,
+    colour_bar,
+    draw_page,
+    grid_panels,
+    in_style,
+    outline,
+    over,
+    png_source,
+    see_through,
+)
 
 # %% ../../notebooks/library/11_figures/50_sinks.ipynb #f468edac
-VIOLET = [[0, "rgba(74, 20, 140, 0.03)"], [0.5, "rgba(74, 20, 140, 0.45)"], [1, "rgba(74, 20, 140, 0.92)"]]  # sink values: clear at zero
+# sink values: clear at zero
+VIOLET = [[0, "rgba(74, 20, 140, 0.03)"], [0.5, "rgba(74, 20, 140, 0.45)"], [1, "rgba(74, 20, 140, 0.92)"]]
 
 
 def visual_sinks(
@@ -29,16 +41,19 @@ def visual_sinks(
     title: str = "Visual sinks and redistribution",
     subtitle: str = "",
 ) -> go.Figure:
-    """Draw one page with its sinks outlined, their values, and the attention before and after redistribution; ValueError for different grids."""
+    """Draw one page with its sinks outlined, their values, and the attention before and after redistribution;
+    ValueError for different grids."""
     maps = {"values": values, "sinks": sinks, "before": before, "after": after}
     maps = {name: np.asarray(one, dtype=np.float32) for name, one in maps.items()}
     shapes = {name: one.shape for name, one in maps.items()}
     if len(set(shapes.values())) != 1 or len(shapes["values"]) != 2:
-        raise ValueError(f"maps have shapes {', '.join(f'{name} {shape}' for name, shape in shapes.items())}, expected (h, w) of one grid")
+        raise ValueError(f"maps have shapes {', '.join(f'{name} {shape}' for name, shape in shapes.items())}, expected "
+                         f"(h, w) of one grid")
     source, *size = png_source(image)
     titles = ["document", "sink value / τ", "", "attention before", "after", "after − before"]
     figure, places, height = grid_panels(titles, 3, round(250 * min(1, size[1] / size[0])))
-    shown = {0: None, 1: (values, "coloraxis2", "τ"), 3: (before, "coloraxis", "attention"), 4: (after, "coloraxis", "attention"),
+    shown = {0: None, 1: (values, "coloraxis2", "τ"), 3: (before, "coloraxis", "attention"),
+             4: (after, "coloraxis", "attention"),
              5: (maps["after"] - maps["before"], "coloraxis3", "difference")}
     for at, layer in shown.items():
         draw_page(figure, places[at], source, size)
@@ -46,23 +61,32 @@ def visual_sinks(
             figure.add_trace(over(layer[0], size, *layer[1:]), row=places[at][0], col=places[at][1])
         for cell in np.argwhere(maps["sinks"] > 0):
             outline(figure, places[at], (int(cell[0]), int(cell[1])), shapes["sinks"], size)
-    largest, change = float(max(maps["before"].max(), maps["after"].max())), float(np.abs(maps["after"] - maps["before"]).max()) or 1.0
+    largest, change = (
+        float(max(maps["before"].max(), maps["after"].max())),
+        float(np.abs(maps["after"] - maps["before"]).max()) or 1.0,
+    )
     low, high, strongest = {"len": 0.46, "y": 0.23}, {"len": 0.46, "y": 0.79}, max(1.0, float(maps["values"].max()))
     figure.update_layout(
-        coloraxis={"colorscale": see_through("attention"), "cmin": 0, "cmax": largest, "colorbar": colour_bar("attention") | low},
-        coloraxis2={"colorscale": VIOLET, "cmin": 0, "cmax": strongest, "colorbar": colour_bar("value / τ", 0.68) | high},
-        coloraxis3={"colorscale": see_through("difference"), "cmin": -change, "cmax": change, "colorbar": colour_bar("difference", 1.13) | low},
+        coloraxis={"colorscale": see_through("attention"), "cmin": 0, "cmax": largest,
+                   "colorbar": colour_bar("attention") | low},
+        coloraxis2={"colorscale": VIOLET, "cmin": 0, "cmax": strongest,
+                    "colorbar": colour_bar("value / τ", 0.68) | high},
+        coloraxis3={"colorscale": see_through("difference"), "cmin": -change, "cmax": change,
+                    "colorbar": colour_bar("difference", 1.13) | low},
     )
     inside = maps["sinks"] > 0
     moved = "<br>".join(f"on {name}: {maps['before'][where].sum():.3f} before, {maps['after'][where].sum():.3f} after"
                         for name, where in (("the image", slice(None)), ("its sinks", inside)))
-    text = f"<b>{inside.sum()} of {inside.size} image tokens are sinks</b><br><br>attention of the last token, mean over heads<br>{moved}"
-    figure.add_annotation(text=text, showarrow=False, x=0.80, y=0.82, xref="paper", yref="paper", xanchor="left", align="left", font={"size": 12})
+    text = (f"<b>{inside.sum()} of {inside.size} image tokens are sinks</b><br><br>attention of the last "
+            f"token, mean over heads<br>{moved}")
+    figure.add_annotation(text=text, showarrow=False, x=0.80, y=0.82, xref="paper", yref="paper", xanchor="left",
+                          align="left", font={"size": 12})
     return in_style(figure, title, subtitle, height + 24, above=26).update_layout(margin={"l": 30, "r": 210, "b": 24})
 
 # %% ../../notebooks/library/11_figures/50_sinks.ipynb #ba285440
 def sink_scatter(
-    table: pd.DataFrame,  # value, attention, contribution or another measure, and sink (bool); one row per image token and layer
+    # value, attention, contribution or another measure, and sink (bool); one row per image token and layer
+    table: pd.DataFrame,
     tau: float,  # threshold of the values
     measure: str = "attention",
     title: str = "Sink value and attention of image tokens",
@@ -73,15 +97,20 @@ def sink_scatter(
     columns_of(table, ("value", measure, "sink"), "a table of image tokens")
     rest = table[~table["sink"]]
     figure = go.Figure()
-    groups = (f"other image tokens, n = {len(rest):,}", rest.iloc[:: max(1, len(rest) // most)], ARM_COLOURS["baseline"]), (
+    groups = (f"other image tokens, n = {len(rest):,}", rest.iloc[:: max(1, len(rest) // most)],
+              ARM_COLOURS["baseline"]), (
         f"sinks, n = {len(table) - len(rest):,}", table[table["sink"]], ARM_COLOURS["adat"])
     for name, part, colour in groups:
         figure.add_trace(go.Scattergl(
-            x=(part["value"] / tau).to_numpy(np.float32), y=part[measure].to_numpy(np.float32), mode="markers", name=name,
-            marker={"color": colour, "size": 5, "opacity": 0.5}, hovertemplate=f"value %{{x:.2f}} τ, {figure_text(measure)} %{{y:.3g}}<extra></extra>",
+            x=(part["value"] / tau).to_numpy(np.float32), y=part[measure].to_numpy(np.float32), mode="markers",
+            name=name,
+            marker={"color": colour, "size": 5, "opacity": 0.5},
+            hovertemplate=f"value %{{x:.2f}} τ, {figure_text(measure)} %{{y:.3g}}<extra></extra>",
         ))
     figure.add_vline(1, line={"color": INK, "width": 1, "dash": "dot"})
-    figure.add_annotation(x=0, y=1, yref="paper", text=f"τ = {tau:.1f}", showarrow=False, xanchor="left", yanchor="top", xshift=4)  # log10 of 1
+    # log10 of 1
+    figure.add_annotation(x=0, y=1, yref="paper", text=f"τ = {tau:.1f}", showarrow=False, xanchor="left", yanchor="top",
+                          xshift=4)
     figure.update_xaxes(title_text="sink value / τ", type="log", dtick="D2")
     figure.update_yaxes(title_text=f"{figure_text(measure)}, mean over heads and text tokens", type="log")
     return in_style(figure, title, subtitle, 380, above=28).update_layout(showlegend=True)
@@ -92,21 +121,29 @@ def place_shares(
     title: str = "Where sinks sit",
     subtitle: str = "",
 ) -> go.Figure:
-    """Draw the share of sinks in each kind of place beside the share of all tokens; the ratio with its interval stands at the side."""
-    columns_of(table, ("place", "sinks", "share_sinks", "tokens", "share_all", "enrichment", "low", "high"), "a table of places")
+    """Draw the share of sinks in each kind of place beside the share of all tokens; the ratio with its interval
+    stands at the side."""
+    columns_of(table, ("place", "sinks", "share_sinks", "tokens", "share_all", "enrichment", "low", "high"),
+               "a table of places")
     figure, rows = go.Figure(), np.arange(len(table))
-    looks = ("all image tokens", "share_all", ARM_COLOURS["baseline"], "circle-open"), ("sinks", "share_sinks", ARM_COLOURS["adat"], "circle")
+    looks = ("all image tokens", "share_all", ARM_COLOURS["baseline"],
+             "circle-open"), ("sinks", "share_sinks", ARM_COLOURS["adat"], "circle")
     for name, column, colour, symbol in looks:
         figure.add_trace(go.Scatter(
-            x=table[column].astype(float), y=rows, mode="markers", name=name, marker={"color": colour, "symbol": symbol, "size": 11, "line": {"width": 2}},
+            x=table[column].astype(float), y=rows, mode="markers", name=name,
+            marker={"color": colour, "symbol": symbol, "size": 11, "line": {"width": 2}},
             hovertemplate=f"{name}: %{{x:.1%}}<extra></extra>",
         ))
     for at, row in zip(rows, table.itertuples(), strict=True):
         known = row.enrichment is not None and not pd.isna(row.enrichment)
-        interval = f" [{row.low:.2f}, {row.high:.2f}]" if known and not pd.isna(row.low) else ", no interval" if known else ""
+        interval = (
+            f" [{row.low:.2f}, {row.high:.2f}]" if known and not pd.isna(row.low) else ", no interval" if known else ""
+        )
         text = f"{row.enrichment:.2f} times{interval}" if known else "no such tokens" if row.sinks else "no sinks"
         counts = f"  <span style='color:#5F6368'>n = {row.sinks:,} of {row.tokens:,}</span>"
         figure.add_annotation(x=1.01, xref="paper", xanchor="left", y=at, text=text + counts, showarrow=False)
     figure.update_xaxes(title_text="share of tokens", tickformat=".0%", range=[-0.02, 1.02])
-    figure.update_yaxes(tickvals=rows, ticktext=table["place"].map(figure_text), range=[len(table) - 0.5, -0.5], showgrid=False)
-    return in_style(figure, title, subtitle, 90 + 40 * len(table), above=28).update_layout(showlegend=True, margin={"r": 280})
+    figure.update_yaxes(tickvals=rows, ticktext=table["place"].map(figure_text), range=[len(table) - 0.5, -0.5],
+                        showgrid=False)
+    return in_style(figure, title, subtitle, 90 + 40 * len(table),
+                    above=28).update_layout(showlegend=True, margin={"r": 280})

@@ -31,24 +31,31 @@ from ..core.pictures import as_seen
 
 # %% ../../notebooks/library/11_figures/10_style.ipynb #83e4d2ae
 ARM_COLOURS = {
-    "baseline": "#70757A", "control": "#9AA0A6", "sfa": "#00897B", "vision": "#1A73E8", "adat": "#E8453C", "vision_adat": "#7B1FA2", "full": "#0D47A1",
+    "baseline": "#70757A", "control": "#9AA0A6", "sfa": "#00897B", "vision": "#1A73E8", "adat": "#E8453C",
+    "vision_adat": "#7B1FA2", "full": "#0D47A1",
     "vision_blocks": "#F9AB00", "projector": "#A1887F",
 }  # arm -> colour; in tables "+ SFA" means vision, and sfa trains the structural terms alone
-ARM_NAMES = {"vision": "control + SFA", "sfa": "SFA terms only", "adat": "ADAT", "vision_adat": "SFA + ADAT", "vision_blocks": "SFA + density blocks"}
+ARM_NAMES = {"vision": "control + SFA", "sfa": "SFA terms only", "adat": "ADAT", "vision_adat": "SFA + ADAT",
+             "vision_blocks": "SFA + density blocks"}
 STRUCTURE, DENSITY, INK, FAINT = "#00897B", "#F9AB00", "#202124", "#DADCE0"
 OTHER_COLOURS = ("#5E35B1", "#C2185B", "#6D4C41", "#00838F", "#558B2F")  # of what is no arm
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "hexagon", "pentagon")
 COOLWARM = ((0, "#3B4CC0"), (0.25, "#8DB0FE"), (0.5, "#DDDDDD"), (0.75, "#F49A7B"), (1, "#B40426"))
-SCALES = {"attention": "YlOrRd", "density": "Inferno", "entropy": COOLWARM, "difference": "RdBu_r"}  # meaning -> colour scale
+# meaning -> colour scale
+SCALES = {"attention": "YlOrRd", "density": "Inferno", "entropy": COOLWARM, "difference": "RdBu_r"}
 FONT = "Arimo, Arial, Helvetica, Roboto, DejaVu Sans, sans-serif"
-AXIS = {"gridcolor": "#ECEEF0", "linecolor": FAINT, "zeroline": False, "ticks": "", "automargin": True, "title": {"font": {"size": 13}, "standoff": 10}}
+AXIS = {"gridcolor": "#ECEEF0", "linecolor": FAINT, "zeroline": False, "ticks": "", "automargin": True,
+        "title": {"font": {"size": 13}, "standoff": 10}}
 TEMPLATE = go.layout.Template(
     layout={
-        "font": {"family": FONT, "size": 13, "color": INK}, "paper_bgcolor": "white", "plot_bgcolor": "white", "colorway": list(ARM_COLOURS.values()),
+        "font": {"family": FONT, "size": 13, "color": INK}, "paper_bgcolor": "white", "plot_bgcolor": "white",
+        "colorway": list(ARM_COLOURS.values()),
         "title": {
-            "x": 0, "xref": "container", "xanchor": "left", "y": 1, "yref": "container", "yanchor": "top", "pad": {"l": 16, "t": 14}, "font": {"size": 18},
+            "x": 0, "xref": "container", "xanchor": "left", "y": 1, "yref": "container", "yanchor": "top",
+            "pad": {"l": 16, "t": 14}, "font": {"size": 18},
         },
-        "xaxis": AXIS, "yaxis": AXIS, "hoverlabel": {"font": {"family": FONT}}, "legend": {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom"},
+        "xaxis": AXIS, "yaxis": AXIS, "hoverlabel": {"font": {"family": FONT}},
+        "legend": {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom"},
     }
 )
 
@@ -71,12 +78,13 @@ def in_style(
     above: int = 0,  # pixels between the title and the plot, for a legend or the names of panels
     width: int = 900,  # pixels the figure is made for; lines of the subtitle are broken to fit
 ) -> go.Figure:
-    """Give a figure the house style, its title and its sentence, and return it."""
+    """Return a figure the house style, its title and its sentence, and return it."""
     lines = textwrap.wrap(subtitle, max(40, width // 7))
     text = {"text": "<br>".join(map(figure_text, lines)), "font": {"size": 13, "color": "#5F6368"}}
     top = 48 + 17 * len(lines) + 6 * bool(lines) + above
     heading = {"text": figure_text(title), "subtitle": text}
-    return figure.update_layout(template=TEMPLATE, title=heading, height=height + top, margin={"l": 70, "r": 40, "t": top, "b": 60})
+    return figure.update_layout(template=TEMPLATE, title=heading, height=height + top,
+                                margin={"l": 70, "r": 40, "t": top, "b": 60})
 
 # %% ../../notebooks/library/11_figures/10_style.ipynb #e123eb58
 def png_source(
@@ -85,7 +93,8 @@ def png_source(
     """Encode an image for a figure; ValueError when it is no RGB image."""
     array = np.asarray(as_seen(image) if isinstance(image, Image.Image) else image)
     if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
-        raise ValueError(f"an image has shape {array.shape} and type {array.dtype}, expected (Y, X, 3) uint8 or a PIL image")
+        raise ValueError(f"an image has shape {array.shape} and type {array.dtype}, expected (Y, X, 3) uint8 or a PIL "
+                         f"image")
     stream = io.BytesIO()
     Image.fromarray(array).save(stream, format="PNG")
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode(), array.shape[1], array.shape[0]
@@ -98,7 +107,8 @@ def see_through(
     places = np.linspace(0, 1, 21)
     strength = np.abs(2 * places - 1) if name == "difference" else places
     colours = [colour.removeprefix("rgb(").removesuffix(")") for colour in sample_colorscale(SCALES[name], places)]
-    return [[place, f"rgba({colour}, {0.06 + 0.84 * min(1, 1.6 * much):.3f})"] for place, colour, much in zip(places, colours, strength, strict=True)]
+    return [[place, f"rgba({colour}, {0.06 + 0.84 * min(1, 1.6 * much):.3f})"]
+            for place, colour, much in zip(places, colours, strength, strict=True)]
 
 
 def colour_bar(
@@ -106,7 +116,8 @@ def colour_bar(
     x: float = 1.02,  # place in widths of the plot
 ) -> dict[str, Any]:
     """Return the settings of a colour scale's legend."""
-    return {"thickness": 12, "outlinewidth": 0, "len": 1, "x": x, "title": {"text": figure_text(text), "side": "right", "font": {"size": 13}}}
+    return {"thickness": 12, "outlinewidth": 0, "len": 1, "x": x,
+            "title": {"text": figure_text(text), "side": "right", "font": {"size": 13}}}
 
 
 def grid_panels(
@@ -127,7 +138,8 @@ def grid_panels(
     places = [(index // columns + 1, index % columns + 1) for index in range(len(titles))]
     for row, column in places:
         axis = next(figure.select_xaxes(row=row, col=column)).plotly_name.replace("xaxis", "x")
-        figure.update_yaxes(visible=False, autorange="reversed", scaleanchor=axis, constrain="domain", row=row, col=column)
+        figure.update_yaxes(visible=False, autorange="reversed", scaleanchor=axis, constrain="domain", row=row,
+                            col=column)
     return figure, places, height
 
 
@@ -169,11 +181,13 @@ def outline(
 ) -> None:
     """Outline a patch; ValueError when it lies outside the grid."""
     if not (0 <= cell[0] < grid[0] and 0 <= cell[1] < grid[1]):
-        raise ValueError(f"the query is patch {tuple(cell)}, expected a row and a column on a grid of {grid[0]} x {grid[1]}")
+        raise ValueError(f"the query is patch {tuple(cell)}, expected a row and a column on a grid of {grid[0]} x "
+                         f"{grid[1]}")
     across, down = size[0] / grid[1], size[1] / grid[0]
     x, y = cell[1] * across - 0.5, cell[0] * down - 0.5
     for colour, line in (("white", 5), (INK, 2)):
-        figure.add_shape(type="rect", x0=x, x1=x + across, y0=y, y1=y + down, line={"color": colour, "width": line}, row=place[0], col=place[1])
+        figure.add_shape(type="rect", x0=x, x1=x + across, y0=y, y1=y + down, line={"color": colour, "width": line},
+                         row=place[0], col=place[1])
 
 # %% ../../notebooks/library/11_figures/10_style.ipynb #e00f913d
 FORMATS = ("html", "png", "pdf")
@@ -182,7 +196,9 @@ FORMATS = ("html", "png", "pdf")
 def browser() -> str | None:
     """Return the path of the Chromium or Chrome that draws png and pdf, None where there is none."""
     named = os.environ.get("BROWSER_PATH")
-    found = [shutil.which(name) for name in ((named,) if named else ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome"))]
+    found = [shutil.which(name)
+             for name in ((named,) if named
+                          else ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome"))]
     return next((path for path in found if path), None)
 
 
@@ -193,12 +209,15 @@ def save_figure(
     width: int = 900,  # pixels of png and pdf
     scale: float = 2,  # png pixels per pixel
 ) -> list[Path]:
-    """Write a figure in several formats, each file whole or not at all; ValueError for an unknown format, FileNotFoundError without a browser."""
+    """Write a figure in several formats, each file whole or not at all; ValueError for an unknown format,
+    FileNotFoundError without a browser."""
     path, wrong = Path(path), [name for name in formats if name not in FORMATS]
     if wrong or not formats:
-        raise ValueError(f"formats are {', '.join(map(repr, formats)) or 'none'}, expected one or more of {', '.join(FORMATS)}")
+        raise ValueError(f"formats are {', '.join(map(repr, formats)) or 'none'}, expected one or more of "
+                         f"{', '.join(FORMATS)}")
     if browser() is None and set(formats) - {"html"}:
-        raise FileNotFoundError("png and pdf need Chromium or Chrome, found neither: install chromium, set BROWSER_PATH, or save formats=('html',)")
+        raise FileNotFoundError("png and pdf need Chromium or Chrome, found neither: install chromium, set "
+                                "BROWSER_PATH, or save formats=('html',)")
     path.parent.mkdir(parents=True, exist_ok=True)
     files = [path.with_name(f"{path.name}.{name}") for name in formats]
     for file, name in zip(files, formats, strict=True):

@@ -40,17 +40,20 @@ def cost_curves(
     subtitle: str = "",
 ) -> go.Figure:
     "Draw accuracy with its interval over each kind of cost; ValueError for missing columns, no rows or no cost."
-    costs = [name for name in COSTS if name in columns_of(table, ("method", "rate", "low", "high", "n"), "a table of costs")]
+    costs = [name for name in COSTS
+             if name in columns_of(table, ("method", "rate", "low", "high", "n"), "a table of costs")]
     if not costs:
         raise ValueError(f"a table with the columns {', '.join(table)} has no cost, expected one of {', '.join(COSTS)}")
     columns = 2 if len(costs) > 1 else 1
     rows = -(-len(costs) // columns)
     figure = make_subplots(rows=rows, cols=columns, horizontal_spacing=0.1, vertical_spacing=0.2, shared_yaxes=True)
-    for at, (cost, (row, column)) in enumerate(zip(costs, [(1 + i // columns, 1 + i % columns) for i in range(len(costs))])):
+    for at, (cost, (row, column)) in enumerate(zip(costs,
+                                                   [(1 + i // columns, 1 + i % columns) for i in range(len(costs))])):
         for index, (method, part) in enumerate(table.groupby("method", sort=False)):
             colour, name = METHODS.get(str(method), ("#558B2F", figure_text(method)))
             part, symbol = part.sort_values(cost), SYMBOLS[index % len(SYMBOLS)]
-            bars = {"type": "data", "symmetric": False, "array": part["high"] - part["rate"], "arrayminus": part["rate"] - part["low"]}
+            bars = {"type": "data", "symmetric": False, "array": part["high"] - part["rate"],
+                    "arrayminus": part["rate"] - part["low"]}
             figure.add_trace(
                 go.Scatter(
                     x=part[cost],
@@ -63,7 +66,8 @@ def cost_curves(
                     line={"color": colour, "width": 2},
                     marker={"color": colour, "size": 9, "symbol": symbol},
                     customdata=part[["n", "low", "high"]].to_numpy(),
-                    hovertemplate=f"{name}: %{{x:.4g}}, %{{y:.1%}} [%{{customdata[1]:.1%}}, %{{customdata[2]:.1%}}], n = %{{customdata[0]:,}}<extra></extra>",
+                    hovertemplate=f"{name}: %{{x:.4g}}, %{{y:.1%}} [%{{customdata[1]:.1%}}, "
+                                  f"%{{customdata[2]:.1%}}], n = %{{customdata[0]:,}}<extra></extra>",
                 ),
                 row=row,
                 col=column,

@@ -40,7 +40,8 @@ def boxes_of(
             found.append(tuple(evidence.texts[at[1]].box))
         else:
             cell = evidence.table[at[1]][at[2]].strip()
-            found += [tuple(t.box) for t in evidence.texts if t.text.strip() == cell and t.role not in ("tick", "axis", "title")]
+            found += [tuple(t.box)
+                      for t in evidence.texts if t.text.strip() == cell and t.role not in ("tick", "axis", "title")]
     return list(dict.fromkeys(found))
 
 
@@ -52,12 +53,14 @@ def marked_page(
     "Draw the page with green boxes where the answer stands and red ones where the reply's number stands."
     page = sample.image
     scale = edge / max(page.size)
-    picture = page.resize([max(1, round(scale * side)) for side in page.size], Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
+    picture = page.resize([max(1, round(scale * side)) for side in page.size],
+                          Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
     draw, own = ImageDraw.Draw(picture), sample.evidence
     answer = [tuple(own.texts[i].box) for i in own.answer] if own is not None else []
     for colour, boxes, room in ((ANSWER_COLOUR, answer, 5), (REPLY_COLOUR, boxes_of(own, places), 2)):
         for x0, y0, x1, y1 in boxes:
-            draw.rectangle((scale * x0 - room, scale * y0 - room, scale * x1 + room, scale * y1 + room), outline=colour, width=2)
+            draw.rectangle((scale * x0 - room, scale * y0 - room, scale * x1 + room, scale * y1 + room), outline=colour,
+                           width=2)
     return picture
 
 
@@ -68,9 +71,11 @@ def verdict_gallery(
     columns: int = 4,
 ) -> go.Figure:
     "Show pages with their evidence, question, answer, reply, verdict and reason."
-    captions = [f"{r.category}: {r.question} {r.answers[0]}, said {r.prediction!r}. {r.reason}" for r in verdicts.itertuples()]
+    captions = [f"{r.category}: {r.question} {r.answers[0]}, said {r.prediction!r}. {r.reason}"
+                for r in verdicts.itertuples()]
     pages = [marked_page(asked[r.id], r.places) for r in verdicts.itertuples()]
-    return document_gallery(pages, captions, title, "Green: where the answer stands. Red: the number that was said, or the operands that give it.", columns)
+    return document_gallery(pages, captions, title, "Green: where the answer stands. Red: the number that was said, or "
+                                                    "the operands that give it.", columns)
 
 # %% ../../notebooks/library/11_figures/60_verdicts.ipynb #02dcec26
 CLASS_COLOURS = {
@@ -114,7 +119,8 @@ def taxonomy_bars(
             )
         )
     figure.update_layout(
-        barmode="stack", xaxis={"title": {"text": "share of judged replies"}, "range": [0, 1], "tickformat": ".0%"}, legend={"traceorder": "normal"}
+        barmode="stack", xaxis={"title": {"text": "share of judged replies"}, "range": [0, 1], "tickformat": ".0%"},
+        legend={"traceorder": "normal"}
     )
     return in_style(figure, title, subtitle, height=90 + 56 * len(arms), above=64)
 
@@ -130,7 +136,8 @@ def ungrounded_forest(
     figure, arms = go.Figure(), list(reversed(reports))
     names = [arm_look(arm, i)[2] for i, arm in enumerate(arms)]
     shares = [reports[arm]["ungrounded"] for arm in arms]
-    ends = [(s["rate"] if s["low"] is None else s["low"], s["rate"] if s["high"] is None else s["high"]) for s in shares]
+    ends = [(s["rate"] if s["low"] is None else s["low"], s["rate"] if s["high"] is None else s["high"])
+            for s in shares]
     figure.add_trace(
         go.Scatter(
             x=[s["rate"] for s in shares],
@@ -162,7 +169,8 @@ def ungrounded_forest(
         )
     )
     figure.update_layout(
-        xaxis={"title": {"text": "share of numeric replies with evidence"}, "range": [-0.02, 1], "tickformat": ".0%"}, yaxis={"range": [-0.6, len(arms) - 0.4]}
+        xaxis={"title": {"text": "share of numeric replies with evidence"}, "range": [-0.02, 1], "tickformat": ".0%"},
+        yaxis={"range": [-0.6, len(arms) - 0.4]}
     )
     return in_style(figure, title, subtitle, height=90 + 56 * len(arms), above=40)
 
@@ -182,26 +190,31 @@ class VerdictPicker:
         self.arm = ipywidgets.Dropdown(options=list(self.verdicts), description="arm")
         self.category = ipywidgets.Dropdown(description="category", layout={"width": "340px"})
         self.example = ipywidgets.BoundedIntText(value=1, min=1, max=1, description="example")
-        self.page, self.text = ipywidgets.Image(format="png", layout={"width": f"{edge}px", "object_fit": "contain"}), ipywidgets.HTML()
-        self.widget = ipywidgets.VBox([ipywidgets.HBox([self.arm, self.category, self.example]), ipywidgets.HBox([self.page, self.text])])
+        self.page, self.text = ipywidgets.Image(format="png",
+                                                layout={"width": f"{edge}px",
+                                                        "object_fit": "contain"}), ipywidgets.HTML()
+        self.widget = ipywidgets.VBox([ipywidgets.HBox([self.arm, self.category, self.example]),
+                                       ipywidgets.HBox([self.page, self.text])])
         self.arm.observe(self.list_categories, "value")
         self.category.observe(self.list_examples, "value")
         self.example.observe(self.show, "value")
         self.list_categories()
 
     def chosen(self) -> pd.DataFrame:
-        "Give the verdicts of the chosen arm and category."
+        "Return the verdicts of the chosen arm and category."
         rows = self.verdicts[self.arm.value]
         return rows[rows["category"] == self.category.value]
 
     def list_categories(self, change: Any = None) -> None:
         "Offer the categories that the arm has, with their counts, and keep the chosen one if it is among them."
         counts = self.verdicts[self.arm.value]["category"].value_counts()
-        options, before = [(f"{name} ({counts[name]})", name) for name in CATEGORIES if counts.get(name)], self.category.value
+        options, before = [(f"{name} ({counts[name]})", name)
+                           for name in CATEGORIES if counts.get(name)], self.category.value
         wanted = (
             before
             if before in [name for _, name in options]
-            else next((name for name in ("ungrounded", "misread_cell") if counts.get(name)), options[0][1] if options else None)
+            else next((name for name in ("ungrounded", "misread_cell") if counts.get(name)),
+                      options[0][1] if options else None)
         )
         self.category.unobserve(self.list_examples, "value")
         with self.category.hold_sync():  # one message: the browser never sees the new list with another choice
@@ -218,7 +231,8 @@ class VerdictPicker:
         self.show()
 
     def show(self, change: Any = None) -> None:
-        "Draw the chosen example: the page with its evidence, and question, answer, reply, verdict and reason beside it."
+        """Draw the chosen example: the page with its evidence, and question, answer, reply, verdict and reason
+        beside it."""
         rows = self.chosen()
         if rows.empty:
             self.page.value, self.text.value = b"", "no replies"
@@ -238,6 +252,7 @@ class VerdictPicker:
         }
         self.text.value = (
             "<table>"
-            + "".join(f"<tr><th style='text-align:left;padding-right:1em'>{name}</th><td>{html_text(value)}</td></tr>" for name, value in facts.items())
+            + "".join(f"<tr><th style='text-align:left;padding-right:1em'>{name}</th><td>{html_text(value)}</td></tr>"
+                      for name, value in facts.items())
             + "</table>"
         )

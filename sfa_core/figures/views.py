@@ -41,7 +41,8 @@ class Page:
     sample: Sample
     image: Image.Image = field(repr=False)
     source: str = field(repr=False)  # the image as a data address
-    vision: dict[str, AttentionRecord] = field(repr=False)  # arm -> record; maps of queries are filled in where they were left out
+    # arm -> record; maps of queries are filled in where they were left out
+    vision: dict[str, AttentionRecord] = field(repr=False)
     language: dict[str, AttentionRecord] = field(repr=False)
 
 
@@ -51,7 +52,8 @@ class Recorder:
     def __init__(
         self,
         bundle: Bundle,
-        arms: Mapping[str, str | Path | None] | None = None,  # name -> folder of a trained arm, None for the model as it is
+        # name -> folder of a trained arm, None for the model as it is
+        arms: Mapping[str, str | Path | None] | None = None,
         tiles: int | None = None,  # most tiles per image
         max_new_tokens: int = 32,
     ):
@@ -64,10 +66,12 @@ class Recorder:
         self.whole = 4 * len(attentions) * attentions[0].num_heads * tokens**2 <= LIMIT
         for arm in self.arms:
             with self.attached(arm):
-                if hasattr(attentions[0], CHILD) and not bundle.family.native:  # a native tower places its tokens anew for every image
+                # a native tower places its tokens anew for every image
+                if hasattr(attentions[0], CHILD) and not bundle.family.native:
                     with torch.no_grad():
                         pairs = [bias.factors(bias.geometry) for bias in structures_of(bundle)]
-                    self.factors[arm] = [tuple(factor.reshape(-1, *factor.shape[-3:])[0].float().cpu().numpy() for factor in pair) for pair in pairs]
+                    self.factors[arm] = [tuple(factor.reshape(-1, *factor.shape[-3:])[0].float().cpu().numpy()
+                                               for factor in pair) for pair in pairs]
 
     def attached(self, arm: str):
         """Put an arm on the model for as long as the context lasts."""
@@ -82,7 +86,8 @@ class Recorder:
             for arm in self.arms:
                 with self.attached(arm):
                     vision[arm] = record(self.bundle, [sample], queries="all" if self.whole else (), **options)
-                    language[arm] = record(self.bundle, [sample], tower="language", max_new_tokens=self.max_new_tokens, **options)
+                    language[arm] = record(self.bundle, [sample], tower="language", max_new_tokens=self.max_new_tokens,
+                                           **options)
             self.pages[key] = Page(sample, image, png_source(image)[0], vision, language)
         return self.pages[key]
 
@@ -116,7 +121,8 @@ class View:
     choice: Choice
     maps: dict[str, np.ndarray]  # arm -> (rows, columns) attention on the page, nan where a sink is hidden
     entropy: dict[str, np.ndarray]  # arm -> (L,) nats
-    bias: np.ndarray | None  # (h, w) logits of the chosen patch and head; None without structure or for the language model
+    # (h, w) logits of the chosen patch and head; None without structure or for the language model
+    bias: np.ndarray | None
     box: tuple[float, float, float, float] | None  # the patch that looks, pixels; None for a word
     notes: dict[str, str]  # arm -> one line
 
@@ -126,11 +132,14 @@ def tile_of(
     place: tuple[float, float],
     thumbnail: bool,
 ) -> int:
-    """Return the tile that shows a place finest, or the thumbnail; ValueError for a place that the model does not see."""
+    """Return the tile that shows a place finest, or the thumbnail; ValueError for a place that the model does not
+    see."""
     x0, y0, x1, y1 = seen.region.T
-    area = np.where((x0 <= place[0]) & (place[0] < x1) & (y0 <= place[1]) & (place[1] < y1), (x1 - x0) * (y1 - y0), np.nan)
+    area = np.where((x0 <= place[0]) & (place[0] < x1) & (y0 <= place[1]) & (place[1] < y1), (x1 - x0) * (y1 - y0),
+                    np.nan)
     if np.isnan(area).all():
-        raise ValueError(f"the model does not see the pixel ({place[0]:g}, {place[1]:g}), expected one inside of its tiles")
+        raise ValueError(f"the model does not see the pixel ({place[0]:g}, {place[1]:g}), expected one inside of its "
+                         f"tiles")
     return int(np.nanargmax(area) if thumbnail else np.nanargmin(area))
 
 
@@ -150,32 +159,38 @@ def look(
     records = page.vision if choice.tower == "vision" else page.language
     first = next(iter(records.values()))
     depth, heads = first.entropy.shape[1:3]
-    if not (choice.layer in range(depth) and choice.head in (None, *range(heads)) and 0 <= x < width and 0 <= y < height and choice.word >= 0):
-        raise ValueError(f"{choice}: expected a layer below {depth}, a head below {heads}, a pixel of {width} x {height} and a word of the answer")
+    if not (choice.layer in range(depth) and choice.head in (None, *range(heads)) and 0 <= x < width
+            and 0 <= y < height and choice.word >= 0):
+        raise ValueError(f"{choice}: expected a layer below {depth}, a head below {heads}, a pixel of {width} x "
+                         f"{height} and a word of the answer")
     maps, entropy, notes, bias, box = {}, {}, {}, None, None
     for arm, seen in records.items():
         if choice.tower == "vision":
             tile = tile_of(seen, (x, y), choice.thumbnail)
             query = seen.token_at(tile, x, y)
-            values, box = heads_of(recorder.maps(page, arm, choice.layer, tile, query), choice.head), tuple(float(edge) for edge in seen.boxes[tile, query])
+            values, box = heads_of(recorder.maps(page, arm, choice.layer, tile, query),
+                                   choice.head), tuple(float(edge) for edge in seen.boxes[tile, query])
             about = f"patch at x {x:.0f}, y {y:.0f}"
             if arm in recorder.factors:
                 left, right = recorder.factors[arm][choice.layer]
                 bias = seen.as_image(heads_of(np.einsum("hr,hkr->hk", left[:, query], right), choice.head), tile)
         else:
             tile, query = 0, min(choice.word, len(seen.words[0]) - 1)
-            values, about = heads_of(seen.maps[0, choice.layer][:, query], choice.head), f"word {query + 1} of {''.join(seen.words[0])!r}"
+            values, about = heads_of(seen.maps[0, choice.layer][:, query],
+                                     choice.head), f"word {query + 1} of {''.join(seen.words[0])!r}"
         received = heads_of(seen.received[tile, choice.layer], choice.head)
         shown = ~np.isnan(seen.boxes[tile]).any(-1)
         sink = shown & (received > SINK * received[shown].mean())
         picture = page_map(page, seen, tile, values)
         if not choice.sinks:
             picture = np.where(page_map(page, seen, tile, sink.astype(float)) > 0, np.float32(np.nan), picture)
-        maps[arm], entropy[arm] = picture, np.array([heads_of(seen.entropy[tile, layer, :, query], choice.head) for layer in range(depth)])
+        maps[arm], entropy[arm] = picture, np.array([heads_of(seen.entropy[tile, layer, :, query], choice.head)
+                                                     for layer in range(depth)])
         on = heads_of(seen.evidence_mass[tile, choice.layer, :, query], choice.head)
         known = "" if np.isnan(on) else f", {on:.1%} on the answer's text ({seen.evidence_share[tile]:.1%} of the area)"
         mass = heads_of(seen.visual_mass[tile, choice.layer, :, query], choice.head)
-        notes[arm] = f"{about}: {np.exp(entropy[arm][choice.layer]):.1f} effective tokens, {mass:.1%} on the page{known}, {sink.sum()} sinks"
+        notes[arm] = (f"{about}: {np.exp(entropy[arm][choice.layer]):.1f} effective tokens, {mass:.1%} on the "
+                      f"page{known}, {sink.sum()} sinks")
     return View(page, choice, maps, entropy, bias, box, notes)
 
 
@@ -199,7 +214,8 @@ def trace_values(
         place = {"x0": across / 2 - 0.5, "dx": across, "y0": down / 2 - 0.5, "dy": down}
         updates += [{"z": values, **place}, square if index <= len(layers) else {"x": [], "y": []}]
     updates += [{"x": list(range(len(values))), "y": values.astype(np.float32)} for values in view.entropy.values()]
-    updates.append({"x": [view.choice.layer] * len(view.entropy), "y": [float(values[view.choice.layer]) for values in view.entropy.values()]})
+    updates.append({"x": [view.choice.layer] * len(view.entropy),
+                    "y": [float(values[view.choice.layer]) for values in view.entropy.values()]})
     return [*updates, {"z": np.zeros((1, 1), dtype=np.float32) if view.bias is None else view.bias}]
 
 
@@ -209,10 +225,13 @@ def page_limits(
     """Return the page of a view and its edges, for every panel."""
     width, height = view.page.image.size
     page = {"images[{}].source": view.page.source, "images[{}].sizex": width, "images[{}].sizey": height}
-    edges = {"xaxis{}_range": (-0.02 * width, 1.02 * width), "yaxis{}_range": (1.02 * height, -0.02 * height)}  # room for the outline of a patch
+    # room for the outline of a patch
+    edges = {"xaxis{}_range": (-0.02 * width, 1.02 * width), "yaxis{}_range": (1.02 * height, -0.02 * height)}
     pages = {}
     for panel in range(2 * len(view.maps)):  # page, arms, difference
-        pages |= {name.format(panel): value for name, value in page.items()} | {name.format(panel + 1 if panel else ""): value for name, value in edges.items()}
+        pages |= {name.format(panel): value
+                  for name, value in page.items()} | {name.format(panel + 1 if panel else ""): value
+                                                      for name, value in edges.items()}
     return pages
 
 
@@ -256,8 +275,10 @@ def view_figure(
         axis = {"row": 1, "col": column}
         shared = {2 + len(arms): "coloraxis2"}.get(column, "coloraxis")
         figure.add_layout_image(x=-0.5, y=-0.5, sizing="stretch", layer="below", **axis)
-        figure.add_trace(go.Heatmap(coloraxis=shared, opacity=0.02 if column == 1 else 1, hovertemplate="%{z:.4f}<extra></extra>"), **axis)
-        figure.add_trace(go.Scatter(mode="lines", line={"color": INK, "width": 2.5}, hoverinfo="skip", showlegend=False), **axis)
+        figure.add_trace(go.Heatmap(coloraxis=shared, opacity=0.02 if column == 1 else 1,
+                                    hovertemplate="%{z:.4f}<extra></extra>"), **axis)
+        figure.add_trace(go.Scatter(mode="lines", line={"color": INK, "width": 2.5}, hoverinfo="skip",
+                                    showlegend=False), **axis)
         figure.update_xaxes(visible=False, constrain="domain", **axis)
         anchor = "x" if column == 1 else f"x{column}"
         figure.update_yaxes(visible=False, scaleanchor=anchor, constrain="domain", **axis)
@@ -265,15 +286,18 @@ def view_figure(
         colour, symbol, name = arm_look(arm, index)
         look_of = {"line": {"color": colour, "width": 2}, "marker": {"symbol": symbol, "size": 7}}
         figure.add_trace(
-            go.Scatter(mode="lines+markers", name=name, hovertemplate=f"{name}, layer %{{x}}: %{{y:.2f}} nats<extra></extra>", **look_of), row=2, col=1
+            go.Scatter(mode="lines+markers", name=name,
+                       hovertemplate=f"{name}, layer %{{x}}: %{{y:.2f}} nats<extra></extra>", **look_of), row=2, col=1
         )
     ring = {"symbol": "circle-open", "size": 15, "color": INK, "line": {"width": 2}}
     figure.add_trace(go.Scatter(mode="markers", marker=ring, hoverinfo="skip", showlegend=False), row=2, col=1)
-    figure.add_trace(go.Heatmap(coloraxis="coloraxis3", hovertemplate="row %{y}, column %{x}: %{z:+.3f} logits<extra></extra>"), row=2, col=columns)
+    figure.add_trace(go.Heatmap(coloraxis="coloraxis3", hovertemplate="row %{y}, column %{x}: %{z:+.3f} "
+                                                                      "logits<extra></extra>"), row=2, col=columns)
     figure.update_xaxes(title_text="layer", dtick=1, row=2, col=1)
     figure.update_yaxes(rangemode="tozero", row=2, col=1)
     figure.update_xaxes(visible=False, constrain="domain", row=2, col=columns)
-    figure.update_yaxes(visible=False, autorange="reversed", scaleanchor=f"x{columns + 2}", constrain="domain", row=2, col=columns)
+    figure.update_yaxes(visible=False, autorange="reversed", scaleanchor=f"x{columns + 2}", constrain="domain", row=2,
+                        col=columns)
     for trace, update in zip(figure.data, trace_values(view), strict=True):
         trace.update(update)
     bars = {
@@ -285,11 +309,13 @@ def view_figure(
         hidden = name == "coloraxis2" and len(arms) < 2 or name == "coloraxis3" and view.bias is None
         bar = colour_bar(text, x) | {"len": 0.5 if y > 0.5 else 0.3, "y": y}
         figure.update_layout({name: {"colorscale": scale, "colorbar": bar, "showscale": not hidden}})
-    in_style(figure, "", "", edge + 250, above=30, width=width).update_xaxes(automargin=False).update_yaxes(automargin=False)
+    in_style(figure, "", "", edge + 250, above=30,
+             width=width).update_xaxes(automargin=False).update_yaxes(automargin=False)
     figure.update_annotations(font={"size": 13})
     beside = {"x": figure.get_subplot(2, 1).xaxis.domain[1], "xanchor": "right"}  # the legend stands on its left
     figure.update_annotations(beside, selector={"text": "entropy of this query by layer, nats"})
     figure.layout.annotations = figure.layout.annotations[::-1]  # the first one changes with the view
     legend = {"y": 0.84 * 170 / (edge + 170), "yanchor": "bottom", "x": 0, "font": {"size": 12}}  # above the entropy
     figure.update_layout(page_limits(view) | view_limits(view))
-    return figure.update_layout(width=width, margin={"l": 40, "r": 150, "b": 46}, showlegend=len(arms) == 2, legend=legend)
+    return figure.update_layout(width=width, margin={"l": 40, "r": 150, "b": 46}, showlegend=len(arms) == 2,
+                                legend=legend)

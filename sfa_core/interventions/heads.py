@@ -22,7 +22,15 @@ from ..models.sequences import IGNORE, answer_loss, training_batch
 from ..documents.samples import Sample, samples
 from ..core.bundle import Bundle
 from ..attention.capture import row_probabilities, widened
-from .prompts import Prompt, aside_inputs, attending, decoder_layers, following, read_prompts, text_inputs
+from sfa_core.interventions.prompts import (
+    Prompt,
+    aside_inputs,
+    attending,
+    decoder_layers,
+    following,
+    read_prompts,
+    text_inputs,
+)
 from .sinks import check_layers
 
 # %% ../../notebooks/library/08_interventions/50_heads.ipynb #93ec880c
@@ -87,7 +95,8 @@ def head_divergence(
     batch_size: int = 8,
     tiles: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:  # (B, L, H) divergence, (B, L, H) norm of the text-only output; float32
-    """Measure how much the output of every head at the last position of a prompt depends on the image (He et al. 2025)."""
+    """Measure how much the output of every head at the last position of a prompt depends on the image (He et al.
+    2025)."""
     asked, layers = samples(data), tuple(range(len(decoder_layers(bundle))) if layers is None else layers)
     check_layers(layers, len(decoder_layers(bundle)))
     seen, parts = {}, []
@@ -106,7 +115,8 @@ def vision_heads(
     divergence: Tensor,  # (B, L, H)
     alone: Tensor,  # (B, L, H) norm of the text-only output
 ) -> Tensor:  # (B, L, H) bool
-    """Choose the heads above the median divergence of their layer; loud heads, far above the mean with and without image, count as zero."""
+    """Choose the heads above the median divergence of their layer; loud heads, far above the mean with and without
+    image, count as zero."""
     loud = torch.ones_like(divergence, dtype=torch.bool)
     for part in (divergence, alone):
         loud &= part > part.mean(-1, keepdim=True) + part.std(-1, keepdim=True, correction=0)
@@ -146,7 +156,8 @@ class LoudHeads:
         if not prompt.decoding:
             self.chosen.clear()
             sighted = prompt.visual.any(1)[:, None, None]  # without an image there is nothing to diverge from
-            self.chosen["heads"] = vision_heads(*both_outputs(self.bundle, self.layers, self.seen, prompt, inputs)) & sighted
+            self.chosen["heads"] = vision_heads(*both_outputs(self.bundle, self.layers, self.seen, prompt,
+                                                              inputs)) & sighted
 
     def scale(self, layer: int, outputs: Tensor) -> Tensor | None:
         """Multiply the outputs of the chosen heads, (B, N, H, D), from the last token of the prompt on."""
@@ -157,7 +168,8 @@ class LoudHeads:
         factor = 1 + (self.strength - 1) * heads.to(outputs)  # (B, 1, H, 1)
         if self.prompt.decoding:
             return outputs * factor
-        behind = torch.arange(outputs.shape[1], device=outputs.device) >= last_places(self.prompt)[:, None].to(outputs.device)
+        behind = torch.arange(outputs.shape[1],
+                              device=outputs.device) >= last_places(self.prompt)[:, None].to(outputs.device)
         return torch.where(behind[..., None, None], outputs * factor, outputs)
 
 
@@ -205,17 +217,24 @@ def head_table(
             weight = rows[:, None, start:] / rows.sum(1).clamp(min=1)[:, None, None]
             far = place[start:] - chance @ place  # the rows' places less the mean place of what they see
             image = (chance @ prompt.visual[:, None, :, None].to(chance)).squeeze(-1)
-            measured[call.layer] = torch.stack([(part * weight).sum(-1) for part in (far, image)], dim=-1).float().cpu()  # (B, H, 2)
+            # (B, H, 2)
+            measured[call.layer] = torch.stack([(part * weight).sum(-1) for part in (far, image)], dim=-1).float().cpu()
 
-    with head_hooks(bundle, range(depth), seen.__setitem__), following(bundle, compare) as prompt, attending(bundle, dict.fromkeys(range(depth), look)):
+    with head_hooks(bundle, range(depth),
+                    seen.__setitem__), following(bundle,
+                                                 compare) as prompt, attending(bundle,
+                                                                               dict.fromkeys(range(depth), look)):
         for start in tqdm(range(0, len(asked), batch_size), desc="heads", disable=not progress):
             batch = asked[start : start + batch_size]
             read_prompts(bundle, batch, tiles)
             looks = torch.stack([measured[layer] for layer in range(depth)], dim=1)  # (B, L, H, 2)
             names = [sample.id for sample in batch], range(depth), range(looks.shape[2])
             index = pd.MultiIndex.from_product(names, names=["sample", "layer", "head"])
-            values = {"distance": looks[..., 0], "image_mass": looks[..., 1]} | {name: measured[name].cpu() for name in ("divergence", "text_norm")}
-            part = pd.DataFrame({name: value.numpy().ravel() for name, value in values.items()}, index=index).reset_index()
+            values = {"distance": looks[..., 0],
+                      "image_mass": looks[..., 1]} | {name: measured[name].cpu()
+                                                      for name in ("divergence", "text_norm")}
+            part = pd.DataFrame({name: value.numpy().ravel() for name, value in values.items()},
+                                index=index).reset_index()
             parts.append(part.assign(document=part["sample"].map({sample.id: sample.document for sample in batch})))
     return pd.concat(parts, ignore_index=True)
 
@@ -227,7 +246,8 @@ def head_importance(
     normalise: bool = True,  # divide by the norm of each layer
     tiles: int | None = None,
 ) -> np.ndarray:  # (L, H) float32, mean over documents
-    """Return how much the loss of the right answers would change with the gain of each head, to first order (Michel et al. 2019)."""
+    """Return how much the loss of the right answers would change with the gain of each head, to first order (Michel
+    et al. 2019)."""
     documents = list({sample.document: None for sample in samples(data)})
     rows = {name: [sample for sample in samples(data) if sample.document == name] for name in documents}
     depth, heads = len(decoder_layers(bundle)), bundle.family.language_of(bundle.model).config.num_attention_heads
@@ -235,20 +255,30 @@ def head_importance(
     bundle.model.eval()
     try:
         for start in range(0, len(documents), batch_size):
-            batch = training_batch(bundle, [sample for name in documents[start : start + batch_size] for sample in rows[name]], tiles=tiles)
+            batch = training_batch(bundle,
+                                   [sample for name in documents[start : start + batch_size] for sample in rows[name]],
+                                   tiles=tiles)
             size = len(batch["input_ids"])
             gates = [torch.ones(size, 1, heads, 1, device=bundle.devices[1], requires_grad=True) for _ in range(depth)]
-            with torch.enable_grad(), head_hooks(bundle, range(depth), lambda layer, outputs, gates=gates: outputs * gates[layer].to(outputs)):
+            with (
+                torch.enable_grad(),
+                head_hooks(
+                    bundle, range(depth), lambda layer, outputs, gates=gates: outputs * gates[layer].to(outputs)
+                ),
+            ):
                 loss, _ = answer_loss(bundle.model, batch)
                 slopes = torch.autograd.grad(loss, gates)
             words = (batch["labels"][:, 1:] != IGNORE).sum(1)
-            found.append(torch.stack([widened(slope)[:, 0, :, 0].abs() / words[:, None] for slope in slopes], dim=1).cpu())
+            found.append(torch.stack([widened(slope)[:, 0, :, 0].abs() / words[:, None] for slope in slopes],
+                                     dim=1).cpu())
     finally:
         bundle.model.train(training)
     mean = torch.cat(found).mean(0)
-    return (mean / mean.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(mean.dtype).tiny) if normalise else mean).float().numpy()
+    return (mean / mean.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(mean.dtype).tiny) if normalise
+            else mean).float().numpy()
 
 # %% ../../notebooks/library/08_interventions/50_heads.ipynb #9a52c6e4
 REPORTED_VHR = pd.DataFrame(
-    [("VHR", "CHAIR_s, lower is better", 49.68, 33.32, "paper")], columns=["intervention", "benchmark", "off", "on", "source"],
+    [("VHR", "CHAIR_s, lower is better", 49.68, 33.32, "paper")],
+    columns=["intervention", "benchmark", "off", "on", "source"],
 )  # LLaVA-1.5-7B

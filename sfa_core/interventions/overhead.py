@@ -32,13 +32,16 @@ def random_bundle(
     side: int = 16,  # image tokens per side
     seed: int = 0,
 ) -> Bundle:
-    """Build a random model with a language model of real shape behind a small encoder; the defaults have 107 M parameters."""
+    """Build a random model with a language model of real shape behind a small encoder; the defaults have 107 M
+    parameters."""
     if width % 64:
         raise ValueError(f"width is {width}, expected a multiple of 64, the width of a head")
     heads = width // 64
     config = EmbeddedConfig(
-        image_size=14 * side, vision_width=64, vision_layers=1, vision_heads=2, vision_hidden=64, language_width=width, language_layers=layers,
-        language_heads=heads, language_kv_heads=heads // 3 if heads % 3 == 0 else 1, head_dim=64, language_hidden=4 * width, initializer_range=0.02,
+        image_size=14 * side, vision_width=64, vision_layers=1, vision_heads=2, vision_hidden=64, language_width=width,
+        language_layers=layers,
+        language_heads=heads, language_kv_heads=heads // 3 if heads % 3 == 0 else 1, head_dim=64,
+        language_hidden=4 * width, initializer_range=0.02,
     )
     return new_bundle(config, tokenizer, seed, name=f"random-{width}x{layers}")
 
@@ -55,7 +58,8 @@ def decode_times(
     pixels, counts = image_inputs(bundle, [Image.fromarray(noise)])
     before, after = prompt_tokens(bundle, question)
     ids = torch.tensor([before + image_tokens(bundle, counts[0]) + after], device=bundle.devices[1])
-    out = bundle.model(input_ids=ids, pixel_values=pixels.to(bundle.devices[0], bundle.model.dtype), use_cache=True, logits_to_keep=1)
+    out = bundle.model(input_ids=ids, pixel_values=pixels.to(bundle.devices[0], bundle.model.dtype), use_cache=True,
+                       logits_to_keep=1)
     seconds = np.zeros((steps, 2))
     for step in range(steps):
         token, began = out.logits[:, -1:].argmax(-1), (time.perf_counter(), time.process_time())
@@ -116,4 +120,5 @@ def decode_overhead(
     clock, processor = (tuple((slower / stock)[:, which].tolist()) for which in (0, 1))
     parameters = sum(weight.numel() for weight in bundle.model.parameters())
     middle = np.median(stock[:, 0]), np.median(slower[:, 0])
-    return Overhead(float(middle[0]), float(middle[1]), clock, processor, torch.get_num_threads(), parameters, question, steps)
+    return Overhead(float(middle[0]), float(middle[1]), clock, processor, torch.get_num_threads(), parameters, question,
+                    steps)

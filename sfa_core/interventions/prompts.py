@@ -29,14 +29,16 @@ def decoder_layers(
     language = bundle.family.language_of(bundle.model)
     layers = list(getattr(language, "layers", ()))
     if not layers or any(not hasattr(getattr(layer, "self_attn", None), "o_proj") for layer in layers):
-        raise ValueError(f"{type(language).__name__} has no layers with self_attn.o_proj, expected a decoder such as Qwen3 or LLaMA")
+        raise ValueError(f"{type(language).__name__} has no layers with self_attn.o_proj, expected a decoder such as "
+                         f"Qwen3 or LLaMA")
     return layers
 
 
 def middle_layers(
     depth: int,  # layers of the language model, L
 ) -> tuple[int, ...]:  # 0-based
-    """Return layers min(2, L // 4) to L - 2, where sinks live: not the first ones, which make them, and never the last."""
+    """Return layers min(2, L // 4) to L - 2, where sinks live: not the first ones, which make them, and never the
+    last."""
     return tuple(range(min(2, depth // 4), depth - 1))
 
 # %% ../../notebooks/library/08_interventions/10_prompts.ipynb #58f8c921
@@ -60,9 +62,11 @@ class Prompt:
         self.length, self.decoding = 0, False
 
     def read(self, ids: Tensor | None, mask: Tensor | None, cache: Any) -> None:
-        """Take in the inputs of a forward pass; ValueError for inputs without ids, a foreign cache, or images behind a cache."""
+        """Take in the inputs of a forward pass; ValueError for inputs without ids, a foreign cache, or images
+        behind a cache."""
         if ids is None:
-            raise ValueError("the model got no input_ids, expected them beside any embeddings: they say which tokens are image")
+            raise ValueError("the model got no input_ids, expected them beside any embeddings: they say which tokens "
+                             "are image")
         self.decoding = cache is not None and int(cache.get_seq_length()) > 0
         if not self.decoding:
             self.ids, self.cache = ids, None
@@ -72,13 +76,14 @@ class Prompt:
             self.visual = (ids == self.image_token) & self.valid & given
             return
         if self.visual is None or cache is not self.cache or len(ids) != len(self.visual):
-            raise ValueError("a forward pass goes on from a cache whose prompt was not seen, expected the prompt's own pass first, inside the same context")
+            raise ValueError("a forward pass goes on from a cache whose prompt was not seen, expected the prompt's own "
+                             "pass first, inside the same context")
         if ids.shape[1] > 1 and (ids == self.image_token).any():
             raise ValueError("image tokens come behind a cache, expected the whole prompt in one forward pass")
 
     @property
     def reading(self) -> Tensor:
-        """Say which tokens are text behind an image, (B, N) bool."""
+        """Return which tokens are text behind an image, (B, N) bool."""
         return ~self.visual & self.valid & (self.visual.cumsum(1) > 0)
 
 # %% ../../notebooks/library/08_interventions/10_prompts.ipynb #5bbbeca7
@@ -119,7 +124,8 @@ class PromptHooks:
         self.prompt.clear()
         self.prompt.limit = None if ids is None else ids.shape[1]
         try:
-            return self.replaced(*args, **kwargs) if self.replaced else type(self.model).generate(self.model, *args, **kwargs)
+            return self.replaced(*args,
+                                 **kwargs) if self.replaced else type(self.model).generate(self.model, *args, **kwargs)
         finally:
             self.prompt.clear()
 
@@ -135,11 +141,13 @@ class PromptHooks:
 @contextmanager
 def following(
     bundle: Bundle,
-    before: Callable[[Prompt, dict], dict | None] | None = None,  # gets the inputs of every pass of the language model; may return others
+    # gets the inputs of every pass of the language model; may return others
+    before: Callable[[Prompt, dict], dict | None] | None = None,
 ) -> Iterator[Prompt]:
     """Keep a `Prompt` up to date with what the model reads; hooks are gone on exit and on error.
 
-    `before` may run the language model itself: such a pass aside is followed by no hook of this context and changed by no `attending`.
+    `before` may run the language model itself: such a pass aside is followed by no hook of this context and changed
+    by no `attending`.
     """
     model, language = bundle.model, bundle.family.language_of(bundle.model)
     hooks = PromptHooks(model, language, before)
@@ -178,18 +186,23 @@ def attending(
     bundle: Bundle,
     edits: Mapping[int, Hook],  # layer -> what happens after its kernel
 ) -> Iterator[None]:
-    """Give layers of the language model an edit for as long as the context lasts; ValueError for another kernel than sdpa, a window, or a second edit."""
+    """Give layers of the language model an edit for as long as the context lasts; ValueError for another kernel
+    than sdpa, a window, or a second edit."""
     layers, language = decoder_layers(bundle), bundle.family.language_of(bundle.model)
     if wrong := sorted(layer for layer in edits if not 0 <= layer < len(layers)):
         raise ValueError(f"layer {wrong[0]} does not exist, expected layers from 0 to {len(layers) - 1}")
     modules = {layer: layers[layer].self_attn for layer in edits}
     for layer, module in modules.items():
         if getattr(module, "sliding_window", None) is not None:
-            raise ValueError(f"layer {layer} attends in a window of {module.sliding_window} tokens, expected full attention")
+            raise ValueError(f"layer {layer} attends in a window of {module.sliding_window} tokens, expected full "
+                             f"attention")
         if any(hook.name == EDIT for hook in getattr(module, HOOKS, ())):
-            raise ValueError(f"layer {layer} has an edit already, expected one at a time: leave the other context first")
+            raise ValueError(
+                f"layer {layer} has an edit already, expected one at a time: leave the other context first"
+            )
     if (kernel := replaced_name(language.config._attn_implementation)) != "sdpa":
-        raise ValueError(f"the language model attends by {kernel!r}, expected 'sdpa', the kernel that `load_model` chooses")
+        raise ValueError(f"the language model attends by {kernel!r}, expected 'sdpa', the kernel that `load_model` "
+                         f"chooses")
     with ExitStack() as stack:
         for layer, module in modules.items():
             stack.enter_context(attention_hooks(language, {layer: module}, after=edits[layer], name=EDIT))
@@ -206,6 +219,7 @@ def read_prompts(
     training = bundle.model.training
     bundle.model.eval()
     try:
-        generate(bundle, images_of(bundle, batch, tiles), [(i, sample.question) for i, sample in enumerate(batch)], max_new_tokens=1, tiles=tiles)
+        generate(bundle, images_of(bundle, batch, tiles), [(i, sample.question) for i, sample in enumerate(batch)],
+                 max_new_tokens=1, tiles=tiles)
     finally:
         bundle.model.train(training)

@@ -36,7 +36,9 @@ class VARConfig:
 
     dimensions: tuple[int, ...]  # that give sinks away, from `find_sink_dimensions`
     moved: float = 0.6  # p, share of the sinks' attention that moves, 0..1
-    ratio: float = 0.8  # rho, least share of image attention on tokens that are no sinks; 0.5 against hallucination, 0.9 for vision-centric tasks
+    # rho, least share of image attention on tokens that are no sinks; 0.5 against hallucination, 0.9 for
+    # vision-centric tasks
+    ratio: float = 0.8
     mass: float = 0.2  # least attention on the image
     share: float = SHARE  # of the energy, which makes a token a sink
     choose_heads: bool = True  # False: the two conditions above are not asked
@@ -93,7 +95,8 @@ def row_weights(
     lost = edited_rows(taker, image, others - config.ratio * image, config) * config.moved
     gain = lost * sinks / taker.clamp(min=LEAST)
     none = torch.zeros_like(gain)
-    return torch.stack([-lost, none if config.target == "text" else gain, none if config.target == "visual" else gain], dim=-1)
+    return torch.stack([-lost, none if config.target == "text" else gain, none if config.target == "visual" else gain],
+                       dim=-1)
 
 
 def redistributed_attention(
@@ -176,7 +179,8 @@ def correction(
     chosen = edited_rows(taken, image, margin, config)
     gain = moved / taken.clamp(min=LEAST)
     changed = torch.addcmul(-columns.moved[:, None], gain, columns.takers[:, None]).mul_(chance)  # (B, H * R, N)
-    change = torch.bmm(changed.view(batch * groups, -1, used), widened(call.value).reshape(batch * groups, keys, width)[:, :used])
+    change = torch.bmm(changed.view(batch * groups, -1, used),
+                       widened(call.value).reshape(batch * groups, keys, width)[:, :used])
     return change.view(batch, heads * count, width).mul_(chosen).view(batch, heads, count, width).transpose(1, 2)
 
 
@@ -206,7 +210,8 @@ class LayerEdit:
             return None
         if query.shape[2] == 1:
             return replace(call, result=output + correction(call, slice(None), columns, self.config).to(output.dtype))
-        reading = torch.ones_like(output[:, :, 0, 0], dtype=torch.bool) if prompt.decoding else prompt.reading.to(output.device)
+        reading = torch.ones_like(output[:, :, 0, 0],
+                                  dtype=torch.bool) if prompt.decoding else prompt.reading.to(output.device)
         first = int(reading.any(0).int().argmax()) if reading.any() else query.shape[2]
         step, parts = max(1, BUDGET // (4 * query.shape[0] * query.shape[1] * call.key.shape[2])), [output[:, :first]]
         for start in range(first, query.shape[2], step):
@@ -221,12 +226,14 @@ def visual_redistribution(
     bundle: Bundle,
     config: VARConfig,
 ) -> Iterator[dict[int, LayerEdit]]:  # layer -> its edit
-    """Redistribute the attention of the language model for as long as the context lasts; ValueError for numbers out of range or no layers.
+    """Redistribute the attention of the language model for as long as the context lasts; ValueError for numbers out
+    of range or no layers.
 
     The model is as it was afterwards, also after an error; nothing is kept from one prompt to the next.
     """
     layers = chosen_layers(check_rule(config), len(decoder_layers(bundle)))
-    sink_values(torch.zeros(1, bundle.family.language_of(bundle.model).config.hidden_size), config.dimensions)  # are the dimensions there
+    # are the dimensions there
+    sink_values(torch.zeros(1, bundle.family.language_of(bundle.model).config.hidden_size), config.dimensions)
     with following(bundle) as prompt, ExitStack() as stack:
         edits = {layer: LayerEdit(prompt, config) for layer in layers}
         for layer, edit in edits.items():
@@ -243,13 +250,15 @@ def chosen_layers(
     layers = middle_layers(depth) if config.layers is None else config.layers
     check_layers(layers, depth)
     if depth - 1 in layers:
-        raise ValueError(f"layers are {list(layers)}, expected layers before the last one, {depth - 1}: behind it no token reads on")
+        raise ValueError(f"layers are {list(layers)}, expected layers before the last one, {depth - 1}: behind it no "
+                         f"token reads on")
     return tuple(layers)
 
 # %% ../../notebooks/library/08_interventions/40_redistribution.ipynb #7d5dae95
 @dataclass(frozen=True, eq=False)
 class RedistributionView:
-    """What redistribution does to the last token of one prompt in one layer; maps are (T, h, w), tiles and their token grid."""
+    """What redistribution does to the last token of one prompt in one layer; maps are (T, h, w), tiles and their
+    token grid."""
 
     values: np.ndarray  # sink values
     sinks: np.ndarray  # bool
@@ -269,14 +278,16 @@ def redistribution_view(
     layer: int,  # 0-based
     tiles: int | None = None,
 ) -> RedistributionView:
-    """Read one prompt and compare the attention of its last token with what redistribution would make of it; nothing is edited."""
+    """Read one prompt and compare the attention of its last token with what redistribution would make of it;
+    nothing is edited."""
     check_layers((layer,), len(decoder_layers(bundle)))
     seen = {}
 
     def look(at, hidden):
         if not prompt.decoding:
             seen["values"], seen["visual"] = sink_values(hidden, config.dimensions), prompt.visual.to(hidden.device)
-            seen["sinks"] = (seen["values"] >= sink_threshold(hidden.shape[-1], config.share)) & prompt.valid.to(hidden.device)
+            seen["sinks"] = (seen["values"] >= sink_threshold(hidden.shape[-1],
+                                                              config.share)) & prompt.valid.to(hidden.device)
 
     def keep(call):
         if not prompt.decoding:
@@ -290,10 +301,13 @@ def redistribution_view(
             (seen["values"][0], seen["sinks"][0], before[0].mean((0, 1)), after[0].mean((0, 1)))]
     edited = (after != before).any(-1)[0, :, 0].cpu().numpy()
     text = int((seen["sinks"][0] & ~visual).sum())
-    return RedistributionView(maps[0], maps[1] > 0, maps[2], maps[3], edited, text, float(maps[2].sum()), float(maps[3].sum()))
+    return RedistributionView(maps[0], maps[1] > 0, maps[2], maps[3], edited, text, float(maps[2].sum()),
+                              float(maps[3].sum()))
 
 # %% ../../notebooks/library/08_interventions/40_redistribution.ipynb #eebe5f66
 REPORTED_VAR = pd.DataFrame(
-    [("VAR", "VQAv2", 78.5, 78.6, "paper"), ("VAR", "GQA", 62.0, 63.5, "paper"), ("VAR", "VizWiz", 50.0, 53.7, "paper"), ("VAR", "MM-Vet", 31.1, 33.7, "paper"),
-     ("VAR", "MME", 1742.7, 1711.4, "independent replication")], columns=["intervention", "benchmark", "off", "on", "source"],
+    [("VAR", "VQAv2", 78.5, 78.6, "paper"), ("VAR", "GQA", 62.0, 63.5, "paper"), ("VAR", "VizWiz", 50.0, 53.7, "paper"),
+     ("VAR", "MM-Vet", 31.1, 33.7, "paper"),
+     ("VAR", "MME", 1742.7, 1711.4, "independent replication")],
+     columns=["intervention", "benchmark", "off", "on", "source"],
 )  # LLaVA-1.5-7B, higher is better

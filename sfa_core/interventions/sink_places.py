@@ -22,7 +22,15 @@ from ..models.images import tile_regions
 from ..attention.capture import row_probabilities, watching, widened
 from ..core.bundle import Bundle
 from ..attention.places import coverage
-from .prompts import Prompt, aside_inputs, attending, decoder_layers, following, middle_layers, read_prompts
+from sfa_core.interventions.prompts import (
+    Prompt,
+    aside_inputs,
+    attending,
+    decoder_layers,
+    following,
+    middle_layers,
+    read_prompts,
+)
 from .sinks import SHARE, check_layers, sink_threshold, sink_values
 
 # %% ../../notebooks/library/08_interventions/30_sink_places.ipynb #76b9682d
@@ -35,7 +43,8 @@ def visual_places(
     count: int,  # image tokens of the sample
     tiles: int | None = None,
 ) -> pd.DataFrame:  # one row per image token: tile, x0, y0, x1, y1, border, blank, background
-    """Say which pixels each image token shows and what is there; ValueError when the tiles do not make that many tokens."""
+    """Return which pixels each image token shows and what is there; ValueError when the tiles do not make that many
+    tokens."""
     image, grid = sample.image, bundle.family.language_grid(bundle.model)
     regions = tile_regions(bundle, image.size, tiles)
     if len(regions) * len(grid) != count:
@@ -49,7 +58,9 @@ def visual_places(
         low, high = np.floor(boxes[:, :2] + 1e-3).astype(int), np.ceil(boxes[:, 2:] - 1e-3).astype(int)
         part = pd.DataFrame(boxes, columns=["x0", "y0", "x1", "y1"])
         part.insert(0, "tile", tile)
-        part["border"] = (grid.row == 0) | (grid.row == grid.height - 1) | (grid.column == 0) | (grid.column == grid.width - 1)
+        part["border"] = (
+            (grid.row == 0) | (grid.row == grid.height - 1) | (grid.column == 0) | (grid.column == grid.width - 1)
+        )
         part["blank"] = [not ink[y0:y1, x0:x1].any() for (x0, y0), (x1, y1) in zip(low, high, strict=True)]
         part["background"] = np.nan if texts is None else coverage(texts, grid, region, image.size) == 0
         parts.append(part)
@@ -63,7 +74,8 @@ def output_gram(
 ) -> Tensor:  # (H, D, D) float32
     """Return W_O W_O^T of every head, as the module applies it."""
     inner, weight = module.o_proj.in_features, next(module.o_proj.parameters())
-    eye = torch.eye(inner, device=weight.device, dtype=weight.dtype if weight.dtype.is_floating_point else torch.float16)
+    eye = torch.eye(inner, device=weight.device,
+                    dtype=weight.dtype if weight.dtype.is_floating_point else torch.float16)
     applied = widened(module.o_proj(eye) - module.o_proj(torch.zeros_like(eye[:1]))).view(heads, inner // heads, -1)
     return applied @ applied.mT
 
@@ -93,7 +105,8 @@ def measuring(
             size = ((wide @ gram[call.layer].to(wide)) * wide).sum(-1).clamp(min=0).sqrt()
             seen[call.layer] |= {"attention": chance.mean(1), "contribution": (chance * size).mean(1)}
 
-    with following(bundle) as prompt, watching([stack[layer] for layer in layers], look), attending(bundle, dict.fromkeys(layers, measure)):
+    with following(bundle) as prompt, watching([stack[layer] for layer in layers],
+                                               look), attending(bundle, dict.fromkeys(layers, measure)):
         yield seen
 
 # %% ../../notebooks/library/08_interventions/30_sink_places.ipynb #1b3795d2
@@ -109,7 +122,8 @@ def sink_table(
     batch_size: int = 8,
     tiles: int | None = None,
     progress: bool = False,
-) -> pd.DataFrame:  # sample, document, layer, token, value, norm, attention, contribution, sink, and the columns of `visual_places`
+# sample, document, layer, token, value, norm, attention, contribution, sink, and the columns of `visual_places`
+) -> pd.DataFrame:
     """Measure every image token in every layer: one row each."""
     asked, layers = samples(data), tuple(middle_layers(len(decoder_layers(bundle))) if layers is None else layers)
     check_layers(layers, len(decoder_layers(bundle)))
@@ -125,7 +139,8 @@ def sink_table(
                 own = {name: seen[layer][name][row].cpu()[visual].float().numpy() for name in MEASURED}
                 tables.append(where.assign(sample=sample.id, document=sample.document, layer=layer, **own))
     width = bundle.family.language_of(bundle.model).config.hidden_size
-    return pd.concat(tables, ignore_index=True).assign(sink=lambda table: table["value"] >= sink_threshold(width, share))
+    return pd.concat(tables,
+                     ignore_index=True).assign(sink=lambda table: table["value"] >= sink_threshold(width, share))
 
 # %% ../../notebooks/library/08_interventions/30_sink_places.ipynb #0c0d1c0d
 PLACES = ("background", "blank", "border")
@@ -137,7 +152,8 @@ def ratio_interval(
     level: float,
     seed: int,
 ) -> tuple[float | None, float | None]:
-    """Give the percentile interval of (a / of_a) / (b / of_b) under resampling of documents; None where some draws have no ratio."""
+    """Return the percentile interval of (a / of_a) / (b / of_b) under resampling of documents; None where some
+    draws have no ratio."""
     sums = table.groupby("document")[["a", "of_a", "b", "of_b"]].sum().to_numpy(dtype=float)
     drawn = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=draws) @ sums
     if len(sums) < 2 or not (drawn[:, 1:] > 0).all():
@@ -151,18 +167,23 @@ def enrichment(
     draws: int = 2_000,
     level: float = 0.95,
     seed: int = 0,
-) -> pd.DataFrame:  # place, sinks, share_sinks, tokens, share_all, enrichment, low, high, documents; None where there is no sink
+# place, sinks, share_sinks, tokens, share_all, enrichment, low, high, documents; None where there is no sink
+) -> pd.DataFrame:
     """Compare where sinks sit with where all image tokens sit, over all layers of the table."""
     rows = []
     for place in PLACES:
         known = table[table[place].notna()]
         inside, sink = known[place].astype(bool), known["sink"]
-        counts = pd.DataFrame({"document": known["document"], "a": inside & sink, "of_a": sink, "b": inside, "of_b": True})
+        counts = pd.DataFrame({"document": known["document"], "a": inside & sink, "of_a": sink, "b": inside,
+                               "of_b": True})
         n, total, a, b = int(sink.sum()), len(known), int((inside & sink).sum()), int(inside.sum())
         ratio = a / n * total / b if n and b else None
         low, high = ratio_interval(counts, draws, level, seed) if ratio is not None else (None, None)
-        rows.append((place, n, a / n if n else None, total, b / total if total else None, ratio, low, high, known["document"].nunique()))
-    return pd.DataFrame(rows, columns=["place", "sinks", "share_sinks", "tokens", "share_all", "enrichment", "low", "high", "documents"])
+        rows.append((place, n, a / n if n else None, total, b / total if total else None, ratio, low, high,
+                     known["document"].nunique()))
+    return pd.DataFrame(rows,
+                        columns=["place", "sinks", "share_sinks", "tokens", "share_all", "enrichment", "low", "high",
+                                 "documents"])
 
 # %% ../../notebooks/library/08_interventions/30_sink_places.ipynb #acef6977
 @dataclass(frozen=True)
@@ -193,7 +214,8 @@ def visual_sinks(
     found = torch.zeros_like(prompt.visual)
 
     def see(at, hidden):
-        found.logical_or_((sink_values(hidden, config.dimensions) >= sink_threshold(hidden.shape[-1], config.share)).to(found.device))
+        found.logical_or_((sink_values(hidden, config.dimensions) >= sink_threshold(hidden.shape[-1],
+                                                                                    config.share)).to(found.device))
 
     with watching([stack[layer] for layer in layers], see):
         bundle.family.language_of(bundle.model)(**aside_inputs(inputs))

@@ -28,7 +28,8 @@ from .prompts import Prompt, decoder_layers, following, middle_layers, read_prom
 # %% ../../notebooks/library/08_interventions/20_sinks.ipynb #edd5962d
 SHARE = 0.0977  # of a token's energy in one dimension: tau is 20 at D = 4096
 KNOWN_DIMENSIONS = {
-    "LLaMA-2-7B": (1415, 2533), "LLaMA-2-13B": (2100, 4743), "Qwen2-VL-7B": (458, 2570), "InternVL2-8B": (3584,), "Qwen2.5-VL-7B": (458, 2570),
+    "LLaMA-2-7B": (1415, 2533), "LLaMA-2-13B": (2100, 4743), "Qwen2-VL-7B": (458, 2570), "InternVL2-8B": (3584,),
+    "Qwen2.5-VL-7B": (458, 2570),
     "Qwen2.5-VL-3B": (1874, 1819), "InternVL3.5-8B": (2276, 233), "InternVL3.5-1B": (35, 13),
 }  # reported, for comparison with what is found
 
@@ -49,7 +50,8 @@ def sink_values(
 ) -> Tensor:  # (...) float32 or float64, 0..sqrt(D)
     """Return the sink value of every token (Kang et al. 2025); ValueError for no dimensions or one outside."""
     if not len(dimensions) or not all(0 <= one < hidden.shape[-1] for one in dimensions):
-        raise ValueError(f"sink dimensions are {tuple(dimensions)}, expected one or more from 0 to {hidden.shape[-1] - 1}")
+        raise ValueError(f"sink dimensions are {tuple(dimensions)}, expected one or more from 0 to "
+                         f"{hidden.shape[-1] - 1}")
     wide = widened(hidden)
     size = wide.square().mean(-1).sqrt().clamp(min=torch.finfo(wide.dtype).tiny)
     return wide[..., list(dimensions)].abs().amax(-1) / size
@@ -82,14 +84,17 @@ def seed_masks(
     prompt: Prompt,  # during its prefill
     hidden: Tensor,  # (B, N, D)
 ) -> dict[str, Tensor]:  # kind of seed -> (B, N) bool
-    """Find the seeds of a layer: first token, first delimiter, and image tokens of more than ten times their median norm."""
+    """Find the seeds of a layer: first token, first delimiter, and image tokens of more than ten times their median
+    norm."""
     first = prompt.valid & (prompt.valid.cumsum(1) == 1)
-    stops = torch.tensor(sorted(delimiter_ids(bundle, prompt.ids.unique().tolist())), device=hidden.device, dtype=torch.long)
+    stops = torch.tensor(sorted(delimiter_ids(bundle, prompt.ids.unique().tolist())), device=hidden.device,
+                         dtype=torch.long)
     stop = torch.isin(prompt.ids.to(hidden.device), stops) & prompt.valid.to(hidden.device)
     sizes = widened(hidden).norm(dim=-1)
     visual = prompt.visual.to(hidden.device)
     middle = torch.where(visual, sizes, math.nan).nanmedian(dim=1, keepdim=True).values
-    return {"start": first.to(hidden.device), "delimiter": stop & (stop.cumsum(1) == 1), "visual": visual & (sizes > 10 * middle)}
+    return {"start": first.to(hidden.device), "delimiter": stop & (stop.cumsum(1) == 1),
+            "visual": visual & (sizes > 10 * middle)}
 
 # %% ../../notebooks/library/08_interventions/20_sinks.ipynb #ca7043c2
 @dataclass(frozen=True, eq=False)
@@ -101,7 +106,8 @@ class SinkDimensions:
     visual: tuple[int, ...]
     width: int  # D
     layers: tuple[int, ...]  # that were looked at
-    shares: pd.DataFrame = field(repr=False)  # seed, dimension, share (mean of the layers), ordinary (median token), present (share of layers), kept
+    # seed, dimension, share (mean of the layers), ordinary (median token), present (share of layers), kept
+    shares: pd.DataFrame = field(repr=False)
     seeds: dict[str, int] = field(default_factory=dict)  # kind -> tokens per layer, on average
     tokens: int = 0  # image tokens x layers that were judged by the dimensions
     rate: float = 0.0  # share of them that are sinks
@@ -119,7 +125,8 @@ def keep_dimensions(
     most: float,  # share on ordinary tokens
     limit: int = 4,
 ) -> tuple[int, ...]:  # strongest first
-    """Choose the dimensions of one kind of seed: present in half of the layers, cut at the largest gap, at most `limit`."""
+    """Choose the dimensions of one kind of seed: present in half of the layers, cut at the largest gap, at most
+    `limit`."""
     present = ((shares >= least) & (ordinary < most)).mean(0) >= 0.5
     if not present.any():
         return ()
@@ -135,11 +142,13 @@ def energy_of_seeds(
     batches: Sequence[Sequence[Sample]],
     layers: Sequence[int],
     tiles: int | None,
-) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str, float]]:  # kind -> (L, D) mean share, (L, D) ordinary median, kind -> seeds per layer
+# kind -> (L, D) mean share, (L, D) ordinary median, kind -> seeds per layer
+) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str, float]]:
     """Collect where the energy of seeds and of ordinary tokens lies, layer by layer."""
     stack = decoder_layers(bundle)
     width = bundle.family.language_of(bundle.model).config.hidden_size
-    sums, counts = {kind: np.zeros((len(layers), width)) for kind in SEEDS}, {kind: np.zeros(len(layers)) for kind in SEEDS}
+    sums, counts = {kind: np.zeros((len(layers), width)) for kind in SEEDS}, {kind: np.zeros(len(layers))
+                                                                              for kind in SEEDS}
     medians = np.zeros((len(layers), width))
 
     def see(at, hidden):
@@ -168,7 +177,8 @@ def find_sink_dimensions(
     tiles: int | None = None,
     share: float = SHARE,  # of the energy, which makes a token a sink
 ) -> SinkDimensions:
-    """Find the dimensions of attention sinks; warns when there are none, or when more than a tenth of the image tokens would be sinks."""
+    """Find the dimensions of attention sinks; warns when there are none, or when more than a tenth of the image
+    tokens would be sinks."""
     asked, layers = samples(data), tuple(middle_layers(len(decoder_layers(bundle))) if layers is None else layers)
     check_layers(layers, len(decoder_layers(bundle)))
     batches = [asked[start : start + batch_size] for start in range(0, len(asked), batch_size)]
@@ -184,17 +194,23 @@ def find_sink_dimensions(
         for one in {*np.argsort(-strength)[:8].tolist(), *dimensions}:
             present = float(((shares[kind][:, one] >= least) & (ordinary[:, one] < 0.01)).mean())
             rows.append((kind, one, float(strength[one]), float(ordinary[:, one].mean()), present, one in dimensions))
-    table = pd.DataFrame(rows, columns=["seed", "dimension", "share", "ordinary", "present", "kept"]).sort_values(["seed", "share"], ascending=[True, False])
+    table = pd.DataFrame(rows,
+                         columns=["seed", "dimension", "share", "ordinary", "present",
+                                  "kept"]).sort_values(["seed", "share"], ascending=[True, False])
     tokens, found = count_sinks(bundle, batches, layers, dimensions, share, tiles) if dimensions else (0, 0)
     if not dimensions:
-        warnings.warn(f"{bundle.name} has no sink dimensions: no dimension holds {least:.0%} of the energy of the seeds in half of the layers", stacklevel=2)
+        warnings.warn(f"{bundle.name} has no sink dimensions: no dimension holds {least:.0%} of the energy of the "
+                      f"seeds in half of the layers", stacklevel=2)
     elif found > 0.1 * tokens:
-        warnings.warn(f"{found / tokens:.0%} of the image tokens would be sinks by dimensions {dimensions}, expected a tenth at most", stacklevel=2)
-    return SinkDimensions(dimensions, text, kept["visual"], width, layers, table.reset_index(drop=True), seeds, tokens, found / tokens if tokens else 0.0)
+        warnings.warn(f"{found / tokens:.0%} of the image tokens would be sinks by dimensions {dimensions}, expected a "
+                      f"tenth at most", stacklevel=2)
+    return SinkDimensions(dimensions, text, kept["visual"], width, layers, table.reset_index(drop=True), seeds, tokens,
+                          found / tokens if tokens else 0.0)
 
 
 def count_sinks(
-    bundle: Bundle, batches: Sequence[Sequence[Sample]], layers: Sequence[int], dimensions: Sequence[int], share: float, tiles: int | None
+    bundle: Bundle, batches: Sequence[Sequence[Sample]], layers: Sequence[int], dimensions: Sequence[int], share: float,
+    tiles: int | None
 ) -> tuple[int, int]:  # image tokens x layers, sinks among them
     """Count the sinks among the image tokens."""
     counts = np.zeros(2, dtype=int)

@@ -47,8 +47,10 @@ def stop_tokens(
     return sorted({end_token(bundle), *([own] if isinstance(own, int) else own or [])})
 
 
-def spatial_inputs(bundle: Bundle, batch: ImageBatch, ids: torch.Tensor, order: Sequence[int]) -> dict[str, torch.Tensor]:
-    "Return what a language model that knows rows and columns needs to place the images of some questions; nothing for the others."
+def spatial_inputs(bundle: Bundle, batch: ImageBatch, ids: torch.Tensor,
+                   order: Sequence[int]) -> dict[str, torch.Tensor]:
+    """Return what a language model that knows rows and columns needs to place the images of some questions; nothing
+    for the others."""
     if not bundle.family.native:
         return {}
     sizes, kinds = batch.inputs["image_grid_thw"][list(order)], (ids == bundle.model.config.image_token_id).int()
@@ -66,18 +68,22 @@ def generate(
 ) -> list[tuple[list[int], bool]]:  # generated ids without the end token, and whether it came
     "Generate greedily for questions about images in one left-padded batch, each image encoded once."
     model, language, batch = bundle.model, bundle.devices[1], image_batch(bundle, images, tiles)
-    encoded = image_features(bundle, batch, patches_at_once=patches_at_once(bundle)).choose([image for image, _ in questions])
+    encoded = image_features(bundle, batch,
+                             patches_at_once=patches_at_once(bundle)).choose([image for image, _ in questions])
     parts = [(prompt_tokens(bundle, question, suffix), batch.tokens[image]) for image, question in questions]
     prompts = [before + block + after for (before, after), block in parts]
     width, filler, stops = max(map(len, prompts)), bundle.tokenizer.pad_token_id or 0, stop_tokens(bundle)
     ids = torch.tensor([[filler] * (width - len(prompt)) + prompt for prompt in prompts], device=language)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=language)
     greedy = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0, eos_token_id=stops, pad_token_id=filler, use_cache=True
+        max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0, eos_token_id=stops,
+        pad_token_id=filler, use_cache=True
     )
     places = spatial_inputs(bundle, batch, ids, [image for image, _ in questions])
-    out = model.generate(input_ids=ids, attention_mask=mask, mm_encoder_outputs={"image": encoded}, generation_config=greedy, **places)
-    cut = [(row, next((place for place, token in enumerate(row) if token in stops), None)) for row in out[:, width:].tolist()]
+    out = model.generate(input_ids=ids, attention_mask=mask, mm_encoder_outputs={"image": encoded},
+                         generation_config=greedy, **places)
+    cut = [(row, next((place for place, token in enumerate(row) if token in stops), None))
+           for row in out[:, width:].tolist()]
     return [(row[:place], place is not None) for row, place in cut]
 
 # %% ../../notebooks/library/06_models/50_answers.ipynb #6c1b52e6
@@ -89,9 +95,11 @@ def reply_text(
     tokens: Sequence[int],  # generated ids without the end token
     suffix: str | None = None,  # None: the model's own
 ) -> str:  # stripped
-    "Decode a reply without special tokens, but with those that mark a thought, and with the mark of a thought that the prompt opened."
+    """Decode a reply without special tokens, but with those that mark a thought, and with the mark of a thought
+    that the prompt opened."""
     if "special" not in bundle.cache:
-        bundle.cache["special"] = {place: is_mark(str(token)) for place, token in bundle.tokenizer.added_tokens_decoder.items() if token.special}
+        bundle.cache["special"] = {place: is_mark(str(token))
+                                   for place, token in bundle.tokenizer.added_tokens_decoder.items() if token.special}
     special = bundle.cache["special"]
     kept = any(special.get(token, False) for token in tokens)
     shown = [token for token in tokens if special.get(token, True)] if kept else tokens
@@ -109,10 +117,12 @@ def answer_batch(
     suffix: str | None,
     tiles: int | None,
 ) -> list[Answer]:
-    "Answer one batch; an image that cannot be decoded, or has a shape that the family cannot take, becomes an answer with an error."
+    """Answer one batch; an image that cannot be decoded, or has a shape that the family cannot take, becomes an
+    answer with an error."""
     check_tiles(bundle, tiles)
     began, images, index, errors, notes = time.perf_counter(), [], {}, {}, {}
-    keys = [(sample.document, sample.source if isinstance(sample.source, bytes | str) else id(sample.source)) for sample in batch]
+    keys = [(sample.document, sample.source if isinstance(sample.source, bytes | str) else id(sample.source))
+            for sample in batch]
     for key, sample in zip(keys, batch, strict=True):
         if key not in index and key not in errors:
             try:
@@ -152,7 +162,8 @@ def halving(
             expected = "fewer tiles, bfloat16, language_bits, or a device with more memory"
             raise MemoryError(f"out of memory with a single question ({said}); expected {expected}")
         half = batch_size // 2
-        tqdm.write(f"out of memory with {batch_size} questions together, going on with {half}; replies already given stay")
+        tqdm.write(f"out of memory with {batch_size} questions together, going on with {half}; replies already given "
+                   f"stay")
         batch_size = half
         clear_device_cache(garbage_collection=True)
 
@@ -166,7 +177,8 @@ def answer(
     tiles: int | None = None,  # most tiles per image
     progress: bool = False,  # show a bar
 ) -> list[Answer]:  # in the order of the samples
-    "Answer questions greedily, in batches, long answers behind the others; ValueError for no samples or a size below 1."
+    """Answer questions greedily, in batches, long answers behind the others; ValueError for no samples or a size
+    below 1."""
     if batch_size < 1 or max_new_tokens < 1:
         raise ValueError(f"batch_size {batch_size}, max_new_tokens {max_new_tokens}; expected at least 1 for both")
     asked, answers, waiting, training = samples(data), [], [], bundle.model.training

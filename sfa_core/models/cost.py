@@ -74,7 +74,8 @@ def in_turns(
     calls: dict[str, Callable[[], object]],  # the first is the reference
     rounds: int = 5,  # after one round to warm up
     device: str | torch.device = "cpu",
-) -> pd.DataFrame:  # one row per call: median time under the name of the clock, median ratio to the reference, lowest and highest ratio
+# one row per call: median time under the name of the clock, median ratio to the reference, lowest and highest ratio
+) -> pd.DataFrame:
     """Time calls in turns; ValueError for no rounds."""
     device = torch.device(device)
     if rounds < 1 or not calls:
@@ -95,9 +96,11 @@ def in_turns(
 # %% ../../notebooks/library/06_models/70_cost.ipynb #120000bb
 WAYS = {"plain": "sdpa", "low rank": "sfa", "dense": "sfa_dense", "eager": "sfa_eager"}  # how each is called in a model
 INTERNVIT = dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=16, num_hidden_layers=24)
-QWEN3_8B = dict(model_type="qwen3", hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,
+QWEN3_8B = dict(model_type="qwen3", hidden_size=4096, intermediate_size=12288, num_hidden_layers=36,
+                num_attention_heads=32, num_key_value_heads=8,
                 head_dim=128, vocab_size=151936)
-SMALLEST = dict(model_type="qwen3", hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=32,
+SMALLEST = dict(model_type="qwen3", hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1,
+                num_key_value_heads=1, head_dim=32,
                 vocab_size=64)
 
 
@@ -110,8 +113,10 @@ def random_model(
     dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
     """Build an InternVL model with random weights, in training mode without dropout."""
-    encoder = INTERNVIT | dict(image_size=[14 * side] * 2, patch_size=[14, 14], attention_bias=True, use_mean_pooling=True) | (vision or {})
-    config = InternVLConfig(vision_config=encoder, text_config=language or SMALLEST, image_seq_length=(side // 2) ** 2, image_token_id=5,
+    encoder = INTERNVIT | dict(image_size=[14 * side] * 2, patch_size=[14, 14], attention_bias=True,
+                               use_mean_pooling=True) | (vision or {})
+    config = InternVLConfig(vision_config=encoder, text_config=language or SMALLEST, image_seq_length=(side // 2) ** 2,
+                            image_token_id=5,
                             tie_word_embeddings=False)
     device = torch.device(device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
@@ -159,7 +164,8 @@ def costs(
     table = pd.DataFrame(rows).T.join(in_turns(calls, rounds, pixels.device))
     for name in ("operations", "peak_bytes") + (("kept_bytes",) if training else ()):
         table[f"{name.removesuffix('_bytes')}_ratio"] = table[name] / table[name].iloc[0]
-    structure = sum(weight.numel() for bias in structures_of(Bundle(model, None, family_of(model), "random model")) for weight in bias.parameters())
+    structure = sum(weight.numel() for bias in structures_of(Bundle(model, None, family_of(model), "random model"))
+                    for weight in bias.parameters())
     encoder = sum(weight.numel() for weight in tower.parameters()) - structure
     table["parameters"] = [encoder + (structure if way != "plain" else 0) for way in ways]
     return table
@@ -177,7 +183,8 @@ def quantise_language(
     children = [(owner, name, layer) for owner in language.modules() for name, layer in owner.named_children()]
     wide = [child for child in children if type(child[2]) is torch.nn.Linear and child[2].in_features >= BLOCK]
     for owner, name, layer in wide:
-        small = Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, compute_dtype=layer.weight.dtype, quant_type="nf4", device="meta")
+        small = Linear4bit(layer.in_features, layer.out_features, layer.bias is not None,
+                           compute_dtype=layer.weight.dtype, quant_type="nf4", device="meta")
         small.weight = Params4bit(layer.weight.detach().cpu(), requires_grad=False, quant_type="nf4")
         small.bias = layer.bias
         setattr(owner, name, small.to(device))
@@ -196,7 +203,8 @@ def page_batch(
     """Make random pages of one tile with a question and an answer each."""
     generator, config = torch.Generator().manual_seed(seed), model.config
     words = torch.randint(6, config.text_config.vocab_size, (pages, text + answer), generator=generator).tolist()
-    packed = pack([[config.image_token_id] * config.image_seq_length] * pages, [[(row[:text], row[text:])] for row in words], dtype=model.dtype)
+    packed = pack([[config.image_token_id] * config.image_seq_length] * pages,
+                  [[(row[:text], row[text:])] for row in words], dtype=model.dtype)
     pixels = torch.randn(pages, 3, *config.vision_config.image_size, generator=generator)
     return {name: tensor.to(device) for name, tensor in (packed | {"pixel_values": pixels}).items()}
 
@@ -223,7 +231,8 @@ def whole_model(
     rounds: int = 3,
     dtype: torch.dtype = torch.bfloat16,
 ) -> pd.DataFrame:  # one row per use: peak bytes, samples per second
-    """Measure training and answering of a whole model with random weights: NF4 language model, structural attention, recomputed activations."""
+    """Measure training and answering of a whole model with random weights: NF4 language model, structural
+    attention, recomputed activations."""
     place = torch.device(device)
     model = quantise_language(random_model(side, vision, language or QWEN3_8B, device=device, dtype=dtype), device)
     family = family_of(model)
@@ -236,7 +245,8 @@ def whole_model(
 
     def measure(name, pages, call):
         peak = peak_of(call, model, place)
-        rows[name] = dict(peak_bytes=peak, samples_per_second=pages / in_turns({name: call}, rounds, place)[clock_name(place)].iloc[0])
+        rows[name] = dict(peak_bytes=peak,
+                          samples_per_second=pages / in_turns({name: call}, rounds, place)[clock_name(place)].iloc[0])
 
     for pages in train:
         batch = page_batch(model, pages, device)

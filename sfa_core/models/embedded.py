@@ -28,13 +28,17 @@ from transformers import (
 )
 
 # %% ../../notebooks/library/06_models/10_embedded.ipynb #829f4c51
-SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-IMAGE_TOKENS = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"}
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+IMAGE_TOKENS = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>",
+                "video_token": "<video>"}
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n'}}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for content in message['content'] %}"
     "{% if content['type'] == 'image' %}{{ '<IMG_CONTEXT>\n' }}{% elif content['type'] == 'video' %}{{ '<video>\n' }}"
-    "{% elif content['type'] == 'text' %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}{{'<|im_end|>\n'}}{% endfor %}"
+    "{% elif content['type'] == 'text' %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}{{'<|im_end|>\n'}}{% "
+    "endfor %}"
     "{% if add_generation_prompt %}{{'<|im_start|>assistant\n' }}{% endif %}"
 )
 
@@ -43,19 +47,25 @@ def train_tokenizer(
     texts: Iterable[str],  # what the model will read and write: questions, answers, labels
     vocab_size: int = 512,  # 256 bytes, the special tokens, and merges; fewer if the texts offer fewer
 ) -> PreTrainedTokenizerFast:
-    "Train a byte-level BPE tokenizer with InternVL's special tokens and chat template; every digit is a token, any text round-trips."
+    """Train a byte-level BPE tokenizer with InternVL's special tokens and chat template; every digit is a token,
+    any text round-trips."""
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *IMAGE_TOKENS.values()]
     if vocab_size < 256 + len(special):
-        raise ValueError(f"vocab_size {vocab_size}; expected at least {256 + len(special)} (256 bytes and {len(special)} special tokens)")
+        raise ValueError(f"vocab_size {vocab_size}; expected at least {256 + len(special)} (256 bytes and "
+                         f"{len(special)} special tokens)")
     tokenizer, alphabet = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel.alphabet()
     pieces = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces,
+                                                       pre_tokenizers.ByteLevel(add_prefix_space=False,
+                                                                                use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet,
+                                  show_progress=False)
     roles = itertools.repeat("user\nassistant\n", 100_000)
     tokenizer.train_from_iterator(itertools.chain(texts, roles), trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left", clean_up_tokenization_spaces=False,
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left",
+        clean_up_tokenization_spaces=False,
         extra_special_tokens=IMAGE_TOKENS, chat_template=CHAT_TEMPLATE, processor_class="InternVLProcessor",
     )
 
@@ -75,9 +85,11 @@ class EmbeddedConfig:
     language_kv_heads: int = 2  # grouped-query attention
     head_dim: int = 32  # of a language head
     language_hidden: int = 384  # width of the gated MLP
-    downsample_ratio: float = 1.0  # pixel shuffle: 0.5 would make 2 x 2 patches one language token; narrow bars need each patch
+    # pixel shuffle: 0.5 would make 2 x 2 patches one language token; narrow bars need each patch
+    downsample_ratio: float = 1.0
     layer_scale: float = 1.0  # initial lambda_1, lambda_2 of the encoder
-    initializer_range: float = 0.05  # standard deviation of the initial weights; 0.02, made for widths of thousands, stalls at 128
+    # standard deviation of the initial weights; 0.02, made for widths of thousands, stalls at 128
+    initializer_range: float = 0.05
     position_range: float = 0.5  # of the position embeddings; small ones drown in the patch embedding
     pixel_mean: float = 0.9  # documents are white: centred there, empty paper is almost zero
     pixel_std: float = 0.25
@@ -97,22 +109,30 @@ def model_config(
     "Return the InternVL configuration of an embedded model; ValueError names the numbers that do not fit."
     side, group = config.image_size / config.patch_size, 1 / config.downsample_ratio
     if side < 1 or side % group:
-        raise ValueError(f"image_size {config.image_size} over patch_size {config.patch_size}; expected a multiple of {group:g} (1 / downsample_ratio)")
+        raise ValueError(f"image_size {config.image_size} over patch_size {config.patch_size}; expected a multiple of "
+                         f"{group:g} (1 / downsample_ratio)")
     if config.vision_width % config.vision_heads or config.language_heads % config.language_kv_heads:
-        raise ValueError(f"{config}; expected vision_heads to divide vision_width and language_kv_heads to divide language_heads")
+        raise ValueError(f"{config}; expected vision_heads to divide vision_width and language_kv_heads to divide "
+                         f"language_heads")
     vision = InternVLVisionConfig(
-        image_size=[config.image_size] * 2, patch_size=[config.patch_size] * 2, hidden_size=config.vision_width, num_hidden_layers=config.vision_layers,
-        num_attention_heads=config.vision_heads, intermediate_size=config.vision_hidden, attention_bias=True, use_mean_pooling=True,
+        image_size=[config.image_size] * 2, patch_size=[config.patch_size] * 2, hidden_size=config.vision_width,
+        num_hidden_layers=config.vision_layers,
+        num_attention_heads=config.vision_heads, intermediate_size=config.vision_hidden, attention_bias=True,
+        use_mean_pooling=True,
         layer_scale_init_value=config.layer_scale, initializer_range=config.initializer_range,
     )
     end, pad = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     language = Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=config.language_width, intermediate_size=config.language_hidden, num_hidden_layers=config.language_layers,
-        num_attention_heads=config.language_heads, num_key_value_heads=config.language_kv_heads, head_dim=config.head_dim, tie_word_embeddings=True,
-        max_position_embeddings=config.max_positions, initializer_range=config.initializer_range, bos_token_id=None, eos_token_id=end, pad_token_id=pad,
+        vocab_size=len(tokenizer), hidden_size=config.language_width, intermediate_size=config.language_hidden,
+        num_hidden_layers=config.language_layers,
+        num_attention_heads=config.language_heads, num_key_value_heads=config.language_kv_heads,
+        head_dim=config.head_dim, tie_word_embeddings=True,
+        max_position_embeddings=config.max_positions, initializer_range=config.initializer_range, bos_token_id=None,
+        eos_token_id=end, pad_token_id=pad,
     )
     return InternVLConfig(
-        vision_config=vision, text_config=language, image_token_id=tokenizer.context_image_token_id, image_seq_length=config.image_tokens,
+        vision_config=vision, text_config=language, image_token_id=tokenizer.context_image_token_id,
+        image_seq_length=config.image_tokens,
         downsample_ratio=config.downsample_ratio, tie_word_embeddings=True, prompt_suffix=config.prompt_suffix,
     )
 
@@ -131,7 +151,8 @@ def new_model(
         for weight in (embeddings.cls_token, embeddings.position_embeddings):
             torch.nn.init.normal_(weight, std=config.position_range)
     ids = settings.text_config
-    model.generation_config = GenerationConfig(eos_token_id=ids.eos_token_id, pad_token_id=ids.pad_token_id, do_sample=False)
+    model.generation_config = GenerationConfig(eos_token_id=ids.eos_token_id, pad_token_id=ids.pad_token_id,
+                                               do_sample=False)
     return model.eval()
 
 # %% ../../notebooks/library/06_models/10_embedded.ipynb #0cdb5248
@@ -161,8 +182,10 @@ def build_processor(
 ) -> InternVLProcessor:
     "Build an InternVL processor from a tokenizer and the encoder's input."
     image_processor = GotOcr2ImageProcessorPil(
-        size={"height": config.image_size, "width": config.image_size}, image_mean=[config.pixel_mean] * 3, image_std=[config.pixel_std] * 3,
+        size={"height": config.image_size, "width": config.image_size}, image_mean=[config.pixel_mean] * 3,
+        image_std=[config.pixel_std] * 3,
         crop_to_patches=max_tiles > 1, min_patches=1, max_patches=max_tiles,
     )
     build = image_only(InternVLProcessor)
-    return build(image_processor=image_processor, tokenizer=tokenizer, image_seq_length=config.image_tokens, chat_template=tokenizer.chat_template)
+    return build(image_processor=image_processor, tokenizer=tokenizer, image_seq_length=config.image_tokens,
+                 chat_template=tokenizer.chat_template)

@@ -59,8 +59,10 @@ def share(
 ) -> list[int]:  # places of this process's questions, batch by batch
     "Deal batches out to processes in turn; ValueError for an index that is none of theirs."
     if not 0 <= index < processes or batch_size < 1:
-        raise ValueError(f"process {index} of {processes}, batches of {batch_size}; an index below the number and batches of at least 1 are expected")
-    return [place for start in range(index * batch_size, count, processes * batch_size) for place in range(start, min(start + batch_size, count))]
+        raise ValueError(f"process {index} of {processes}, batches of {batch_size}; an index below the number and "
+                         f"batches of at least 1 are expected")
+    return [place for start in range(index * batch_size, count, processes * batch_size)
+            for place in range(start, min(start + batch_size, count))]
 
 
 def merge(
@@ -70,8 +72,10 @@ def merge(
     "Put shared replies into order; RuntimeError names a place that is missing or there twice."
     places = sorted(place for place, _ in parts)
     if places != list(range(count)):
-        doubles, missing = {place for place in places if places.count(place) > 1}, sorted(set(range(count)) - set(places))
-        raise RuntimeError(f"{len(places)} replies to {count} questions came back: missing {missing[:3]}, twice {sorted(doubles)[:3]}")
+        doubles, missing = {place
+                            for place in places if places.count(place) > 1}, sorted(set(range(count)) - set(places))
+        raise RuntimeError(f"{len(places)} replies to {count} questions came back: missing {missing[:3]}, twice "
+                           f"{sorted(doubles)[:3]}")
     return [reply for _, reply in sorted(parts, key=lambda part: part[0])]
 
 
@@ -108,9 +112,11 @@ def evaluate(
     seed: int = 0,                  # of the bootstrap; answers are greedy
     progress: bool = False,
     intervention: Any = None,       # a VARConfig, VHRConfig or KnockoutConfig, at work while the model answers
-    accelerator: Any = None,        # accelerate.Accelerator whose processes share the questions; all get the same records
+    # accelerate.Accelerator whose processes share the questions; all get the same records
+    accelerator: Any = None,
 ) -> Evaluation:
-    "Answer and score questions; names are checked before the model starts, ValueError for an unknown one or an empty set."
+    """Answer and score questions; names are checked before the model starts, ValueError for an unknown one or an
+    empty set."""
     row, asked = find_benchmark(benchmark), samples(data)
     if silent := [sample.id for sample in asked if not sample.answers]:
         raise ValueError(f"question {silent[0]} has no answers, expected at least one")
@@ -123,9 +129,13 @@ def evaluate(
 
     reply = answer if accelerator is None else partial(answer_together, accelerator=accelerator)
     with nullcontext() if intervention is None else intervention.attach(bundle):
-        replies = reply(bundle, asked, batch_size=batch_size, max_new_tokens=max_new_tokens, suffix=suffix, tiles=tiles, progress=progress)
-    records, notes = make_records(asked, replies, scorer, profile), {getattr(reply, "note", "") for reply in replies} - {""}
-    settings = settings_of(bundle, asked, benchmark=benchmark, scorer=scorer, profile=profile, suffix=suffix, tiles=tiles,
-                           max_new_tokens=max_new_tokens, batch_size=batch_that_ran(replies, batch_size), bootstrap_seed=seed, bootstrap_draws=draws,
+        replies = reply(bundle, asked, batch_size=batch_size, max_new_tokens=max_new_tokens, suffix=suffix, tiles=tiles,
+                        progress=progress)
+    records, notes = make_records(asked, replies, scorer,
+                                  profile), {getattr(reply, "note", "") for reply in replies} - {""}
+    settings = settings_of(bundle, asked, benchmark=benchmark, scorer=scorer, profile=profile, suffix=suffix,
+                           tiles=tiles,
+                           max_new_tokens=max_new_tokens, batch_size=batch_that_ran(replies, batch_size),
+                           bootstrap_seed=seed, bootstrap_draws=draws,
                            intervention=None if intervention is None else repr(intervention))
     return Evaluation(records, summarise(records, settings, draws, level, seed) | {"notes": sorted(notes)})

@@ -32,7 +32,8 @@ def pixel_table(
         size = bundle.processor.image_processor.size
         flat = np.arange(size["height"] * size["width"]) % 256
         image = Image.fromarray(np.stack([flat.reshape(size["height"], size["width"])] * 3, axis=-1).astype(np.uint8))
-        values = bundle.processor.image_processor([image], crop_to_patches=False, return_tensors="np")["pixel_values"][0]
+        values = bundle.processor.image_processor([image], crop_to_patches=False,
+                                                  return_tensors="np")["pixel_values"][0]
         bundle.cache["pixels"] = np.ascontiguousarray(np.asarray(values, dtype=np.float32).reshape(3, -1)[:, :256])
     return bundle.cache["pixels"]
 
@@ -108,14 +109,16 @@ Box = tuple[float, float, float, float]
 def grid_boxes(columns: int, rows: int, width: float, height: float, left: float = 0.0, top: float = 0.0) -> list[Box]:
     "Cut a rectangle into equal boxes, row by row."
     across, down = width / columns, height / rows
-    return [(left + c * across, top + r * down, left + (c + 1) * across, top + (r + 1) * down) for r in range(rows) for c in range(columns)]
+    return [(left + c * across, top + r * down, left + (c + 1) * across, top + (r + 1) * down) for r in range(rows)
+            for c in range(columns)]
 
 
 def check_tiles(bundle: Bundle, tiles: int | None) -> None:
     "Refuse a tile limit that the family cannot obey, with a ValueError."
     views = bundle.family.views
     if tiles is not None and (tiles < 1 or views == "native" or views != "tiles" and tiles > 1):
-        own = {"anyres": "None for the shapes it was trained on, or 1", "square": "None or 1", "native": "None, it sees images at their own size"}
+        own = {"anyres": "None for the shapes it was trained on, or 1", "square": "None or 1",
+               "native": "None, it sees images at their own size"}
         expected = {"tiles": "at least 1"} | own
         raise ValueError(f"tiles {tiles}; {bundle.family.name} expects {expected[views]}")
 
@@ -163,7 +166,8 @@ def check_shape(
         else:
             tile_regions(bundle, size, tiles)
     except (ValueError, ArithmeticError) as error:
-        raise ValueError(f"{name}: {bundle.family.name} cannot take an image of {size[0]:,} x {size[1]:,} px ({error}); expected another shape") from error
+        raise ValueError(f"{name}: {bundle.family.name} cannot take an image of {size[0]:,} x {size[1]:,} px "
+                         f"({error}); expected another shape") from error
 
 
 def images_of(
@@ -171,7 +175,8 @@ def images_of(
     samples: Sequence[Any],  # documents.Sample
     tiles: int | None = None,  # most tiles per image, as it will be asked for
 ) -> list[Image.Image]:  # RGB
-    "Decode the images of samples; ValueError names the sample whose image cannot be read or has a shape that the family cannot take."
+    """Decode the images of samples; ValueError names the sample whose image cannot be read or has a shape that the
+    family cannot take."""
     images = [sample.image for sample in samples]
     check_tiles(bundle, tiles)
     for sample, image in zip(samples, images, strict=True):
@@ -189,15 +194,23 @@ def describe_views(
     if views == "native":
         patch = processor.patch_size * processor.merge_size
         least, most = processor.size["shortest_edge"], processor.size["longest_edge"]
-        return f"its own size in patches of {processor.patch_size} px, {least:,} to {most:,} px, sides in steps of {patch}"
+        return (
+            f"its own size in patches of {processor.patch_size} px, {least:,} to {most:,} px, sides in steps of {patch}"
+        )
     if views == "square":
         return f"the central square as one tile of {processor.crop_size['height']} px; what is beside it is not seen"
     side = processor.size["height"]
     if views == "anyres":
         shapes = len(processor.image_grid_pinpoints)
-        return f"the whole image as one tile of {side} px" if tiles == 1 else f"the whole image and tiles of {side} px in the best of {shapes} shapes"
+        return (
+            f"the whole image as one tile of {side} px"
+            if tiles == 1
+            else f"the whole image and tiles of {side} px in the best of {shapes} shapes"
+        )
     most = most_tiles(bundle, tiles)
-    return f"one tile of {side} px: single-tile mode" if most == 1 else f"up to {most} tiles of {side} px and a thumbnail"
+    return (
+        f"one tile of {side} px: single-tile mode" if most == 1 else f"up to {most} tiles of {side} px and a thumbnail"
+    )
 
 # %% ../../notebooks/library/06_models/40_images.ipynb #beabfeab
 @dataclass(frozen=True, eq=False)
@@ -219,18 +232,24 @@ def image_batch(
     if views == "tiles":
         pixels, counts = image_inputs(bundle, images, tiles)
         return ImageBatch({"pixel_values": pixels}, counts, image_blocks(bundle, pixels, counts))
-    single, inputs = views == "anyres" and tiles == 1, dict(processor.image_processor(list(images), return_tensors="pt"))
+    single, inputs = (
+        views == "anyres" and tiles == 1,
+        dict(processor.image_processor(list(images), return_tensors="pt")),
+    )
     if views == "anyres" and inputs["pixel_values"].shape[-1] != processor.image_processor.size["width"]:
         check_leaves(bundle)
     if single:  # the whole image comes first; a sample of several images, as this pretends to be, has no tiles
-        inputs |= {"pixel_values": inputs["pixel_values"][:, :1], "batch_num_images": torch.tensor([max(2, len(images))])}
+        inputs |= {"pixel_values": inputs["pixel_values"][:, :1],
+                   "batch_num_images": torch.tensor([max(2, len(images))])}
     texts = [processor.replace_image_token(inputs, number) for number in range(len(images))]
     counts, blocks = [1] * len(images), [placeholder(bundle, text) for text in texts]
     if views == "anyres":
         counts = counts if single else [len(tile_regions(bundle, image.size)) for image in images]
-        shown = [own[:count] for own, count in zip(inputs["pixel_values"], counts, strict=True)]  # tiles of each image, without padding
+        # tiles of each image, without padding
+        shown = [own[:count] for own, count in zip(inputs["pixel_values"], counts, strict=True)]
         kept = language_tokens(bundle, shown, inputs["image_sizes"].tolist())
-        blocks = blocks if kept is None else [shortened(bundle, block, own) for block, own in zip(blocks, kept, strict=True)]
+        blocks = blocks if kept is None else [shortened(bundle, block, own)
+                                              for block, own in zip(blocks, kept, strict=True)]
     return ImageBatch(inputs, counts, blocks)
 
 
@@ -238,7 +257,8 @@ def check_leaves(bundle: Bundle) -> None:
     "Refuse tiles of twice the pixels where nothing cuts them into leaves, with a ValueError."
     control = getattr(bundle.family.tower_of(bundle.model), CONTROL, None)
     if control is None or control.patches is None:
-        raise ValueError(f"tiles of {bundle.name} come in twice the pixels of its encoder, expected adaptive patches: call attach_tokens first")
+        raise ValueError(f"tiles of {bundle.name} come in twice the pixels of its encoder, expected adaptive patches: "
+                         f"call attach_tokens first")
 
 
 def placeholder(bundle: Bundle, text: str) -> list[int]:
@@ -263,7 +283,8 @@ class ImageFeatures:
     ) -> Any:  # for `mm_encoder_outputs["image"]`
         "Return the features of the images of some questions, one after the other."
         chosen = [self.images[number] for number in order]
-        deeper = {"deepstack_features": [[layer[number] for number in order] for layer in self.deeper]} if self.deeper else {}
+        deeper = {"deepstack_features": [[layer[number] for number in order]
+                                         for layer in self.deeper]} if self.deeper else {}
         return self.kind(pooler_output=torch.cat(chosen) if self.stacked else chosen, **deeper)
 
 
@@ -272,13 +293,15 @@ def cut_inputs(
     batch: ImageBatch,
     patches: int,  # most patches of a part, unless one tile or image has more
 ) -> list[dict[str, Tensor]]:  # arguments of `get_image_features` for each part
-    "Cut the inputs of the encoder between tiles, or between images where the model packs their tiles or takes them at their own size."
+    """Cut the inputs of the encoder between tiles, or between images where the model packs their tiles or takes
+    them at their own size."""
     family, inputs = bundle.family, batch.inputs
     if family.native:
         sizes = inputs["image_grid_thw"].prod(-1).tolist()
     else:
         tile = len(family.grid(bundle.model))
-        sizes = [tile * count for count in batch.views] if family.views == "anyres" else [tile] * len(inputs["pixel_values"])
+        sizes = [tile * count
+                 for count in batch.views] if family.views == "anyres" else [tile] * len(inputs["pixel_values"])
     starts, filled = [0], 0
     for place, size in enumerate(sizes):
         if filled and filled + size > patches:
@@ -308,7 +331,9 @@ def image_features(
     stacked = torch.is_tensor(features[0])
     if stacked:  # tokens of all images in a row, as many as stand for each in the prompt
         image = bundle.model.config.image_token_id
-        images = torch.cat([part.flatten(0, 1) for part in features]).split([tokens.count(image) for tokens in batch.tokens])
+        images = torch.cat([part.flatten(0, 1) for part in features]).split([tokens.count(image)
+                                                                             for tokens in batch.tokens])
     else:
         images = [own for part in features for own in part]
-    return ImageFeatures(kinds[0], stacked, list(images), [[own for part in layer for own in part] for layer in zip(*deeper, strict=True)])
+    return ImageFeatures(kinds[0], stacked, list(images),
+                         [[own for part in layer for own in part] for layer in zip(*deeper, strict=True)])

@@ -68,7 +68,8 @@ def quiet(
 
 
 PROCESSOR_FIELDS = (  # what the processors of the families keep besides their parts
-    "image_seq_length", "patch_size", "num_additional_image_tokens", "vision_feature_select_strategy", "num_image_tokens", "vision_aspect_ratio",
+    "image_seq_length", "patch_size", "num_additional_image_tokens", "vision_feature_select_strategy",
+    "num_image_tokens", "vision_aspect_ratio",
 )
 
 
@@ -76,11 +77,19 @@ def save_model(
     bundle: Bundle,
     folder: str | Path,  # new, empty, or a model to be replaced
 ) -> Path:
-    "Write a model with its processor as a Hugging Face folder; ValueError if the folder holds something that is no model."
+    """Write a model with its processor as a Hugging Face folder; ValueError if the folder holds something that is
+    no model."""
     folder = Path(folder)
     if any(isinstance(module, StructuralBias) for module in bundle.model.modules()):
-        raise ValueError(f"{bundle.name} has structural attention attached; save_structure writes it, and eject gives the plain model that belongs here")
-    if folder.exists() and not folder.is_dir() or folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file():
+        raise ValueError(f"{bundle.name} has structural attention attached; save_structure writes it, and eject gives "
+                         f"the plain model that belongs here")
+    if (
+        folder.exists()
+        and not folder.is_dir()
+        or folder.is_dir()
+        and any(folder.iterdir())
+        and not (folder / "config.json").is_file()
+    ):
         raise ValueError(f"{folder} exists and holds no model; expected a new or empty folder, or a model to replace")
     own = {name: getattr(bundle.processor, name) for name in PROCESSOR_FIELDS if hasattr(bundle.processor, name)}
     own |= {"processor_class": type(bundle.processor).__name__}
@@ -113,7 +122,8 @@ def find_model(
     except (OSError, HFValidationError, RuntimeError) as error:
         check_cache(constants.HF_HUB_CACHE, error)
         raise FileNotFoundError(
-            f"{name} is no folder, is not in the local cache, and the hub could not deliver it ({type(error).__name__}); "
+            f"{name} is no folder, is not in the local cache, and the hub could not deliver it "
+            f"({type(error).__name__}); "
             f"run `hf download {name}` where there is a network, or pass the path of a downloaded folder"
         ) from error
 
@@ -121,20 +131,24 @@ def find_model(
 def check_folder(
     folder: Path,
 ) -> None:
-    "Check configuration and weight files of a model folder; the error names what is missing, damaged, pickled or unsupported."
+    """Check configuration and weight files of a model folder; the error names what is missing, damaged, pickled or
+    unsupported."""
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} is no model folder: config.json is missing")
     try:
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / 'config.json'} is no model configuration ({error}); expected JSON with a model_type") from error
+        raise ValueError(f"{folder / 'config.json'} is no model configuration ({error}); expected JSON with a "
+                         f"model_type") from error
     supported = sorted({family.model_type for family in FAMILIES.values()})
     if kind not in supported:
-        raise ValueError(f"{folder} holds a model of type {kind!r}; expected one of {', '.join(supported)} (of InternVL, the checkpoints named ...-HF)")
+        raise ValueError(f"{folder} holds a model of type {kind!r}; expected one of {', '.join(supported)} (of "
+                         f"InternVL, the checkpoints named ...-HF)")
     shards = sorted(folder.glob("*.safetensors"))
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
     if not shards and pickles:
-        raise ValueError(f"{folder} has pickled weights only ({pickles[0]}), which are never loaded; expected *.safetensors")
+        raise ValueError(f"{folder} has pickled weights only ({pickles[0]}), which are never loaded; expected "
+                         f"*.safetensors")
     if not shards:
         raise FileNotFoundError(f"{folder} has no weights; expected *.safetensors")
     for shard in shards:
@@ -154,11 +168,16 @@ def parse_placement(
     try:
         devices = [torch.device(part.strip()) for part in placement.split(",")]
     except (RuntimeError, AttributeError) as error:
-        raise ValueError(f"placement {placement!r}; expected 'auto', 'cpu', 'cuda:0', or a pair such as 'cuda:0,cuda:1'") from error
+        raise ValueError(
+            f"placement {placement!r}; expected 'auto', 'cpu', 'cuda:0', or a pair such as 'cuda:0,cuda:1'"
+        ) from error
     if len(devices) > 2:
-        raise ValueError(f"placement {placement!r} names {len(devices)} devices; expected one, or two for encoder and language model")
-    if missing := [device for device in devices if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()]:
-        raise ValueError(f"placement {placement!r}: no device {missing[0]}; this machine has {torch.cuda.device_count()} CUDA device(s)")
+        raise ValueError(f"placement {placement!r} names {len(devices)} devices; expected one, or two for encoder and "
+                         f"language model")
+    if missing := [device
+                   for device in devices if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()]:
+        raise ValueError(f"placement {placement!r}: no device {missing[0]}; this machine has "
+                         f"{torch.cuda.device_count()} CUDA device(s)")
     return devices[0], devices[-1]
 
 # %% ../../notebooks/library/06_models/20_load.ipynb #d54dc352
@@ -169,11 +188,13 @@ def place(
     "Move a bundle's model, or its two halves, and return the bundle."
     vision, language = parse_placement(placement)
     family, model = bundle.family, bundle.model
-    parts = [(family.tower_of(model), vision), (family.projector_of(model), vision), (family.language_of(model), language), (model.lm_head, language)]
+    parts = [(family.tower_of(model), vision), (family.projector_of(model), vision),
+             (family.language_of(model), language), (model.lm_head, language)]
     for part, device in parts:
         here = next(part.parameters()).device
         if here != device and quantized_layers(part):
-            raise ValueError(f"a quantised language model cannot move from {here} to {device}; load it with placement={placement!r}")
+            raise ValueError(f"a quantised language model cannot move from {here} to {device}; load it with "
+                             f"placement={placement!r}")
         if here != device:
             part.to(device)
     return bundle
@@ -208,10 +229,13 @@ def check_bundle(
     model, family, tokenizer = bundle.model, bundle.family, bundle.tokenizer
     theirs, rows = tokenizer.convert_tokens_to_ids(family.image_token), model.get_input_embeddings().num_embeddings
     if theirs != model.config.image_token_id:
-        raise ValueError(f"{bundle.name}: token {family.image_token} is number {theirs} of the tokenizer; the model expects {model.config.image_token_id}")
+        raise ValueError(f"{bundle.name}: token {family.image_token} is number {theirs} of the tokenizer; the model "
+                         f"expects {model.config.image_token_id}")
     if len(tokenizer) > rows:
-        raise ValueError(f"{bundle.name}: the tokenizer has {len(tokenizer)} tokens; the model has embeddings for {rows}")
-    if layers := [layer for part in (family.tower_of(model), family.projector_of(model), model.lm_head) for layer in quantized_layers(part)]:
+        raise ValueError(f"{bundle.name}: the tokenizer has {len(tokenizer)} tokens; the model has embeddings for "
+                         f"{rows}")
+    if layers := [layer for part in (family.tower_of(model), family.projector_of(model), model.lm_head)
+                  for layer in quantized_layers(part)]:
         raise ValueError(f"{bundle.name}: layer {layers[0]} was quantised; expected the language model alone")
     return bundle
 
@@ -222,7 +246,8 @@ def load_processor(
 ) -> Any:
     "Load the processor of a model folder, with the PIL image processor where torchvision is missing."
     stock = PROCESSOR_MAPPING[type(config)]
-    return (stock if is_torchvision_available() else image_only(stock)).from_pretrained(str(folder), trust_remote_code=False)
+    return (stock if is_torchvision_available()
+            else image_only(stock)).from_pretrained(str(folder), trust_remote_code=False)
 
 
 def load_model(
@@ -234,7 +259,8 @@ def load_model(
 ) -> Bundle:
     """Load a model with its processor, in eval mode.
 
-    ValueError or FileNotFoundError, in one line, for an unknown precision or placement, a missing or foreign folder, pickled or damaged
+    ValueError or FileNotFoundError, in one line, for an unknown precision or placement, a missing or foreign
+    folder, pickled or damaged
     weights, weights that do not fit the configuration, an unsupported family, a hub id that cannot be reached.
     """
     if precision not in PRECISIONS:

@@ -34,24 +34,30 @@ from ..core.families import FAMILIES, family_of
 from ..core.bundle import Bundle
 
 # %% ../../notebooks/library/06_models/35_miniatures.ipynb #b155dbe0
-SYSTEM = "{% if loop.first and message['role'] != 'system' %}{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}"
+SYSTEM = ("{% if loop.first and message['role'] != 'system' %}{{ '<|im_start|>system\\nYou are a helpful "
+          "assistant.<|im_end|>\\n' }}{% endif %}")
 QWEN_TURNS = (
-    "{% for message in messages %}SYSTEM{{ '<|im_start|>' + message['role'] + '\\n' }}{% for content in message['content'] %}"
-    "{% if content['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ content['text'] }}{% endif %}{% endfor %}"
+    "{% for message in messages %}SYSTEM{{ '<|im_start|>' + message['role'] + '\\n' }}{% for content in "
+    "message['content'] %}"
+    "{% if content['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ content['text'] }}{% "
+    "endif %}{% endfor %}"
     "{{ '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 TEMPLATES = {
     "internvl": CHAT_TEMPLATE,
     "llava": (
-        "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
+        "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif "
+        "%}"
         "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\\n' }}{% endfor %}"
-        "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' ' }}{% endfor %}{% endfor %}"
+        "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' ' }}{% "
+        "endfor %}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
     ),
     "llava_onevision": (
         "{% for message in messages %}{{ '<|im_start|>' + message['role'] + ' ' }}"
         "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}"
-        "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ '\\n' + content['text'] }}{% endfor %}{{ '<|im_end|>' }}{% endfor %}"
+        "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ '\\n' + content['text'] "
+        "}}{% endfor %}{{ '<|im_end|>' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
     ),
     "qwen2_5_vl": QWEN_TURNS.replace("SYSTEM", SYSTEM),
@@ -61,7 +67,8 @@ TOKENS = {
     "internvl": IMAGE_TOKENS,
     "llava": {"image_token": "<image>"},
     "llava_onevision": {"image_token": "<image>", "video_token": "<video>"},
-    "qwen2_5_vl": {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>", "start": "<|vision_start|>", "end": "<|vision_end|>"},
+    "qwen2_5_vl": {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>", "start": "<|vision_start|>",
+                   "end": "<|vision_end|>"},
 }
 TOKENS["qwen3_vl"] = TOKENS["qwen2_5_vl"]
 
@@ -77,33 +84,42 @@ def miniature_tokenizer(
         return base
     first = {"bos_token": "<s>", "eos_token": "</s>"} if family == "llava" else {"eos_token": "<|im_end|>"}
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=base.backend_tokenizer, pad_token="<|endoftext|>", padding_side="left", clean_up_tokenization_spaces=False,
+        tokenizer_object=base.backend_tokenizer, pad_token="<|endoftext|>", padding_side="left",
+        clean_up_tokenization_spaces=False,
         extra_special_tokens=TOKENS[family], chat_template=TEMPLATES[family], **first,
     )
     if family == "llava":  # text begins with <s>, as LLaMA's does
-        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+        )
     return tokenizer
 
 # %% ../../notebooks/library/06_models/35_miniatures.ipynb #6728486a
 def language_settings(tokenizer: PreTrainedTokenizerBase, width: int, layers: int, **more: Any) -> dict[str, Any]:
     """Return the numbers every language model needs."""
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    sizes = {"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2}
-    return {"vocab_size": len(tokenizer), "max_position_embeddings": 4096, "tie_word_embeddings": True, **ids, **sizes, **more}
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+           "pad_token_id": tokenizer.pad_token_id}
+    sizes = {"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": layers,
+             "num_attention_heads": 4, "num_key_value_heads": 2}
+    return {"vocab_size": len(tokenizer), "max_position_embeddings": 4096, "tie_word_embeddings": True, **ids, **sizes,
+            **more}
 
 
 def vision_settings(width: int, layers: int, **more: Any) -> dict[str, Any]:
     """Return the numbers that towers with a fixed tile share."""
-    return {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers, "num_attention_heads": 2, **more}
+    return {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers, "num_attention_heads": 2,
+            **more}
 
 
 def internvl_settings(tokenizer: Any, width: int, layers: int, tile: int) -> tuple[Any, Any, dict]:
-    """Return configuration, image processor and the processor's own numbers of an InternVL: dynamic tiles and a thumbnail."""
+    """Return configuration, image processor and the processor's own numbers of an InternVL: dynamic tiles and a
+    thumbnail."""
     own = {"attention_bias": True, "use_mean_pooling": True, "layer_scale_init_value": 1.0}
     vision = vision_settings(width, layers, image_size=[tile, tile], patch_size=[14, 14], **own)
     text = language_settings(tokenizer, width, layers, model_type="qwen3", head_dim=width // 4)
     length = (tile // 28) ** 2
-    config = InternVLConfig(vision_config=vision, text_config=text, image_token_id=tokenizer.context_image_token_id, image_seq_length=length,
+    config = InternVLConfig(vision_config=vision, text_config=text, image_token_id=tokenizer.context_image_token_id,
+                            image_seq_length=length,
                             tie_word_embeddings=True)
     images = GotOcr2ImageProcessorPil(size={"height": tile, "width": tile})
     return config, images, {"image_seq_length": length}
@@ -111,58 +127,74 @@ def internvl_settings(tokenizer: Any, width: int, layers: int, tile: int) -> tup
 
 def llava_settings(tokenizer: Any, width: int, layers: int, tile: int) -> tuple[Any, Any, dict]:
     """Return the same of a LLaVA: one square, the last layer of the tower unused."""
-    vision = vision_settings(width, layers + 1, model_type="clip_vision_model", image_size=tile, patch_size=14, projection_dim=width)
+    vision = vision_settings(width, layers + 1, model_type="clip_vision_model", image_size=tile, patch_size=14,
+                             projection_dim=width)
     text = language_settings(tokenizer, width, layers, model_type="llama")
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=tokenizer.image_token_id, image_seq_length=(tile // 14) ** 2,
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=tokenizer.image_token_id,
+                         image_seq_length=(tile // 14) ** 2,
                          tie_word_embeddings=True)
     images = CLIPImageProcessorPil(size={"shortest_edge": tile}, crop_size={"height": tile, "width": tile})
-    return config, images, {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    return config, images, {"patch_size": 14, "vision_feature_select_strategy": "default",
+                            "num_additional_image_tokens": 1}
 
 
 def onevision_settings(tokenizer: Any, width: int, layers: int, tile: int) -> tuple[Any, Any, dict]:
     """Return the same of a LLaVA-OneVision: a tile the patch does not divide, tiles of chosen sizes."""
     tile += 6
     pins = [[tile * rows, tile * columns] for rows in (1, 2, 3) for columns in (1, 2, 3)]
-    vision = vision_settings(width, layers, model_type="siglip_vision_model", image_size=tile, patch_size=14, vision_use_head=False)
+    vision = vision_settings(width, layers, model_type="siglip_vision_model", image_size=tile, patch_size=14,
+                             vision_use_head=False)
     text = language_settings(tokenizer, width, layers, model_type="qwen2")
     config = LlavaOnevisionConfig(
-        vision_config=vision, text_config=text, image_token_index=tokenizer.image_token_id, video_token_index=tokenizer.video_token_id,
+        vision_config=vision, text_config=text, image_token_index=tokenizer.image_token_id,
+        video_token_index=tokenizer.video_token_id,
         image_grid_pinpoints=pins, vision_aspect_ratio="anyres_max_9", tie_word_embeddings=True,
     )
     images = LlavaOnevisionImageProcessorPil(size={"height": tile, "width": tile}, image_grid_pinpoints=pins)
-    return config, images, {"num_image_tokens": (tile // 14) ** 2, "vision_feature_select_strategy": "full", "vision_aspect_ratio": "anyres_max_9"}
+    return config, images, {"num_image_tokens": (tile // 14) ** 2, "vision_feature_select_strategy": "full",
+                            "vision_aspect_ratio": "anyres_max_9"}
 
 
 def qwen_settings(tokenizer: Any, width: int, layers: int, tile: int, third: bool = False) -> tuple[Any, Any, dict]:
     """Return the same of a Qwen2.5-VL, or Qwen3-VL: images at their own size, up to that of 4 tiles."""
     patch, head = (16, width // 4) if third else (14, width // 4)
-    vision = {"depth": layers, "hidden_size": width, "num_heads": 2, "intermediate_size": 2 * width, "out_hidden_size": width, "patch_size": patch}
-    own = {"num_position_embeddings": 64, "deepstack_visual_indexes": [0]} if third else {"window_size": 4 * patch, "fullatt_block_indexes": [layers - 1]}
-    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [head // 2 - 2 * (head // 6), head // 6, head // 6]}
+    vision = {"depth": layers, "hidden_size": width, "num_heads": 2, "intermediate_size": 2 * width,
+              "out_hidden_size": width, "patch_size": patch}
+    own = {"num_position_embeddings": 64,
+           "deepstack_visual_indexes": [0]} if third else {"window_size": 4 * patch,
+                                                           "fullatt_block_indexes": [layers - 1]}
+    rope = {"rope_type": "default", "rope_theta": 10_000.0,
+            "mrope_section": [head // 2 - 2 * (head // 6), head // 6, head // 6]}
     text = language_settings(tokenizer, width, layers, rope_parameters=rope, **({"head_dim": head} if third else {}))
     ids = {"image_token_id": tokenizer.image_token_id, "video_token_id": tokenizer.video_token_id}
-    ids |= dict(zip(("vision_start_token_id", "vision_end_token_id"), tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|vision_end|>"])))
-    config = (Qwen3VLConfig if third else Qwen2_5_VLConfig)(vision_config=vision | own, text_config=text, tie_word_embeddings=True, **ids)
-    images = Qwen2VLImageProcessorPil(size={"shortest_edge": (2 * patch) ** 2, "longest_edge": 4 * tile**2}, patch_size=patch)
+    ids |= dict(zip(("vision_start_token_id", "vision_end_token_id"),
+                    tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|vision_end|>"])))
+    config = (Qwen3VLConfig if third else Qwen2_5_VLConfig)(vision_config=vision | own, text_config=text,
+                                                            tie_word_embeddings=True, **ids)
+    images = Qwen2VLImageProcessorPil(size={"shortest_edge": (2 * patch) ** 2, "longest_edge": 4 * tile**2},
+                                      patch_size=patch)
     return config, images, {}
 
 
 SETTINGS: dict[str, Callable[..., tuple[Any, Any, dict]]] = {
-    "internvl": internvl_settings, "llava": llava_settings, "llava_onevision": onevision_settings, "qwen2_5_vl": qwen_settings,
+    "internvl": internvl_settings, "llava": llava_settings, "llava_onevision": onevision_settings,
+    "qwen2_5_vl": qwen_settings,
     "qwen3_vl": lambda *given: qwen_settings(*given, third=True),
 }
 
 # %% ../../notebooks/library/06_models/35_miniatures.ipynb #02b380f7
 def miniature(
     family: str,  # a key of FAMILIES
-    texts: Iterable[str] = ("What is the value of red in 2015?", "List all values.", "elm 9, cat 31"),  # the tokenizer is trained on them
+    # the tokenizer is trained on them
+    texts: Iterable[str] = ("What is the value of red in 2015?", "List all values.", "elm 9, cat 31"),
     seed: int = 0,  # of the weights
     width: int = 64,  # channels of encoder and language model, a multiple of 8; 4 bit needs 64
     layers: int = 2,  # of each
     tile: int = 56,  # pixels of a side, a multiple of 28
     spread: float = 0.1,  # standard deviation of the weights; a larger one makes it tell images and questions apart
 ) -> Bundle:
-    """Build a random model of a family's real class with its processor, in eval mode; ValueError for an unknown family."""
+    """Build a random model of a family's real class with its processor, in eval mode; ValueError for an unknown
+    family."""
     if family not in FAMILIES:
         raise ValueError(f"no family {family!r}; expected one of {', '.join(FAMILIES)}")
     tokenizer = miniature_tokenizer(family, texts)
@@ -173,6 +205,8 @@ def miniature(
         for name, weight in model.named_parameters():  # biases and norms too, so that nothing is by chance zero or one
             norm = weight.ndim == 1 and name.endswith(("weight", "lambda_1", "lambda_2"))
             torch.nn.init.normal_(weight, mean=float(norm), std=spread)
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False)
-    processor = image_only(PROCESSOR_MAPPING[type(config)])(image_processor=images, tokenizer=tokenizer, chat_template=tokenizer.chat_template, **own)
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+                                               do_sample=False)
+    processor = image_only(PROCESSOR_MAPPING[type(config)])(image_processor=images, tokenizer=tokenizer,
+                                                            chat_template=tokenizer.chat_template, **own)
     return Bundle(model, processor, family_of(model), f"miniature {family}")

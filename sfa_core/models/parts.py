@@ -38,32 +38,40 @@ def describe(
         "encoder": f"{seen}, {len(attentions)} layers, {first.num_heads} heads, width {width}",
         "structural bias": f"{terms} in {len(attentions)} layers" if terms else "",
         "projector": f"{merged} of width {text.hidden_size}",
-        "language model": f"{text.model_type}, {text.num_hidden_layers} layers, {text.num_attention_heads} heads, width {text.hidden_size}",
+        "language model": f"{text.model_type}, {text.num_hidden_layers} layers, {text.num_attention_heads} heads, "
+                          f"width {text.hidden_size}",
     }
 
 
 def model_parts(
     bundle: Bundle,
     trained: Iterable[str] = (),  # names of the trained parameters, as in named_parameters()
-) -> pd.DataFrame:  # part, detail, parameters, trained (bool), within (the part it sits in, or ""); in the order of the data
-    """List the parts of a model with their parameters; their sum is the whole model. ValueError for a name that no parameter has."""
+# part, detail, parameters, trained (bool), within (the part it sits in, or ""); in the order of the data
+) -> pd.DataFrame:
+    """List the parts of a model with their parameters; their sum is the whole model. ValueError for a name that no
+    parameter has."""
     model, family, names, text = bundle.model, bundle.family, set(trained), describe(bundle)
     own = dict(model.named_parameters())
     if unknown := sorted(names - set(own)):
-        raise ValueError(f"no parameter is named {unknown[0]!r}, expected names of the {len(own)} parameters of {bundle.name}")
+        raise ValueError(f"no parameter is named {unknown[0]!r}, expected names of the {len(own)} parameters of "
+                         f"{bundle.name}")
 
     def count(parameters):
-        return sum(parameter.numel() for parameter in parameters), any(name in names for name, p in own.items() if any(p is q for q in parameters))
+        return sum(parameter.numel()
+                   for parameter in parameters), any(name in names
+                                                     for name, p in own.items() if any(p is q for q in parameters))
 
     biases = [attention.structure for attention in family.attentions_of(model) if hasattr(attention, CHILD)]
     inside = {id(parameter) for bias in biases for parameter in bias.parameters()}
     projector = list(family.projector_of(model).parameters())
     inside |= {id(parameter) for parameter in projector}  # Qwen keeps it in the tower
-    groups = {"encoder": [p for p in family.tower_of(model).parameters() if id(p) not in inside], "projector": projector}
+    groups = {"encoder": [p for p in family.tower_of(model).parameters() if id(p) not in inside],
+              "projector": projector}
     groups["structural bias"] = [parameter for bias in biases for parameter in bias.parameters()]
     known = {id(parameter) for group in groups.values() for parameter in group}
     groups["language model"] = [parameter for parameter in own.values() if id(parameter) not in known]
-    rows = [(part, text[part], *count(groups[part]), "encoder" if part == "structural bias" else "") for part in text if groups[part]]
+    rows = [(part, text[part], *count(groups[part]), "encoder" if part == "structural bias" else "")
+            for part in text if groups[part]]
     table = pd.DataFrame(rows, columns=["part", "detail", "parameters", "trained", "within"])
     packed = model.num_parameters() - sum(parameter.numel() for parameter in own.values())
     table.loc[table["part"] == "language model", "parameters"] += packed
@@ -72,27 +80,34 @@ def model_parts(
 # %% ../../notebooks/library/06_models/60_parts.ipynb #9faadded
 def stored_bytes(module: Any) -> int:
     """Count the bytes of a module's weights and buffers as they are stored, each once."""
-    tensors = {(tensor.data_ptr(), tensor.numel()): tensor for tensor in module.state_dict().values() if hasattr(tensor, "numel")}
+    tensors = {(tensor.data_ptr(), tensor.numel()): tensor
+               for tensor in module.state_dict().values() if hasattr(tensor, "numel")}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def memory_table(
     bundle: Bundle,
 ) -> pd.DataFrame:  # part, device, stored (dtypes), parameters, MiB, MiB as bfloat16, share of that
-    """Report where the weights of a model lie, how they are stored, and what they take; the last row is the whole model."""
+    """Report where the weights of a model lie, how they are stored, and what they take; the last row is the whole
+    model."""
     model, family, rows = bundle.model, bundle.family, []
-    parts = {"encoder": family.tower_of(model), "projector": family.projector_of(model), "language model": family.language_of(model)}
+    parts = {"encoder": family.tower_of(model), "projector": family.projector_of(model),
+             "language model": family.language_of(model)}
     parts |= {"head": model.get_output_embeddings(), "all": model}
     four_bit = getattr(getattr(model.config, "quantization_config", None), "load_in_4bit", False)
     for part, module in parts.items():
         count = sum(p.numel() * (2 if type(p).__name__ == "Params4bit" else 1) for p in module.parameters())
-        names = sorted({"nf4" if type(p).__name__ == "Params4bit" else str(p.dtype).removeprefix("torch.") for p in module.parameters()})
+        names = sorted({"nf4" if type(p).__name__ == "Params4bit" else str(p.dtype).removeprefix("torch.")
+                        for p in module.parameters()})
         if part == "language model" and four_bit and (narrow := narrow_layers(module)):
             names.append(f"{len(narrow)} layers narrower than {BLOCK} not in 4 bit")
         size = stored_bytes(module)
         places = sorted({str(p.device) for p in module.parameters()})
-        rows.append((part, ", ".join(places), ", ".join(names), count, size / 2**20, count * 2 / 2**20, size / (2 * count)))
-    return pd.DataFrame(rows, columns=["part", "device", "stored", "parameters", "MiB", "MiB as bfloat16", "share"]).set_index("part")
+        rows.append((part, ", ".join(places), ", ".join(names), count, size / 2**20, count * 2 / 2**20,
+                     size / (2 * count)))
+    return pd.DataFrame(rows,
+                        columns=["part", "device", "stored", "parameters", "MiB", "MiB as bfloat16",
+                                 "share"]).set_index("part")
 
 # %% ../../notebooks/library/06_models/60_parts.ipynb #4128d715
 @torch.no_grad()
@@ -103,7 +118,8 @@ def structural_maps(
     head: int | None = None,  # None: mean over heads
     image: int = 0,  # of the batch, where blocks are set per image
 ) -> dict[str, np.ndarray]:  # term -> (h, w) float32 logits; the last one, "combined", is their sum
-    """Return the structural bias of one query, term by term; ValueError for a model without structure or a place that does not exist."""
+    """Return the structural bias of one query, term by term; ValueError for a model without structure or a place
+    that does not exist."""
     grid, biases = bundle.family.grid(bundle.model), structures_of(bundle)
     if not (0 <= layer < len(biases) and 0 <= query < len(grid) and (head is None or 0 <= head < biases[0].heads)):
         limits = f"a layer below {len(biases)}, a token below {len(grid)} and a head below {biases[0].heads}"
@@ -112,7 +128,8 @@ def structural_maps(
     for terms in (*((term,) for term in bias.terms), bias.terms):
         part = StructuralBias(bias.heads, bias.blocks, terms).to(next(bias.parameters()))
         part.load_state_dict({term: getattr(bias, term) for term in terms})
-        left, right = (factor if factor.ndim == 3 else factor[image] for factor in part.factors(bias.geometry))  # (H, N, R)
+        # (H, N, R)
+        left, right = (factor if factor.ndim == 3 else factor[image] for factor in part.factors(bias.geometry))
         values = torch.einsum("hr,hkr->hk", left[:, query], right)
         values = (values.mean(0) if head is None else values[head]).float().cpu().numpy()
         name = terms[0] if len(terms) == 1 and terms[0] not in maps else "combined"

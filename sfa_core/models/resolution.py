@@ -27,7 +27,8 @@ class FinerTiles(LlavaOnevisionImageProcessorPil):
         return super().get_image_patches(image, [[2 * side for side in chosen]], size, patch_size, resample)
 
     def _preprocess(self, images: list, *arguments: Any, size: SizeDict, **options: Any) -> Any:
-        return super()._preprocess(images, *arguments, size=SizeDict(height=2 * size.height, width=2 * size.width), **options)
+        return super()._preprocess(images, *arguments, size=SizeDict(height=2 * size.height, width=2 * size.width),
+                                   **options)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +50,8 @@ def finer_tiles(
     "Let a model that packs tiles see each in twice the pixels; ValueError for another size."
     own = bundle.processor.image_processor
     if side != 2 * own.size["height"]:
-        raise ValueError(f"a tile of {side} px; expected {2 * own.size['height']} px for {bundle.name}, whose encoder does not interpolate its positions")
+        raise ValueError(f"a tile of {side} px; expected {2 * own.size['height']} px for {bundle.name}, whose encoder "
+                         f"does not interpolate its positions")
     processor, tile = copy.copy(bundle.processor), (own.size["height"], own.size["width"])
     processor.image_processor = FinerTiles.from_dict(own.to_dict())
     processor._get_number_of_features = TileFeatures(processor, tile)
@@ -61,12 +63,14 @@ def at_resolution(
     side: int,  # pixels of a tile
     image_tokens: int | None = None,  # language tokens of a tile; None: those of the smaller raster
 ) -> Bundle:  # of the same model
-    "Let a model see its tiles at another size; ValueError for a side that gives no whole language tokens, or another family."
+    """Let a model see its tiles at another size; ValueError for a side that gives no whole language tokens, or
+    another family."""
     merge, cells = bundle.family.merge(bundle.model.config), side // PATCH
     if bundle.family.views == "anyres":
         return finer_tiles(bundle, side)
     if bundle.family.name != "internvl":
-        raise ValueError(f"{bundle.name} is of family {bundle.family.name}; expected internvl, whose encoder interpolates its positions, or llava_onevision")
+        raise ValueError(f"{bundle.name} is of family {bundle.family.name}; expected internvl, whose encoder "
+                         f"interpolates its positions, or llava_onevision")
     if side < PATCH or side % (PATCH * merge):
         raise ValueError(f"a tile of {side} px; expected a multiple of {PATCH * merge} px")
     processor = copy.copy(bundle.processor)

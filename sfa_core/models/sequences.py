@@ -32,10 +32,12 @@ def prompt_suffix(
 
 
 def chat_template(bundle: Bundle) -> str:
-    "Return the chat template, which some checkpoints keep with the processor and some with the tokenizer; ValueError when there is none."
+    """Return the chat template, which some checkpoints keep with the processor and some with the tokenizer;
+    ValueError when there is none."""
     found = getattr(bundle.processor, "chat_template", None) or bundle.tokenizer.chat_template
     if not found:
-        raise ValueError(f"{bundle.name} has no chat template; expected chat_template.jinja, or one in tokenizer_config.json")
+        raise ValueError(f"{bundle.name} has no chat template; expected chat_template.jinja, or one in "
+                         f"tokenizer_config.json")
     return found
 
 
@@ -56,13 +58,17 @@ def prompt_tokens(
     suffix = prompt_suffix(bundle, suffix)
     key = "prompt", question, suffix
     if key not in bundle.cache:
-        turn, image = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question + suffix}]}, bundle.model.config.image_token_id
-        options = dict(chat_template=chat_template(bundle), add_generation_prompt=True, tokenize=True, return_dict=False, sanitize_control_tokens=True)
+        turn, image = {"role": "user",
+                       "content": [{"type": "image"},
+                                   {"type": "text", "text": question + suffix}]}, bundle.model.config.image_token_id
+        options = dict(chat_template=chat_template(bundle), add_generation_prompt=True, tokenize=True,
+                       return_dict=False, sanitize_control_tokens=True)
         ids = bundle.tokenizer.apply_chat_template([turn], **options)
         if first_tokens(bundle) and ids[:1] != first_tokens(bundle):
             ids = first_tokens(bundle) + ids
         if ids.count(image) != 1:
-            raise ValueError(f"the chat template of {bundle.name} writes {ids.count(image)} image placeholders; expected 1")
+            raise ValueError(f"the chat template of {bundle.name} writes {ids.count(image)} image placeholders; "
+                             f"expected 1")
         bundle.cache[key] = ids[: ids.index(image)], ids[ids.index(image) + 1 :]
     return bundle.cache[key]
 
@@ -72,10 +78,14 @@ def end_token(
 ) -> int:
     "Return the token that closes an answer in the model's chat template."
     if "end" not in bundle.cache:
-        turns = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in (("user", "?"), ("assistant", "ANSWER"))]
-        after = bundle.tokenizer.apply_chat_template(turns, chat_template=chat_template(bundle), tokenize=False).rpartition("ANSWER")[2]
+        turns = [{"role": role, "content": [{"type": "text", "text": text}]}
+                 for role, text in (("user", "?"), ("assistant", "ANSWER"))]
+        after = bundle.tokenizer.apply_chat_template(turns, chat_template=chat_template(bundle),
+                                                     tokenize=False).rpartition("ANSWER")[2]
         ids = bundle.tokenizer(after, add_special_tokens=False)["input_ids"]
-        bundle.cache["end"] = ids[0] if ids and ids[0] in bundle.tokenizer.all_special_ids else bundle.tokenizer.eos_token_id
+        bundle.cache["end"] = (
+            ids[0] if ids and ids[0] in bundle.tokenizer.all_special_ids else bundle.tokenizer.eos_token_id
+        )
     return bundle.cache["end"]
 
 
@@ -86,7 +96,8 @@ def answer_tokens(
     "Return the token ids of an answer, closed by the end token."
     key = "answer", answer
     if key not in bundle.cache:
-        bundle.cache[key] = bundle.tokenizer(answer, add_special_tokens=False, split_special_tokens=True)["input_ids"] + [end_token(bundle)]
+        bundle.cache[key] = bundle.tokenizer(answer, add_special_tokens=False,
+                                             split_special_tokens=True)["input_ids"] + [end_token(bundle)]
     return bundle.cache[key]
 
 # %% ../../notebooks/library/06_models/48_sequences.ipynb #d933dac7
@@ -95,12 +106,15 @@ IGNORE = -100  # label of tokens that are not trained on
 
 def pack(
     prefixes: Sequence[Sequence[int]],  # B lists of token ids
-    branches: Sequence[Sequence[tuple[Sequence[int], Sequence[int]]]],  # of each sequence: (prompt ids, target ids) per branch
+    # of each sequence: (prompt ids, target ids) per branch
+    branches: Sequence[Sequence[tuple[Sequence[int], Sequence[int]]]],
     padding: int = 0,  # token id
     dtype: torch.dtype = torch.float32,  # of the mask
 ) -> dict[str, torch.Tensor]:  # input_ids, labels, position_ids (B, N) and attention_mask (B, 1, N, N), additive
-    "Pack branches behind shared prefixes, with labels on the target ids only; the prefixes may be text as well as images."
-    lengths = [len(prefix) + sum(len(prompt) + len(target) for prompt, target in parts) for prefix, parts in zip(prefixes, branches, strict=True)]
+    """Pack branches behind shared prefixes, with labels on the target ids only; the prefixes may be text as well as
+    images."""
+    lengths = [len(prefix) + sum(len(prompt) + len(target) for prompt, target in parts)
+               for prefix, parts in zip(prefixes, branches, strict=True)]
     shape = len(lengths), max(lengths)
     ids, labels, position = np.full(shape, padding), np.full(shape, IGNORE), np.zeros(shape, dtype=np.int64)
     branch, steps = np.full(shape, -1, dtype=np.int16), np.arange(shape[1])
@@ -135,7 +149,8 @@ def grouped(
             groups.append((row.document, row.source, [(row.question, row.answers)]))
     wrong = [name for name, _, pairs in groups if not pairs or not all(answers for _, answers in pairs)]
     if not groups or wrong:
-        raise ValueError(f"{f'document {wrong[0]}' if wrong else 'the training batch'} is empty; expected documents with questions that have answers")
+        raise ValueError(f"{f'document {wrong[0]}' if wrong else 'the training batch'} is empty; expected documents "
+                         f"with questions that have answers")
     return [(name, source, [(question, answers[0]) for question, answers in pairs]) for name, source, pairs in groups]
 
 
@@ -145,7 +160,8 @@ def spatial_positions(
     prefixes: Sequence[Sequence[int]],
     sizes: torch.Tensor,  # (B, 3): frames, rows and columns of patches of the one image of each prefix
 ) -> torch.Tensor:  # (3, B, N)
-    "Return positions in time, height and width, counted on behind the image from its larger side (M-RoPE, Qwen2-VL, section 2.1)."
+    """Return positions in time, height and width, counted on behind the image from its larger side (M-RoPE,
+    Qwen2-VL, section 2.1)."""
     spatial = position.expand(3, -1, -1).clone()
     for row, prefix in enumerate(prefixes):
         ids = torch.tensor([prefix])
@@ -161,8 +177,10 @@ def training_batch(
     rows: Iterable[dict | Sample],  # rows of a dataset of documents, or samples
     suffix: str | None = None,  # None: the model's own
     tiles: int | None = None,  # most tiles per image
-) -> dict[str, torch.Tensor]:  # as `pack`, and what the encoder takes (pixel_values, ...); on the devices of the model's parts
-    "Return model inputs with labels, one sequence per document; ValueError names a document whose image cannot be decoded or has an impossible shape."
+# as `pack`, and what the encoder takes (pixel_values, ...); on the devices of the model's parts
+) -> dict[str, torch.Tensor]:
+    """Return model inputs with labels, one sequence per document; ValueError names a document whose image cannot be
+    decoded or has an impossible shape."""
     groups = grouped(rows)
     pages = [decode(source, name) for name, source, _ in groups]
     check_tiles(bundle, tiles)
@@ -173,12 +191,15 @@ def training_batch(
     for (_, _, pairs), block in zip(groups, images.tokens, strict=True):
         prompts = [prompt_tokens(bundle, question, suffix) for question, _ in pairs]
         prefixes.append(prompts[0][0] + block)
-        branches.append([(after, answer_tokens(bundle, answer)) for (_, after), (_, answer) in zip(prompts, pairs, strict=True)])
+        branches.append([(after, answer_tokens(bundle, answer))
+                         for (_, after), (_, answer) in zip(prompts, pairs, strict=True)])
     vision, language = bundle.devices
     packed = pack(prefixes, branches, bundle.tokenizer.pad_token_id or 0, bundle.family.language_of(bundle.model).dtype)
     if bundle.family.native:
-        packed["position_ids"] = spatial_positions(bundle, packed["position_ids"], prefixes, images.inputs["image_grid_thw"])
-    return {name: value.to(language) for name, value in packed.items()} | {name: value.to(vision) for name, value in images.inputs.items()}
+        packed["position_ids"] = spatial_positions(bundle, packed["position_ids"], prefixes,
+                                                   images.inputs["image_grid_thw"])
+    return {name: value.to(language) for name, value in packed.items()} | {name: value.to(vision)
+                                                                           for name, value in images.inputs.items()}
 
 # %% ../../notebooks/library/06_models/48_sequences.ipynb #8e4d3e2a
 def answer_loss(
@@ -201,7 +222,8 @@ def document_losses(
     rows: Iterable[dict | Sample],  # rows of a dataset of documents, or samples
     tiles: int | None = None,  # most tiles per image
 ) -> dict[str, float]:  # document -> nats per answer token
-    "Measure, document by document, how well a model foresees the answers; finer than right and wrong, and defined for a model that is never right."
+    """Measure, document by document, how well a model foresees the answers; finer than right and wrong, and defined
+    for a model that is never right."""
     bundle.model.eval()
     found = {}
     for name, source, pairs in grouped(rows):

@@ -19,7 +19,8 @@ from ..documents.layout import PALETTE
 IGNORE = -100  # no target here
 COLOURS = tuple(PALETTE)
 WORD_INDEX = {word: i for i, word in enumerate(SHORT_WORDS)}
-HEADS = dict(digits=10, colour=len(COLOURS) + 1, tens=10, units=10, owner_colour=len(COLOURS), row=len(SHORT_WORDS), column=len(SHORT_WORDS))
+HEADS = dict(digits=10, colour=len(COLOURS) + 1, tens=10, units=10, owner_colour=len(COLOURS), row=len(SHORT_WORDS),
+             column=len(SHORT_WORDS))
 PAGE_HEADS = HEADS | dict(hundreds=10)  # where values go up to 999
 
 # %% ../../notebooks/library/10_pretraining/10_dense.ipynb #e6a2ca6f
@@ -33,7 +34,8 @@ def shared_area(
         edges = np.linspace(0, length, cells + 1)
         return np.clip(np.minimum(high[:, None], edges[1:]) - np.maximum(low[:, None], edges[:-1]), 0, None)
     boxes = np.asarray(boxes, float).reshape(-1, 4)
-    return along(boxes[:, 1], boxes[:, 3], grid[0], size[0])[:, :, None] * along(boxes[:, 0], boxes[:, 2], grid[1], size[1])[:, None, :]
+    return along(boxes[:, 1], boxes[:, 3], grid[0], size[0])[:, :, None] * along(boxes[:, 0], boxes[:, 2], grid[1],
+                                                                                 size[1])[:, None, :]
 
 
 def _characters(texts):
@@ -67,7 +69,8 @@ def slice_area(
     turn = np.arctan2(x - x0, -(y - y0)[:, None]) / (2 * np.pi) % 1
     inside = (x - x0) ** 2 + (y - y0)[:, None] ** 2 <= radius**2
     which = np.where(inside, np.searchsorted(np.cumsum(values) / sum(values), turn).clip(max=len(values) - 1), -1)
-    found = (which == np.arange(len(values))[:, None, None]).reshape(len(values), grid[0], points, grid[1], points).mean((2, 4))
+    found = (which == np.arange(len(values))[:, None, None]).reshape(len(values), grid[0], points, grid[1],
+                                                                     points).mean((2, 4))
     area = boxes.copy()
     area[slices] = found * size[0] * size[1] / grid[0] / grid[1]
     return area
@@ -79,7 +82,8 @@ def crossed_patches(
     size: tuple[int, int],  # Y, X of the image
 ) -> np.ndarray:  # (h, w) bool
     "Mark the patches that a line of a line chart touches, its points included."
-    centre = {(m["row"], m["column"]): ((m["box"][0] + m["box"][2] - 1) / 2, (m["box"][1] + m["box"][3] - 1) / 2) for m in row["marks"] if m["row"] >= 0}
+    centre = {(m["row"], m["column"]): ((m["box"][0] + m["box"][2] - 1) / 2, (m["box"][1] + m["box"][3] - 1) / 2)
+              for m in row["marks"] if m["row"] >= 0}
     ends = np.array([(centre[r, c], centre[r + 1, c]) for r, c in centre if (r + 1, c) in centre]).reshape(-1, 2, 2)
     along = np.linspace(0, 1, 2 * max(size))[:, None]
     x, y = np.moveaxis(ends[:, :1] + along * (ends[:, 1:] - ends[:, :1]), -1, 0)
@@ -93,11 +97,15 @@ def crossed_patches(
 def dense_targets(row: dict, grid: tuple[int, int], size: tuple[int, int]) -> dict[str, np.ndarray]:
     """Return per-patch targets of one document.
 
-    `digits` (10, h, w) bool; `colour` (h, w), 0 for none; `hundreds`, `tens`, `units` of values up to 999, `owner_colour`, `row`, `column` (h, w) with
-    IGNORE where there is none; and two masks (h, w): `label`, patches of a label's ink, and `away`, patches whose owner's value stands elsewhere.
-    A patch that only the line of a line chart crosses has no target for `colour`: its colour shows, but belongs to no single point.
+    `digits` (10, h, w) bool; `colour` (h, w), 0 for none; `hundreds`, `tens`, `units` of values up to 999,
+    `owner_colour`, `row`, `column` (h, w) with
+    IGNORE where there is none; and two masks (h, w): `label`, patches of a label's ink, and `away`, patches whose
+    owner's value stands elsewhere.
+    A patch that only the line of a line chart crosses has no target for `colour`: its colour shows, but belongs to
+    no single point.
     """
-    things = [(t["box"], t["row"], t["column"], 4.0) for t in row["texts"]] + [(m["box"], m["row"], m["column"], 1.0) for m in row["marks"]]
+    things = [(t["box"], t["row"], t["column"], 4.0) for t in row["texts"]] + [(m["box"], m["row"], m["column"], 1.0)
+                                                                               for m in row["marks"]]
     area = shared_area([t[0] for t in things], grid, size)
     if row["kind"] == "pie":
         area[len(row["texts"]) :] = slice_area(row, area[len(row["texts"]) :], grid, size)
@@ -111,7 +119,8 @@ def dense_targets(row: dict, grid: tuple[int, int], size: tuple[int, int]) -> di
     columns = np.where((columns < 0) & (rows >= 0) & single, 0, columns)
     shades = {(m["row"], m["column"]): m["colour"] for m in row["marks"] if m["colour"]}
     by_column = {c: name for (_, c), name in shades.items()} if not single else {}
-    hundreds, tens, units, shade = np.full((4, len(table) + 1, len(table[0]) + 1), IGNORE)  # the last row and column: -1, of no cell
+    # the last row and column: -1, of no cell
+    hundreds, tens, units, shade = np.full((4, len(table) + 1, len(table[0]) + 1), IGNORE)
     for r, c in np.ndindex(len(table) + 1, len(table[0]) + 1):
         cell = table[r][c] if r < len(table) and c < len(table[0]) else ""
         if cell.isdecimal() and len(cell) <= 3:
@@ -132,7 +141,8 @@ def dense_targets(row: dict, grid: tuple[int, int], size: tuple[int, int]) -> di
     out["colour"] = np.full(grid, 0)
     if len(shown):
         crossed = crossed_patches(row, grid, size) if row["kind"] == "line" else np.zeros(grid, bool)
-        out["colour"] = np.where(shown.max(0) > 0.1 * patch, names[names > 0][shown.argmax(0)], np.where(crossed, IGNORE, 0))
+        out["colour"] = np.where(shown.max(0) > 0.1 * patch, names[names > 0][shown.argmax(0)],
+                                 np.where(crossed, IGNORE, 0))
     labels = shared_area([t["box"] for t in row["texts"] if t["role"] == "label"], grid, size)
     values = {(t["row"], t["column"]): a for t, a in zip(row["texts"], area) if t["role"] in ("value", "cell")}
     own = np.zeros(grid)
@@ -144,7 +154,7 @@ def dense_targets(row: dict, grid: tuple[int, int], size: tuple[int, int]) -> di
 
 
 def stack_targets(rows, grid: tuple[int, int], size: tuple[int, int]) -> dict[str, Tensor]:
-    "Give the targets of several documents as tensors with a leading batch axis."
+    "Return the targets of several documents as tensors with a leading batch axis."
     each = [dense_targets(row, grid, size) for row in rows]
     return {name: torch.from_numpy(np.stack([t[name] for t in each])) for name in each[0]}
 
@@ -177,8 +187,9 @@ def heads_of_size(
 
 
 def dense_losses(logits: dict[str, Tensor], targets: dict[str, Tensor]) -> dict[str, Tensor]:
-    "Give the mean loss of each head in nats; a head without any target in the batch gives 0."
-    losses = {"digits": 10 * binary_cross_entropy_with_logits(logits["digits"], targets["digits"].permute(0, 2, 3, 1).float())}
+    "Return the mean loss of each head in nats; a head without any target in the batch gives 0."
+    losses = {"digits": 10 * binary_cross_entropy_with_logits(logits["digits"],
+                                                              targets["digits"].permute(0, 2, 3, 1).float())}
     for name in (name for name in logits if name != "digits"):
         flat = targets[name].flatten()
         total = cross_entropy(logits[name].flatten(0, 2), flat, ignore_index=IGNORE, reduction="sum")
@@ -201,7 +212,8 @@ def binding_counts(logits: dict[str, Tensor], targets: dict[str, Tensor]) -> dic
     measures = dict(
         digits=(digits, targets["digits"].any(1)), colour=(right["colour"], targets["colour"] > 0),
         label_colour=(right["owner_colour"], targets["label"] & known["owner_colour"]),
-        value_binding=(right["hundreds"] & right["tens"] & right["units"], targets["away"]), row_binding=(right["row"], targets["away"] & known["row"]),
+        value_binding=(right["hundreds"] & right["tens"] & right["units"], targets["away"]),
+        row_binding=(right["row"], targets["away"] & known["row"]),
         column_binding=(right["column"], targets["away"] & known["column"]))
     return {name: (int((hit & where).sum()), int(where.sum())) for name, (hit, where) in measures.items()}
 

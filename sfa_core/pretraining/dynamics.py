@@ -20,7 +20,16 @@ from safetensors.torch import save
 
 from ..structure.inject import inject, structures_of
 from ..core.files import locked, write_atomic
-from .dense import HEADS, PAGE_HEADS, DenseHeads, dense_binding, dense_losses, heads_of_size, patch_features, stack_targets
+from sfa_core.pretraining.dense import (
+    HEADS,
+    PAGE_HEADS,
+    DenseHeads,
+    dense_binding,
+    dense_losses,
+    heads_of_size,
+    patch_features,
+    stack_targets,
+)
 from ..documents.generate import PRESETS, PRESET_KINDS, generator_version, make_document
 from ..models.embedded import EmbeddedConfig
 from ..training.loop import LoopConfig, train
@@ -32,7 +41,7 @@ from ..structure.bias import check_terms
 # %% ../../notebooks/library/10_pretraining/30_dynamics.ipynb #cac16e0e
 @dataclass(frozen=True)
 class DenseConfig:
-    "Say how an encoder learns the dense task from nothing; two of one comparison differ in `terms` only."
+    "Return how an encoder learns the dense task from nothing; two of one comparison differ in `terms` only."
 
     terms: tuple[str, ...] = ()  # structural terms; none: plain attention
     steps: int = 200  # optimiser steps
@@ -50,12 +59,14 @@ class DenseConfig:
 
 
 def structural_weights(bundle: Bundle) -> pd.DataFrame:  # layer, term, head, weight
-    "List the structural weights of a model layer by layer; of the block table its first row, in which all patches are without density blocks."
+    """List the structural weights of a model layer by layer; of the block table its first row, in which all patches
+    are without density blocks."""
     rows = []
     for layer, bias in enumerate(structures_of(bundle)):
         for term in bias.terms:
             values = getattr(bias, term).detach()
-            rows += [dict(layer=layer, term=term, head=head, weight=float(value)) for head, value in enumerate(values[0] if term == "block" else values)]
+            rows += [dict(layer=layer, term=term, head=head, weight=float(value))
+                     for head, value in enumerate(values[0] if term == "block" else values)]
     return pd.DataFrame(rows)
 
 # %% ../../notebooks/library/10_pretraining/30_dynamics.ipynb #998eb7de
@@ -84,12 +95,14 @@ def draw_batch(
     step: int,  # from 0
     count: int,  # pages
 ) -> dict[str, np.ndarray | torch.Tensor]:  # pixels (B, Y, X, 3) uint8 and the dense targets
-    "Draw the pages of one step and their targets: a pure function of its arguments, equal for all arms of a comparison."
+    """Draw the pages of one step and their targets: a pure function of its arguments, equal for all arms of a
+    comparison."""
     if isinstance(data, TrainingSet):
         index = np.random.default_rng([seed, step]).integers(0, len(data.rows), count)
         return {"pixels": data.pixels[index]} | targets_at(data, index)
     drawn = range(step * count, (step + 1) * count)
-    pages = [make_document(data.kinds[i % len(data.kinds)], (data.seed, seed, step, i), data.size, preset=data.preset) for i in drawn]
+    pages = [make_document(data.kinds[i % len(data.kinds)], (data.seed, seed, step, i), data.size, preset=data.preset)
+             for i in drawn]
     targets = stack_targets([page.facts() for page in pages], (data.size // data.patch,) * 2, (data.size,) * 2)
     return {"pixels": np.stack([page.pixels for page in pages])} | targets
 
@@ -108,7 +121,8 @@ def save_encoder(
     heads: DenseHeads,
     **about,  # what is kept beside the weights, in JSON
 ) -> None:
-    "Write an encoder, its structural weights and its dense heads as one safetensors file, without the optimiser's state."
+    """Write an encoder, its structural weights and its dense heads as one safetensors file, without the optimiser's
+    state."""
     tensors = {f"tower.{name}": p.detach().contiguous() for name, p in tower.named_parameters()}
     tensors |= {f"heads.{name}": p.detach().contiguous() for name, p in heads.named_parameters()}
     write_atomic(path, save(tensors, {"about": json.dumps(about)}))
@@ -123,12 +137,14 @@ def load_encoder(
         raise FileNotFoundError(f"no encoder at {path}; expected a file written by learn_dense")
     with safe_open(path, "pt") as file:
         about, weights = json.loads(file.metadata()["about"]), {name: file.get_tensor(name) for name in file.keys()}
-    bundle = new_bundle(EmbeddedConfig(**about["architecture"]), tokenizer, about["dense"]["seed"], name=Path(path).parent.name)
+    bundle = new_bundle(EmbeddedConfig(**about["architecture"]), tokenizer, about["dense"]["seed"],
+                        name=Path(path).parent.name)
     if about["dense"]["terms"]:
         inject(bundle, about["dense"]["terms"])
     heads = DenseHeads(weights["heads.read.weight"].shape[1], heads_of_size(len(weights["heads.read.weight"])))
     for module, prefix in ((bundle.family.tower_of(bundle.model), "tower."), (heads, "heads.")):
-        module.load_state_dict({name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)})
+        module.load_state_dict({name.removeprefix(prefix): value
+                                for name, value in weights.items() if name.startswith(prefix)})
     return bundle, heads.eval(), about
 
 
@@ -146,13 +162,16 @@ def measure_dense(
 # %% ../../notebooks/library/10_pretraining/30_dynamics.ipynb #3393e385
 def learn_dense(
     data: TrainingSet | FreshPages,  # pages it learns from
-    held_out: TrainingSet | dict[str, TrainingSet],  # pages it is asked about; of several sets, the measures of all but "" bear their set's name
+    # pages it is asked about; of several sets, the measures of all but "" bear their set's name
+    held_out: TrainingSet | dict[str, TrainingSet],
     tokenizer: object,  # of a model that is built around the encoder
     config: DenseConfig,
-    folder: str | Path,  # checkpoints, curve.parquet, encoder.safetensors; what was cut off goes on, what is finished is read
+    # checkpoints, curve.parquet, encoder.safetensors; what was cut off goes on, what is finished is read
+    folder: str | Path,
     architecture: EmbeddedConfig | None = None,  # None: the one that ships
     progress: bool = False,
-) -> tuple[pd.DataFrame, pd.DataFrame]:  # step, measure, rate, n; and `structural_weights` at the end, empty without terms
+# step, measure, rate, n; and `structural_weights` at the end, empty without terms
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     "Train an encoder from random weights on the dense task and measure it on other pages as it learns."
     architecture = architecture or EmbeddedConfig()
     grid = (architecture.image_size // architecture.patch_size,) * 2
@@ -163,7 +182,8 @@ def learn_dense(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         heads = DenseHeads(architecture.vision_width, classes_of(data))
-    named = {f"tower.{name}": p for name, p in tower.named_parameters()} | {f"heads.{name}": p for name, p in heads.named_parameters()}
+    named = {f"tower.{name}": p for name, p in tower.named_parameters()} | {f"heads.{name}": p
+                                                                            for name, p in heads.named_parameters()}
 
     def batch_at(step, micro):
         return draw_batch(data, config.seed, step, config.batch_size)
@@ -197,11 +217,15 @@ def learn_dense(
         for until in sorted({*range(config.every, config.steps, config.every), config.steps} - known | {config.steps}):
             train(named, batch_at, losses, loop, folder, identity, until=until, progress=progress)
             if until not in known:
-                found = {f"{name} {measure}".strip(): at for name, part in sets.items() for measure, at in measure_dense(bundle, heads, part).items()}
-                curve.append(pd.DataFrame([dict(step=until, measure=measure, **values) for measure, values in found.items()]))
+                found = {f"{name} {measure}".strip(): at for name, part in sets.items()
+                         for measure, at in measure_dense(bundle, heads, part).items()}
+                curve.append(pd.DataFrame([dict(step=until, measure=measure, **values)
+                                           for measure, values in found.items()]))
                 write_atomic(path, pd.concat(curve).to_parquet(index=False))
         save_encoder(Path(folder) / "encoder.safetensors", tower, heads, **identity)
-    return pd.concat(curve, ignore_index=True), structural_weights(bundle) if config.terms else pd.DataFrame(columns=["layer", "term", "head", "weight"])
+    return pd.concat(curve, ignore_index=True), structural_weights(bundle) if config.terms else pd.DataFrame(
+        columns=["layer", "term", "head", "weight"]
+    )
 
 
 def fresh_encoder(
@@ -214,5 +238,8 @@ def fresh_encoder(
         try:
             part(model).load_state_dict(part(random).state_dict())
         except RuntimeError as error:
-            raise ValueError(f"{bundle.name} is not of the embedded architecture: {str(error).splitlines()[-1].strip()}") from error
-    return replace(bundle, model=model, name=f"{bundle.name}, encoder from seed {seed}", revision=f"{bundle.revision}-encoder-{seed}", cache={})
+            raise ValueError(
+                f"{bundle.name} is not of the embedded architecture: {str(error).splitlines()[-1].strip()}"
+            ) from error
+    return replace(bundle, model=model, name=f"{bundle.name}, encoder from seed {seed}",
+                   revision=f"{bundle.revision}-encoder-{seed}", cache={})

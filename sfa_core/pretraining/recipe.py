@@ -68,27 +68,32 @@ NAMES = ("label_name", "colour_name", "cell_name")
 def named_values(
     row: dict,  # of a dataset of documents
 ) -> list[tuple[str, dict[str, str], str]]:  # wording of a question about it, what fills the wording, the value
-    "Give every value of a document once for each way to name it."
+    "Return every value of a document once for each way to name it."
     header, *lines = row["table"]
     several = len(header) > 2
     cells = [(r, c) for r in range(len(lines)) for c in range(len(header) - 1)]
     colours = {(m["row"], m["column"]): m["colour"] for m in row["marks"] if m["colour"] and m["row"] >= 0}
-    found = [("read_cell" if several else "read_label", dict(row=lines[r][0], column=header[c + 1]), (r, c)) for r, c in cells]
-    found += [("read_colour_row" if several else "read_colour", dict(row=lines[r][0], colour=colour), (r, c)) for (r, c), colour in colours.items()]
+    found = [("read_cell" if several else "read_label", dict(row=lines[r][0], column=header[c + 1]), (r, c))
+             for r, c in cells]
+    found += [("read_colour_row" if several else "read_colour", dict(row=lines[r][0], colour=colour), (r, c))
+              for (r, c), colour in colours.items()]
     return [(wording, fill, lines[r][c + 1]) for wording, fill, (r, c) in found]
 
 
 def lookups(row: dict) -> list[dict]:  # kind, question and answers, as questions have them
-    "Give every bare name of a document that has one value."
-    names = dict(read_label=("label_name", " {row}"), read_colour=("colour_name", " {colour}"), read_cell=("cell_name", " {row} {column}"),
+    "Return every bare name of a document that has one value."
+    names = dict(read_label=("label_name", " {row}"), read_colour=("colour_name", " {colour}"),
+                 read_cell=("cell_name", " {row} {column}"),
                  read_colour_row=("cell_name", " {row} {colour}"))
-    return [dict(kind=names[wording][0], question=names[wording][1].format(**fill), answers=[value]) for wording, fill, value in named_values(row)]
+    return [dict(kind=names[wording][0], question=names[wording][1].format(**fill), answers=[value])
+            for wording, fill, value in named_values(row)]
 
 
 def sentences(row: dict) -> list[dict]:  # as `lookups`
     "Ask for every value of a document, by every name and in every wording."
     mark = MARK["en"].get(row["kind"], "")
-    return [dict(kind="cell_sentence" if wording == "read_cell" else "sentence", question=words.format(mark=mark, **fill), answers=[value])
+    return [dict(kind="cell_sentence" if wording == "read_cell" else "sentence",
+                 question=words.format(mark=mark, **fill), answers=[value])
             for wording, fill, value in named_values(row) for words in WORDING["en"][wording]]
 
 # %% ../../notebooks/library/10_pretraining/20_recipe.ipynb #44e0e4f1
@@ -102,7 +107,8 @@ class TrainingSet:
     @property
     def digest(self) -> str:
         "Key over pixels and targets, in their order."
-        return key_of(pixels=array_digest(self.pixels), targets={name: array_digest(value) for name, value in self.targets.items()})
+        return key_of(pixels=array_digest(self.pixels),
+                      targets={name: array_digest(value) for name, value in self.targets.items()})
 
 
 def decode_documents(data: Dataset, grid: tuple[int, int]) -> TrainingSet:
@@ -111,14 +117,16 @@ def decode_documents(data: Dataset, grid: tuple[int, int]) -> TrainingSet:
     for row in data.cast_column("image", ImageFeature(decode=False)):
         pixels.append(np.asarray(decode(row["image"]["bytes"], row["id"])))
         made = dense_targets(row, grid, pixels[-1].shape[:2])
-        targets.append({name: value.astype(np.int8 if value.dtype == np.int64 else value.dtype) for name, value in made.items()})
+        targets.append({name: value.astype(np.int8 if value.dtype == np.int64 else value.dtype)
+                        for name, value in made.items()})
         rows.append({key: row[key] for key in ("id", "kind", "image", "table", "marks", "questions")})
     return TrainingSet(rows, np.stack(pixels), {name: np.stack([t[name] for t in targets]) for name in targets[0]})
 
 
 def targets_at(data: TrainingSet, index: np.ndarray) -> dict[str, torch.Tensor]:
-    "Give the dense targets of some documents as tensors."
-    return {name: torch.from_numpy(value[index].astype(np.int64 if value.dtype == np.int8 else value.dtype)) for name, value in data.targets.items()}
+    "Return the dense targets of some documents as tensors."
+    return {name: torch.from_numpy(value[index].astype(np.int64 if value.dtype == np.int8 else value.dtype))
+            for name, value in data.targets.items()}
 
 
 def pixel_values(bundle: Bundle, pixels: np.ndarray) -> torch.Tensor:
@@ -137,30 +145,35 @@ CURRICULUM = {  # stage -> (share of its steps until which it holds, kinds asked
 
 
 def phase_at(stage: str, step: int, steps: int) -> tuple[str, ...]:
-    "Give the kinds that are asked at a step of a stage."
+    "Return the kinds that are asked at a step of a stage."
     return next(kinds for end, kinds in CURRICULUM[stage] if step < end * steps)
 
 
 def eligible(data: TrainingSet, kinds: tuple[str, ...]) -> tuple[list[int], list[list[dict]]]:
-    "Give the documents that have names, sentences or questions of some kinds, and those of each."
-    asked = {i: [q for q in (*lookups(row), *sentences(row), *row["questions"]) if q["kind"] in kinds] for i, row in enumerate(data.rows)}
+    "Return the documents that have names, sentences or questions of some kinds, and those of each."
+    asked = {i: [q for q in (*lookups(row), *sentences(row), *row["questions"]) if q["kind"] in kinds]
+             for i, row in enumerate(data.rows)}
     return [i for i, q in asked.items() if q], [q for q in asked.values() if q]
 
 
-def visit(recipe: Recipe, stage: str, step: int, size: int, among: tuple[list[int], list[list[dict]]]) -> tuple[np.ndarray, list[list[dict]]]:
-    "Draw the documents of one step, and what is asked of each this time: a pure function of seed, stage, step and what may be asked."
+def visit(recipe: Recipe, stage: str, step: int, size: int,
+          among: tuple[list[int], list[list[dict]]]) -> tuple[np.ndarray, list[list[dict]]]:
+    """Draw the documents of one step, and what is asked of each this time: a pure function of seed, stage, step and
+    what may be asked."""
     rng = np.random.default_rng([recipe.seed, list(CURRICULUM).index(stage) + 1, step])
     drawn = rng.integers(0, len(among[0]), size)
     ask = lambda q: [q[i] for i in sorted(rng.choice(len(q), min(recipe.questions, len(q)), replace=False))]
     return np.array([among[0][i] for i in drawn]), [ask(among[1][i]) for i in drawn]
 
 
-def name_batch(bundle: Bundle, data: TrainingSet, index: np.ndarray, asked: list[list[dict]]) -> dict[str, torch.Tensor]:
+def name_batch(bundle: Bundle, data: TrainingSet, index: np.ndarray,
+               asked: list[list[dict]]) -> dict[str, torch.Tensor]:
     "Pack names behind their image, each followed directly by its value, as `training_batch` packs questions."
     prefix = prompt_tokens(bundle, "")[0] + image_tokens(bundle, 1)
     name = lambda text: bundle.tokenizer(text, add_special_tokens=False)["input_ids"]
     branches = [[(name(q["question"]), answer_tokens(bundle, q["answers"][0])) for q in names] for names in asked]
-    return pack([prefix] * len(branches), branches, bundle.tokenizer.pad_token_id) | {"pixel_values": pixel_values(bundle, data.pixels[index])}
+    return pack([prefix] * len(branches), branches,
+                bundle.tokenizer.pad_token_id) | {"pixel_values": pixel_values(bundle, data.pixels[index])}
 
 
 def training_tokenizer(data: TrainingSet, recipe: Recipe):
@@ -174,11 +187,14 @@ def _stage(name, parameters, batch_at, losses, steps, rate, recipe, folder, prog
     "Train one stage; its weights are in the parameters afterwards."
     if not steps:
         return pd.DataFrame()
-    config = LoopConfig(steps=steps, learning_rate=rate, warmup=0.03, decay="cosine", final_rate=0.02, betas=(0.9, 0.98), weight_decay=0.01,
+    config = LoopConfig(steps=steps, learning_rate=rate, warmup=0.03, decay="cosine", final_rate=0.02,
+                        betas=(0.9, 0.98), weight_decay=0.01,
                         checkpoint_every=recipe.checkpoint_every, log_every=10, seed=recipe.seed)
     size = sum(p.numel() for p in parameters.values())
-    identity = dict(recipe={k: v for k, v in asdict(recipe).items() if not k.endswith(("_steps", "_every"))}, stage=name, parameters=size)
-    return train(parameters, batch_at, losses, config, Path(folder) / name, identity, progress=progress).log.assign(stage=name)
+    identity = dict(recipe={k: v for k, v in asdict(recipe).items() if not k.endswith(("_steps", "_every"))},
+                    stage=name, parameters=size)
+    return train(parameters, batch_at, losses, config, Path(folder) / name, identity,
+                 progress=progress).log.assign(stage=name)
 
 
 def train_embedded(
@@ -190,7 +206,8 @@ def train_embedded(
     "Train the embedded model from nothing; called again with the same recipe and folder it resumes exactly."
     architecture = architecture or EmbeddedConfig()
     side = architecture.image_size // architecture.patch_size
-    data = decode_documents(documents(recipe.documents, recipe.document_seed, size=architecture.image_size), (side, side))
+    data = decode_documents(documents(recipe.documents, recipe.document_seed, size=architecture.image_size),
+                            (side, side))
     bundle = new_bundle(architecture, training_tokenizer(data, recipe), recipe.seed, name="embedded")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
@@ -200,7 +217,8 @@ def train_embedded(
     tower, everything = named(family.tower_of(model), "tower"), named(model, "model") | named(heads, "heads")
 
     def dense_named(pixels, index, weight):
-        losses = dense_losses(heads(patch_features(family.tower_of(model), pixels, (side, side))), targets_at(data, index))
+        losses = dense_losses(heads(patch_features(family.tower_of(model), pixels, (side, side))),
+                              targets_at(data, index))
         return {f"dense_{name}": weight * loss for name, loss in losses.items()}
 
     def joint_losses(batch):
@@ -217,7 +235,9 @@ def train_embedded(
         return eligible(data, kinds)
 
     def lookup_batch(step, micro):
-        return name_batch(bundle, data, *visit(recipe, "lookup", step, recipe.batch, among(phase_at("lookup", step, recipe.lookup_steps))))
+        return name_batch(bundle, data,
+                          *visit(recipe, "lookup", step, recipe.batch,
+                                 among(phase_at("lookup", step, recipe.lookup_steps))))
 
     def lookup_losses(batch):
         total, count = answer_loss(model, batch)
@@ -226,24 +246,30 @@ def train_embedded(
     def question_batches(stage, steps):
         def batch(step, micro):
             index, asked = visit(recipe, stage, step, recipe.question_batch, among(phase_at(stage, step, steps)))
-            return training_batch(bundle, [data.rows[i] | {"questions": questions} for i, questions in zip(index, asked)]), index
+            return training_batch(bundle,
+                                  [data.rows[i] | {"questions": questions}
+                                   for i, questions in zip(index, asked)]), index
         return batch
 
     reading = named(family.projector_of(model), "projector") | named(family.language_of(model), "language")
     run = lambda *stage: _stage(*stage, recipe, folder, progress)
     encoder_losses = lambda batch: (dense_named(*batch, 1.0), len(batch[1]))
-    logs = [run("encoder", tower | named(heads, "heads"), encoder_batch, encoder_losses, recipe.encoder_steps, recipe.learning_rate)]
+    logs = [run("encoder", tower | named(heads, "heads"), encoder_batch, encoder_losses, recipe.encoder_steps,
+                recipe.learning_rate)]
     family.tower_of(model).requires_grad_(False)
     logs.append(run("lookup", reading, lookup_batch, lookup_losses, recipe.lookup_steps, recipe.joint_rate))
     family.tower_of(model).requires_grad_(True)
-    for stage, steps, rate in (("joint", recipe.joint_steps, recipe.joint_rate), ("reading", recipe.reading_steps, recipe.joint_rate / 2),
+    for stage, steps, rate in (("joint", recipe.joint_steps, recipe.joint_rate),
+                               ("reading", recipe.reading_steps, recipe.joint_rate / 2),
                               ("cells", recipe.cell_steps, recipe.joint_rate / 2)):
         logs.append(run(stage, everything, question_batches(stage, steps), joint_losses, steps, rate))
     model.eval()
     return bundle, heads, pd.concat([log for log in logs if len(log)], ignore_index=True)
 
 # %% ../../notebooks/library/10_pretraining/20_recipe.ipynb #22b36900
-STAGES = {"encoder": "encoder_steps", "lookup": "lookup_steps", "joint": "joint_steps", "reading": "reading_steps", "cells": "cell_steps"}  # fields of `Recipe`
+# fields of `Recipe`
+STAGES = {"encoder": "encoder_steps", "lookup": "lookup_steps", "joint": "joint_steps", "reading": "reading_steps",
+          "cells": "cell_steps"}
 
 
 def stage_table(
@@ -251,12 +277,13 @@ def stage_table(
     minutes: Mapping[str, float],  # stage -> minutes its training took
 ) -> pd.DataFrame:  # steps and minutes, one row per stage that was trained
     "Return the steps and minutes of every stage, in the order of the training."
-    rows = {stage: dict(steps=getattr(recipe, field), minutes=round(minutes[stage], 1)) for stage, field in STAGES.items() if stage in minutes}
+    rows = {stage: dict(steps=getattr(recipe, field), minutes=round(minutes[stage], 1))
+            for stage, field in STAGES.items() if stage in minutes}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("stage")
 
 
 def workspace(recipe: Recipe) -> Path:
-    "Give the folder where a recipe trains: the same recipe on the same generator finds its checkpoints again."
+    "Return the folder where a recipe trains: the same recipe on the same generator finds its checkpoints again."
     key = key_of(12, recipe=asdict(recipe), generator=generator_version(), packages=package_versions())
     return exports_root() / "cache" / f"pretraining-{key}"
 
@@ -280,8 +307,9 @@ def load_heads(folder: str | Path) -> DenseHeads:
     return heads.eval()
 
 
-def dense_batches(bundle: Bundle, data: Dataset, size: int = 64) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
-    "Give (pixels, targets) batches of documents for `dense_binding`."
+def dense_batches(bundle: Bundle, data: Dataset,
+                  size: int = 64) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    "Return (pixels, targets) batches of documents for `dense_binding`."
     grid = bundle.family.grid(bundle.model.config)
     for start in range(0, len(data), size):
         part = data.select(range(start, min(start + size, len(data))))
@@ -314,7 +342,7 @@ Greedy answers, strict profile, Wilson 95 % intervals for reading; every kind of
 {kinds}
 
 {tried}
-"""
+"""  # noqa: E501
 
 
 def write_card(
@@ -331,13 +359,16 @@ def write_card(
 ) -> Path:
     "Write the model's card as README.md."
     vision, text = bundle.model.config.vision_config, bundle.model.config.text_config
-    layers = (f"encoder {vision.num_hidden_layers} x {vision.hidden_size}, language model {text.num_hidden_layers} x {text.hidden_size}, "
+    layers = (f"encoder {vision.num_hidden_layers} x {vision.hidden_size}, language model {text.num_hidden_layers} x "
+              f"{text.hidden_size}, "
               f"{vision.image_size[0]} px, patch {vision.patch_size[0]}")
     table = lambda frame: frame.round(3).to_markdown(floatfmt="g")
     parameters = sum(p.numel() for p in bundle.model.parameters())
-    text = CARD.format(parameters=parameters, layers=layers, pages=pages, origin=origin, stages=table(stages), reads=table(reads), kinds=table(kinds),
+    text = CARD.format(parameters=parameters, layers=layers, pages=pages, origin=origin, stages=table(stages),
+                       reads=table(reads), kinds=table(kinds),
                        tried=tried,
-                       **{name: getattr(recipe, name) for name in ("seed", "documents", "document_seed", "learning_rate", "joint_rate")})
+                       **{name: getattr(recipe, name)
+                          for name in ("seed", "documents", "document_seed", "learning_rate", "joint_rate")})
     path = Path(folder) / "README.md"
     path.write_text(text.rstrip() + "\n", encoding="utf-8")
     return path

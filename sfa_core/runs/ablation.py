@@ -45,7 +45,8 @@ class Row:
     changes: dict[str, Any] = field(default_factory=dict)  # fields of FinetuneConfig
 
 
-ENTROPY, GROUNDING, STABILITY = (SCRConfig(**dict(entropy=0, grounding=0, stability=0) | {name: 0.1}) for name in ("entropy", "grounding", "stability"))
+ENTROPY, GROUNDING, STABILITY = (SCRConfig(**dict(entropy=0, grounding=0, stability=0) | {name: 0.1})
+                                 for name in ("entropy", "grounding", "stability"))
 TABLE_1 = {
     "control": Row("baseline", "encoder and projector learn", dict(arm="control")),
     "vision": Row("control", "+ SFA", dict(arm="vision")),
@@ -60,7 +61,8 @@ TABLE_3 = {
     "row": Row("control", "row", dict(arm="vision", terms=("row",))),
     "column": Row("control", "column", dict(arm="vision", terms=("column",))),
     "row_column": Row("control", "row + column", dict(arm="vision", terms=("row", "column"))),
-    "row_column_distance": Row("control", "row + column + distance", dict(arm="vision", terms=("row", "column", "distance"))),
+    "row_column_distance": Row("control", "row + column + distance",
+                               dict(arm="vision", terms=("row", "column", "distance"))),
     "vision_blocks": Row("control", "row + column + distance + density block", dict(arm="vision_blocks")),
 }
 
@@ -73,11 +75,12 @@ def source_documents(
     count: int,  # documents
     seed: int,  # of generated documents, and of the choice among others
 ) -> Dataset | list[Sample]:
-    "Give documents to learn from; ValueError for what is neither a kind nor a benchmark."
+    "Return documents to learn from; ValueError for what is neither a kind nor a benchmark."
     if name in DOCUMENT_KINDS:
         return documents(count, seed, kinds=(name,))
     if name.partition("@")[0].partition("/")[0] not in BENCHMARKS:
-        raise ValueError(f"{name!r} is no source of documents, expected a kind ({', '.join(DOCUMENT_KINDS)}) or a benchmark ({', '.join(BENCHMARKS)})")
+        raise ValueError(f"{name!r} is no source of documents, expected a kind ({', '.join(DOCUMENT_KINDS)}) or a "
+                         f"benchmark ({', '.join(BENCHMARKS)})")
     found = load_benchmark(*named_benchmark(name), limit=PER_DOCUMENT * count, seed=seed)
     chosen = set(choose(list(dict.fromkeys(sample.document for sample in found)), count, seed))
     return [sample for sample in found if sample.document in chosen]
@@ -145,7 +148,8 @@ def run_rows(
 ) -> tuple[dict[str, list[pd.DataFrame]], dict[str, list[pd.DataFrame]]]:  # row -> records of each seed, row -> logs
     "Make, or find, the cells of some rows, seed after seed."
     made = {
-        (name, seed): run_cell(bundle, data, asked, replace(base, **row.changes, seed=seed, data_seed=seed), max_new_tokens, benchmark=benchmark)
+        (name, seed): run_cell(bundle, data, asked, replace(base, **row.changes, seed=seed, data_seed=seed),
+                               max_new_tokens, benchmark=benchmark)
         for seed in seeds
         for name, row in rows.items()
     }
@@ -161,11 +165,13 @@ def rate_cells(parts: Sequence[pd.DataFrame], draws: int = 10_000, seed: int = 0
     "Compute the mean rate over seeds with its intervals over seeds and over documents; image errors are left out."
     answered = [part[part["error"] == ""] for part in parts]
     if not all(map(len, answered)):
-        raise ValueError(f"{sum(not len(part) for part in answered)} of {len(parts)} seeds answered no question; one is expected")
+        raise ValueError(f"{sum(not len(part) for part in answered)} of {len(parts)} seeds answered no question; one "
+                         f"is expected")
     rates = [float(part["correct"].mean()) for part in answered]
     rows = pd.concat(answered).astype({"correct": float}).groupby("id", sort=False)
     mean, document = rows["correct"].mean(), rows["document"].first()
-    _, low, high = clustered_bootstrap(mean, document, draws, 0.95, seed) if document.nunique() > 1 else (None, None, None)
+    _, low, high = clustered_bootstrap(mean, document, draws, 0.95,
+                                       seed) if document.nunique() > 1 else (None, None, None)
     over = seed_interval(rates) if len(parts) > 1 else None
     errors = max(len(part) - len(left) for part, left in zip(parts, answered, strict=True))
     return dict(
@@ -177,13 +183,15 @@ def rate_cells(parts: Sequence[pd.DataFrame], draws: int = 10_000, seed: int = 0
     ) | ({"image errors": errors} if errors else {})
 
 
-def against(a: Sequence[pd.DataFrame], b: Sequence[pd.DataFrame], names: tuple[str, str], draws: int = 10_000, seed: int = 0) -> Comparison:
+def against(a: Sequence[pd.DataFrame], b: Sequence[pd.DataFrame], names: tuple[str, str], draws: int = 10_000,
+            seed: int = 0) -> Comparison:
     "Compare two rows seed by seed; a baseline has one table of records for all seeds."
     return compare_seeds(list(zip(a * len(b) if len(a) == 1 else a, b, strict=True)), names, draws=draws, seed=seed)
 
 
 def difference_text(comparison: Comparison) -> dict[str, Any]:
-    "Write a difference in points with its intervals, the p of McNemar's exact test of each seed, and whether it is resolved."
+    """Write a difference in points with its intervals, the p of McNemar's exact test of each seed, and whether it
+    is resolved."""
     return {
         "difference, points": round(100 * comparison.difference, 2),
         "over seeds, points": points_text(comparison.low, comparison.high),

@@ -78,5 +78,6 @@ def machine_cluster(
     workers = {name: {"cls": RecordingNanny, "options": place | own | {"env": dict(os.environ) | variables}}
                for name, variables in enumerate(environments)}
     scheduler = {"cls": Scheduler, "options": place | dict(port=0, dashboard=False, allowed_failures=DEATHS - 1)}
-    with dask.config.set(QUIET), SpecCluster(workers, scheduler, security=security, silence_logs=logging.CRITICAL) as made:
+    with dask.config.set(QUIET), SpecCluster(workers, scheduler, security=security,
+                                             silence_logs=logging.CRITICAL) as made:
         yield made

@@ -61,10 +61,12 @@ def tidy_records(
     runs: Mapping[Path, Mapping[str, Any]],  # folder -> parameters that every row of the run is to carry
     target: Path,  # parquet file, replaced when the new one is whole
 ) -> tuple[int, list[Path]]:  # rows, and the runs that have no records
-    "Copy the records of runs into one file, each row with study, run and parameter_NAME, piece by piece; ValueError when columns do not fit."
+    """Copy the records of runs into one file, each row with study, run and parameter_NAME, piece by piece;
+    ValueError when columns do not fit."""
     schemas = {run: schema_of(run) for run in runs}
     there = [run for run in runs if schemas[run]]
-    named = {run: {"study": run.parent.name, "run": run.name} | {f"parameter_{name}": value for name, value in runs[run].items()} for run in there}
+    named = {run: {"study": run.parent.name, "run": run.name}
+             | {f"parameter_{name}": value for name, value in runs[run].items()} for run in there}
     own = [pa.schema([(name, pa.string()) for name in ("study", "run")])]  # there without any run too
     own += [pa.schema([(name, pa.scalar(value).type) for name, value in named[run].items()]) for run in there]
     try:
@@ -78,7 +80,8 @@ def tidy_records(
                 for batch in pq.ParquetFile(run / "records.parquet").iter_batches(1 << 16):
                     columns = {name: batch.column(name) for name in batch.schema.names} | {
                         name: pa.repeat(pa.scalar(value), batch.num_rows) for name, value in named[run].items()}
-                    filled = [columns[f.name].cast(f.type) if f.name in columns else pa.nulls(batch.num_rows, f.type) for f in schema]
+                    filled = [columns[f.name].cast(f.type) if f.name in columns else pa.nulls(batch.num_rows, f.type)
+                              for f in schema]
                     writer.write_batch(pa.RecordBatch.from_arrays(filled, schema=schema))
                     rows += batch.num_rows
     return rows, [run for run in runs if run not in there]
@@ -90,14 +93,17 @@ def run_rates(run: Path) -> pd.DataFrame:  # arm, record_seed, n, right, rate, l
     names = (schema_of(run) or pa.schema([])).names
     if "correct" not in names:
         return pd.DataFrame(columns=["arm", "record_seed", "n", "right", "rate", "low", "high", "errors"])
-    records = pq.read_table(path, columns=[name for name in ("correct", "error", "arm", "seed") if name in names]).to_pandas()
-    records = records.assign(**{name: value for name, value in (("error", ""), ("arm", ""), ("seed", -1)) if name not in records})
+    records = pq.read_table(path,
+                            columns=[name for name in ("correct", "error", "arm", "seed") if name in names]).to_pandas()
+    records = records.assign(**{name: value
+                                for name, value in (("error", ""), ("arm", ""), ("seed", -1)) if name not in records})
     rows = []
     for (arm, seed), part in records.groupby(["arm", "seed"], sort=False):
         good = part[part["error"].fillna("") == ""]
         n, right = len(good), int(good["correct"].sum())
         rate, low, high = wilson_interval(right, n) if n else (None, None, None)
-        rows.append(dict(arm=arm, record_seed=int(seed), n=n, right=right, rate=rate, low=low, high=high, errors=len(part) - n))
+        rows.append(dict(arm=arm, record_seed=int(seed), n=n, right=right, rate=rate, low=low, high=high,
+                         errors=len(part) - n))
     return pd.DataFrame(rows)
 
 
@@ -105,12 +111,15 @@ def cell_rates(
     rates: pd.DataFrame,  # rows of `run_rates`, with the columns of `by`
     by: list[str],  # what makes a cell
 ) -> pd.DataFrame:
-    "Put rows together that differ only in their seed: mean rate with its interval over them, a dash where there is only one."
+    """Put rows together that differ only in their seed: mean rate with its interval over them, a dash where there
+    is only one."""
     rows = []
     for key, part in rates[rates["n"] > 0].groupby(by, sort=False, dropna=False):
         interval = seed_interval(part["rate"].astype(float)) if len(part) > 1 else None
-        rows.append(dict(zip(by, key)) | {"seeds": len(part), "n": int(part["n"].sum()), "right": part["rate"].astype(float).mean(),
-                                          "95 % over seeds": interval_text(interval.low, interval.high) if interval else "—",
+        rows.append(dict(zip(by, key))
+                    | {"seeds": len(part), "n": int(part["n"].sum()), "right": part["rate"].astype(float).mean(),
+                                          "95 % over seeds": interval_text(interval.low, interval.high) if interval
+                                          else "—",
                                           "by seed": " ".join(f"{rate:.3f}" for rate in part["rate"])})
     return pd.DataFrame(rows, columns=[*by, "seeds", "n", "right", "95 % over seeds", "by seed"]).round({"right": 3})
 
@@ -119,7 +128,8 @@ def flat(values: Any, name: str = "") -> dict[str, Any]:  # dotted name -> value
     "Flatten nested dictionaries."
     if not isinstance(values, dict):
         return {name: values}
-    return {key: value for part, inner in values.items() for key, value in flat(inner, f"{name}.{part}" if name else str(part)).items()}
+    return {key: value for part, inner in values.items()
+            for key, value in flat(inner, f"{name}.{part}" if name else str(part)).items()}
 
 
 def differing(
@@ -128,19 +138,23 @@ def differing(
 ) -> pd.DataFrame:  # one row per difference: what, value, runs that have it
     "List every entry of the provenance that is not the same in all runs."
     facts = {place_of(run).split("/")[1]: flat(facts_of(run)) for run in runs}
-    facts = {run: {key: str(value) for key, value in found.items() if key.split(".")[0] not in leave_out} for run, found in facts.items()}
+    facts = {run: {key: str(value) for key, value in found.items() if key.split(".")[0] not in leave_out}
+             for run, found in facts.items()}
     rows = []
     for key in sorted({key for found in facts.values() for key in found}):
         values = {}
         for run, found in facts.items():
             values.setdefault(found.get(key, "absent"), []).append(run)
-        rows += [dict(what=key, value=value, runs=len(names), first=names[0]) for value, names in values.items()] if len(values) > 1 else []
+        rows += [dict(what=key, value=value, runs=len(names), first=names[0])
+                 for value, names in values.items()] if len(values) > 1 else []
     return pd.DataFrame(rows, columns=["what", "value", "runs", "first"])
 
 # %% ../../notebooks/library/12_runs/70_collect.ipynb #0c1ff6b0
 ARM_ORDER = ("baseline", "control", "vision", "adat", "vision_adat", "full")  # of table 1
-REPORTED = (  # FACTS: what was reported for the system that this workbook implements; reference rows, never results of ours
-    ("baseline, one 448 px tile", "0", 0.620), ("SFA, encoder and projector trained", "337 M", 0.509), ("SFA only, encoder frozen", "7,296", 0.6244),
+# FACTS: what was reported for the system that this workbook implements; reference rows, never results of ours
+REPORTED = (
+    ("baseline, one 448 px tile", "0", 0.620), ("SFA, encoder and projector trained", "337 M", 0.509),
+    ("SFA only, encoder frozen", "7,296", 0.6244),
     ("SFA + density blocks", "7,296", 0.6284), ("SFA + density blocks + entropy loss", "7,296", 0.6288))
 
 
@@ -148,11 +162,12 @@ def references() -> list[Path]:
     "List the reference folders that know what study they come from, oldest first."
     kept = {root / "reference" for root in (exports_root(), REPOSITORY / "exports")}
     folders = [path.parent for root in kept for path in root.glob("*/provenance.json")]
-    return sorted((folder for folder in folders if "study" in facts_of(folder)), key=lambda folder: (facts_of(folder).get("started", ""), folder))
+    return sorted((folder for folder in folders if "study" in facts_of(folder)),
+                  key=lambda folder: (facts_of(folder).get("started", ""), folder))
 
 
 def uncommitted(run: Path) -> bool:
-    "Say whether a run was made by code that its commit does not hold."
+    "Return whether a run was made by code that its commit does not hold."
     return bool(facts_of(run).get("git", {}).get("dirty"))
 
 
@@ -182,25 +197,29 @@ def overview(
     for study in sorted({*studies, *latest}):
         facts = facts_of(latest[study]) if study in latest else {"run": "no run yet"}
         code, minutes = code_of(facts), round(facts["wall_seconds"] / 60, 1) if study in latest else "—"
-        rows.append(dict(study=study, runs=counted[study], newest=facts["run"], started=facts.get("started", "—"), commit=code, minutes=minutes))
+        rows.append(dict(study=study, runs=counted[study], newest=facts["run"], started=facts.get("started", "—"),
+                         commit=code, minutes=minutes))
     return pd.DataFrame(rows)
 
 
 def benchmark_of(run: Path) -> str:
-    "Say which benchmark a run asked."
+    "Return which benchmark a run asked."
     path = run / "metrics.json"
     values = flat(json.loads(path.read_text("utf-8"))) if path.is_file() else {}
-    return next((str(value) for key, value in values.items() if key.endswith("settings.benchmark")), parameters_of(run).get("benchmark", "—"))
+    return next((str(value) for key, value in values.items() if key.endswith("settings.benchmark")),
+                parameters_of(run).get("benchmark", "—"))
 
 
 def models_of(run: Path) -> list[str]:
     "List the models that the records of a run tell apart; none where they say nothing about models."
     names = (schema_of(run) or pa.schema([])).names
-    return sorted(pq.read_table(run / "records.parquet", columns=["model"])["model"].unique().to_pylist()) if "model" in names else []
+    return sorted(pq.read_table(run / "records.parquet",
+                                columns=["model"])["model"].unique().to_pylist()) if "model" in names else []
 
 
 def arm_rates(runs: Iterable[Path]) -> pd.DataFrame:
-    "Make table 1, every arm of every run with records about one model, with the paired difference to the control of the same run where there is one."
+    """Make table 1, every arm of every run with records about one model, with the paired difference to the control
+    of the same run where there is one."""
     columns = ["benchmark", "arm", "seeds", "n", "right", "95 % over seeds", "minus control, points", "from"]
     rows = []
     for run in runs:
@@ -209,14 +228,17 @@ def arm_rates(runs: Iterable[Path]) -> pd.DataFrame:
         rates, study = run_rates(run), facts_of(run)["study"]
         rates = rates.assign(arm=rates["arm"].replace("", "baseline") if study == "10_baseline_eval" else rates["arm"])
         for cell in cell_rates(rates[rates["arm"].isin(ARM_ORDER)], ["arm"]).to_dict("records"):
-            rows.append(cell | {"benchmark": benchmark_of(run), "minus control, points": against_control(run, cell["arm"]), "from": place_of(run)})
+            rows.append(cell | {"benchmark": benchmark_of(run),
+                                "minus control, points": against_control(run, cell["arm"]), "from": place_of(run)})
     missing = [dict(arm=arm, **{"from": "no run yet"}) for arm in ARM_ORDER if arm not in {row["arm"] for row in rows}]
-    table = pd.DataFrame([*sorted(rows, key=lambda row: (row["benchmark"], ARM_ORDER.index(row["arm"]))), *missing], columns=columns).astype(object)
+    table = pd.DataFrame([*sorted(rows, key=lambda row: (row["benchmark"], ARM_ORDER.index(row["arm"]))), *missing],
+                         columns=columns).astype(object)
     return table.where(table.notna(), "—")
 
 
 def against_control(run: Path, arm: str) -> str:
-    "Give an arm's difference to the control with both intervals, pairing seeds and questions; a dash where there is nothing to pair."
+    """Return an arm's difference to the control with both intervals, pairing seeds and questions; a dash where
+    there is nothing to pair."""
     if arm in ("baseline", "control"):
         return "—"
     records = pd.read_parquet(run / "records.parquet")
@@ -236,8 +258,10 @@ def published_table(
     number: str,  # 1, 1b, 2, 3 or 4
     study: str,  # that makes it
 ) -> tuple[pd.DataFrame, str]:  # table, where it is from
-    "Return the newest table of that number that the study made, else the newest of any study, or one row that says there is no run yet."
-    found = sorted((run for run in runs if (run / f"table_{number}.csv").is_file()), key=lambda run: facts_of(run)["study"] == study)
+    """Return the newest table of that number that the study made, else the newest of any study, or one row that
+    says there is no run yet."""
+    found = sorted((run for run in runs if (run / f"table_{number}.csv").is_file()),
+                   key=lambda run: facts_of(run)["study"] == study)
     if not found:
         return pd.DataFrame([{"table": number, "from": f"no run yet of {study}"}]), "no run yet"
     return pd.read_csv(found[-1] / f"table_{number}.csv"), place_of(found[-1])
@@ -250,14 +274,16 @@ def categories(runs: Iterable[Path]) -> pd.DataFrame:  # arm x category, counts
             records = pd.read_parquet(run / "records.parquet")
             records = records[records["category"].fillna("") != ""]
             if len(records):
-                return pd.crosstab(records["arm"] if "arm" in records else "baseline", records["category"]).assign(**{"from": place_of(run)})
+                return pd.crosstab(records["arm"] if "arm" in records else "baseline",
+                                   records["category"]).assign(**{"from": place_of(run)})
     return pd.DataFrame()
 
 
 def figures_of(run: Path) -> list[dict[str, Any]]:  # number, shows, figure (Plotly JSON), path, place
     "Read the numbered figures that a run wrote with `write_figure`."
     paths = {number: run / "figures" / f"figure_{number}.json" for number in FIGURES}
-    return [dict(number=number, shows=FIGURES[number], figure=json.loads(path.read_text("utf-8")), path=path, place=place_of(run))
+    return [dict(number=number, shows=FIGURES[number], figure=json.loads(path.read_text("utf-8")), path=path,
+                 place=place_of(run))
             for number, path in paths.items() if path.is_file()]
 
 
@@ -269,9 +295,12 @@ def figure_index(found: list[dict[str, Any]]) -> pd.DataFrame:  # one row per fi
 
 # %% ../../notebooks/library/12_runs/70_collect.ipynb #7b0f3c12
 LAYOUT = {  # column as it is written -> where it is printed; the difference first
-    "difference, points": ("difference, points", "mean"), "over seeds, points": ("difference, points", "95 % over seeds"),
-    "over documents, points": ("difference, points", "95 % over documents"), "said": ("difference, points", "verdict"), "right": ("accuracy", "mean"),
-    "over_seeds": ("accuracy", "95 % over seeds"), "over_documents": ("accuracy", "95 % over documents"), "p by seed": ("exact p", "by seed")}
+    "difference, points": ("difference, points", "mean"),
+    "over seeds, points": ("difference, points", "95 % over seeds"),
+    "over documents, points": ("difference, points", "95 % over documents"), "said": ("difference, points", "verdict"),
+    "right": ("accuracy", "mean"),
+    "over_seeds": ("accuracy", "95 % over seeds"), "over_documents": ("accuracy", "95 % over documents"),
+    "p by seed": ("exact p", "by seed")}
 
 
 def configuration_name(arm: str, meaning: str) -> str:
@@ -282,17 +311,21 @@ def configuration_name(arm: str, meaning: str) -> str:
 def printed_table(
     table: pd.DataFrame,  # of `ablation_table`, or as `write_table` wrote it
 ) -> pd.DataFrame:  # one row per configuration, two rows of headings
-    "Lay an ablation out for reading: the configuration, its difference with intervals and verdict, then its accuracy; another table stays as it is."
+    """Lay an ablation out for reading: the configuration, its difference with intervals and verdict, then its
+    accuracy; another table stays as it is."""
     if not {"arm", "meaning", *LAYOUT} <= set(table):
         return table
-    shown = table[list(LAYOUT)].set_axis([configuration_name(arm, meaning) for arm, meaning in zip(table["arm"], table["meaning"])])
-    whole = lambda value: value.replace(" ", "\u00a0") if isinstance(value, str) else value  # an interval stays on one line
+    shown = table[list(LAYOUT)].set_axis([configuration_name(arm, meaning)
+                                          for arm, meaning in zip(table["arm"], table["meaning"])])
+    # an interval stays on one line
+    whole = lambda value: value.replace(" ", "\u00a0") if isinstance(value, str) else value
     shown[list(LAYOUT)[:-1]] = shown[list(LAYOUT)[:-1]].map(whole)
     return shown.set_axis(pd.MultiIndex.from_tuples(LAYOUT.values()), axis=1)
 
 
 def shared_facts(table: pd.DataFrame) -> str:
-    "Write what stands behind the rows of an ablation: questions, trainings, and the row each is compared with; nothing for a table without them."
+    """Write what stands behind the rows of an ablation: questions, trainings, and the row each is compared with;
+    nothing for a table without them."""
     if not {"arm", "n", "seeds", "against"} <= set(table):
         return ""
 

@@ -23,24 +23,32 @@ def parser() -> argparse.ArgumentParser:
     "Describe the commands of `sfa`."
     top = argparse.ArgumentParser(prog="sfa", description="Run the studies of the SFA workbook and look at their runs.")
     commands = top.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="run a study; a finished run with the same parameters and code is not repeated")
+    run = commands.add_parser("run", help="run a study; a finished run with the same parameters and code is not "
+                                          "repeated")
     run.add_argument("study")
-    run.add_argument("-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter of the study")
+    run.add_argument("-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
+                     help="set a parameter of the study")
     run.add_argument("--name", metavar="RUN", help="an alias for the run")
     run.add_argument("--force", action="store_true", help="run again, into a new folder")
     run.add_argument("--timeout", type=float, metavar="SECONDS", help="stop the run after so many seconds")
-    grid = commands.add_parser("grid", help="make all runs of a grid; the same command goes on where it was interrupted")
+    grid = commands.add_parser("grid",
+                               help="make all runs of a grid; the same command goes on where it was interrupted")
     grid.add_argument("grid", metavar="GRID", help="a YAML file, or the name of one in data/grids")
-    grid.add_argument("--workers", type=int, metavar="N", help="processes of this machine (default: one per two cores, or one per slot of graphics cards)")
-    grid.add_argument("--scheduler", metavar="ADDRESS", help="a Dask scheduler, as tcp://HOST:8786, instead of this machine")
+    grid.add_argument("--workers", type=int, metavar="N", help="processes of this machine (default: one per two cores, "
+                                                               "or one per slot of graphics cards)")
+    grid.add_argument("--scheduler", metavar="ADDRESS", help="a Dask scheduler, as tcp://HOST:8786, instead of this "
+                                                             "machine")
     grid.add_argument("--retry-failed", action="store_true", help="make runs again that failed earlier")
     grid.add_argument("--dry-run", action="store_true", help="check everything and list the runs, without making any")
-    report = commands.add_parser("report", help="write one page and one table of records about a grid, or one page about everything that was run")
-    report.add_argument("grid", metavar="GRID", nargs="?", help="a YAML file, or the name of one in data/grids; without it, all finished runs: 90_report")
+    report = commands.add_parser("report", help="write one page and one table of records about a grid, or one page "
+                                                "about everything that was run")
+    report.add_argument("grid", metavar="GRID", nargs="?", help="a YAML file, or the name of one in data/grids; "
+                                                                "without it, all finished runs: 90_report")
     listing = commands.add_parser("list", help="list the runs: finished, failed, unfinished")
     listing.add_argument("study", nargs="?")
     show = commands.add_parser("show", help="print parameters, metrics and summary of a run")
-    show.add_argument("run", metavar="RUN", help="an id or an alias, with STUDY/ before it where several studies have it")
+    show.add_argument("run", metavar="RUN", help="an id or an alias, with STUDY/ before it where several studies have "
+                                                 "it")
     known = commands.add_parser("studies", help="list the studies, or the parameters of one")
     known.add_argument("study", nargs="?")
     return top
@@ -75,7 +83,8 @@ def grid_command(options: argparse.Namespace) -> int:  # 0 when every run of the
             place = f"; see {event.folder}" if event.folder else ""
             print(f"{event.state} {grid.study}/{event.identity}: {event.reason or 'not made'}{place}")
     done = sum(event.state == "finished" for event in states)
-    print(f"{grid.name}: {done} of {len(states)} runs are finished" + ("" if done == len(states) else "; --retry-failed makes failed ones again"))
+    print(f"{grid.name}: {done} of {len(states)} runs are finished" + ("" if done == len(states)
+                                                                       else "; --retry-failed makes failed ones again"))
     return 0 if done == len(states) else 1
 
 
@@ -91,11 +100,13 @@ def command(options: argparse.Namespace) -> int:  # exit code
     "Carry out one parsed command."
     if options.command == "run":
         warn_without_browser()
-        print_run(run_study(options.study, dict(options.parameters), options.name, options.force, options.timeout, progress=True))
+        print_run(run_study(options.study, dict(options.parameters), options.name, options.force, options.timeout,
+                            progress=True))
     elif options.command == "grid":
         return grid_command(options)
     elif options.command == "report" and options.grid:
-        from sfa_core.runs.report import report_grid  # brings statistics and data sets: the other commands need not wait for them
+        # brings statistics and data sets: the other commands need not wait for them
+        from sfa_core.runs.report import report_grid
 
         print(report_grid(options.grid))
     elif options.command == "report":
@@ -114,7 +125,8 @@ def command(options: argparse.Namespace) -> int:  # exit code
     return 0
 
 
-def main(arguments: list[str] | None = None) -> int:  # exit code: 0 done, 1 something failed, 2 bad input, 130 interrupted
+# exit code: 0 done, 1 something failed, 2 bad input, 130 interrupted
+def main(arguments: list[str] | None = None) -> int:
     "Run the console script."
     options = parser().parse_args(arguments)
     try:

@@ -61,24 +61,30 @@ def read_grid(path: str | Path) -> Grid:
         raise ValueError(f"{path} holds {given or 'nothing'}; expected study and some of {', '.join(list(kinds)[1:])}")
     for key, value in said.items():
         if not isinstance(value, kinds[key]) or isinstance(value, bool) or (key in ("cases", "seeds") and not value):
-            expected = {"parameters": "a mapping", "cases": "a list of mappings", "seeds": "a list of numbers", "study": "a name"}.get(key, "a number")
+            expected = {"parameters": "a mapping", "cases": "a list of mappings", "seeds": "a list of numbers",
+                        "study": "a name"}.get(key, "a number")
             raise ValueError(f"{path}: {key} is {value!r}, expected {expected}")
-    if wrong := [case for case in said.get("cases", []) if not isinstance(case, dict) or any(isinstance(v, list | dict) for v in case.values())]:
+    if wrong := [case for case in said.get("cases", []) if not isinstance(case, dict)
+                 or any(isinstance(v, list | dict) for v in case.values())]:
         raise ValueError(f"{path}: a case is {wrong[0]!r}, expected a mapping of parameters to single values")
     axes = {name: value if isinstance(value, list) else [value] for name, value in said.get("parameters", {}).items()}
     if empty := [name for name, values in axes.items() if not values]:
         raise ValueError(f"{path}: parameter {empty[0]!r} has no values, expected one or a list of them")
     if said.get("gpus", 0) < 0 or said.get("timeout", 1) <= 0:
-        raise ValueError(f"{path}: gpus is {said.get('gpus', 0)} and timeout {said.get('timeout')}, expected gpus >= 0 and seconds above 0")
-    return Grid(component(path.stem, "grid"), said["study"], axes, tuple(said.get("cases", [{}])), tuple(said.get("seeds", ())), said.get("timeout"),
+        raise ValueError(f"{path}: gpus is {said.get('gpus', 0)} and timeout {said.get('timeout')}, expected gpus >= 0 "
+                         f"and seconds above 0")
+    return Grid(component(path.stem, "grid"), said["study"], axes, tuple(said.get("cases", [{}])),
+                tuple(said.get("seeds", ())), said.get("timeout"),
                 said.get("gpus", 0))
 
 # %% ../../notebooks/library/12_runs/50_grids.ipynb #2fb5bb82
 def combinations(grid: Grid) -> list[dict[str, Any]]:
     "List the parameters of every run; ValueError when a parameter has its values in two places."
-    twice = [name for case in grid.cases for name in case if name in grid.parameters] + ["seed"] * bool(grid.seeds and "seed" in grid.parameters)
+    twice = [name for case in grid.cases
+             for name in case if name in grid.parameters] + ["seed"] * bool(grid.seeds and "seed" in grid.parameters)
     if twice:
-        raise ValueError(f"grid {grid.name}: parameter {twice[0]!r} has values in two places, expected one of parameters, cases and seeds")
+        raise ValueError(f"grid {grid.name}: parameter {twice[0]!r} has values in two places, expected one of "
+                         f"parameters, cases and seeds")
     axes = [[{name: value} for value in values] for name, values in grid.parameters.items()]
     parts = itertools.product(grid.cases, *axes, [{"seed": seed} for seed in grid.seeds] or [{}])
     return [{name: value for part in chosen for name, value in part.items()} for chosen in parts]
@@ -97,7 +103,8 @@ def plan(grid: Grid) -> list[Task]:
     times = Counter(task.identity for task in tasks)
     twice = next((task for task in tasks if times[task.identity] > 1), None)
     if twice:
-        raise ValueError(f"grid {grid.name} has the run {label(grid, twice) or grid.study} {times[twice.identity]} times, expected every run once")
+        raise ValueError(f"grid {grid.name} has the run {label(grid, twice) or grid.study} {times[twice.identity]} "
+                         f"times, expected every run once")
     return tasks
 
 
@@ -118,7 +125,8 @@ def survey(tasks: list[Task]) -> dict[str, Event]:  # id -> what is on disk: fin
     for study in {task.study for task in tasks}:
         home = exports_root() / "runs" / study
         for path in sorted(home.glob(".partial-*")):
-            found[path.name.removeprefix(".partial-")] = Event(path.name.removeprefix(".partial-"), "unfinished", str(path), "cut off, or under way elsewhere")
+            found[path.name.removeprefix(".partial-")] = Event(path.name.removeprefix(".partial-"), "unfinished",
+                                                               str(path), "cut off, or under way elsewhere")
         for path in sorted(home.glob("failed-*"), key=lambda path: path.stat().st_mtime):
             note = path / "error.txt"
             reason = note.read_text("utf-8").splitlines()[0] if note.is_file() else "no reason was kept"
@@ -134,10 +142,12 @@ COLOURS = {"finished": "green", "failed": "red", "unfinished": "yellow", "again"
 class Board:
     "Keep and show what becomes of the runs of a grid."
 
-    def __init__(self, grid: Grid, tasks: list[Task], known: dict[str, Event], console: Console, workers: int | None = None):
+    def __init__(self, grid: Grid, tasks: list[Task], known: dict[str, Event], console: Console,
+                 workers: int | None = None):
         self.grid, self.known, self.console, self.workers = grid, dict(known), console, workers
         self.labels = {task.identity: label(grid, task) for task in tasks}
-        self.since, self.took, self.before = {}, {}, {event.identity for event in known.values() if event.state == "finished"}
+        self.since, self.took, self.before = {}, {}, {event.identity
+                                                      for event in known.values() if event.state == "finished"}
 
     def tell(self, event: Event) -> None:
         "Take note of an event; without a terminal, print it."
@@ -148,8 +158,13 @@ class Board:
             self.took[event.identity] = time.monotonic() - self.since[event.identity]
         if not self.console.is_terminal:
             done = sum(known.state == "finished" for known in self.known.values())
-            spent = f"{self.took[event.identity]:.1f} s" if event.state == "finished" and event.identity in self.took else ""
-            parts = (f"[{done}/{len(self.known)}]", event.state, f"{self.grid.study}/{event.identity}", self.labels[event.identity], event.reason or spent)
+            spent = (
+                f"{self.took[event.identity]:.1f} s"
+                if event.state == "finished" and event.identity in self.took
+                else ""
+            )
+            parts = (f"[{done}/{len(self.known)}]", event.state, f"{self.grid.study}/{event.identity}",
+                     self.labels[event.identity], event.reason or spent)
             self.console.print(" ".join(part for part in parts if part), markup=False, highlight=False, soft_wrap=True)
 
     def headline(self) -> str:
@@ -157,20 +172,25 @@ class Board:
         counts = Counter(event.state for event in self.known.values())
         text = f"{self.grid.name}: {counts['finished']} of {len(self.known)} finished" + "".join(
             f", {counts[state]} {state}" for state in ("running", "again", "failed", "unfinished") if counts[state])
-        left, took = counts["new"] + counts["running"] + counts["again"], [self.took[i] for i in self.took if self.known[i].state == "finished"]
-        return text + (f", about {left * sum(took) / len(took) / (self.workers or max(1, counts['running'])) / 60:.0f} min left" if left and took else "")
+        left, took = counts["new"] + counts["running"] + counts["again"], [self.took[i] for i in self.took
+                                                                           if self.known[i].state == "finished"]
+        return text + (f", about {left * sum(took) / len(took) / (self.workers or max(1, counts['running'])) / 60:.0f} "
+                       f"min left" if left and took else "")
 
     def __rich__(self) -> Table:
         "Draw the table: what runs, what went wrong, and the newest of what finished."
         table = Table(title=self.headline(), title_justify="left")
         for name in ("run", "parameters", "state", "seconds", "reason"):
-            table.add_column(name, justify="right" if name == "seconds" else "left", overflow="fold" if name == "reason" else "ellipsis")
-        fresh = [event for event in self.known.values() if event.state == "finished" and event.identity not in self.before]
+            table.add_column(name, justify="right" if name == "seconds" else "left",
+                             overflow="fold" if name == "reason" else "ellipsis")
+        fresh = [event for event in self.known.values() if event.state == "finished"
+                 and event.identity not in self.before]
         shown = [event for event in self.known.values() if event.state in ("running", "again", "failed", "unfinished")]
         for event in shown[:30] + sorted(fresh, key=lambda event: self.since.get(event.identity, 0))[-8:]:
             begun = self.since.get(event.identity)
             spent = time.monotonic() - begun if event.state == "running" and begun else self.took.get(event.identity)
-            table.add_row(event.identity, self.labels[event.identity], f"[{COLOURS[event.state]}]{event.state}", "" if spent is None else f"{spent:.1f}",
+            table.add_row(event.identity, self.labels[event.identity], f"[{COLOURS[event.state]}]{event.state}",
+                          "" if spent is None else f"{spent:.1f}",
                           event.reason.replace("[", r"\["))
         if len(shown) > 30:
             table.caption = f"and {len(shown) - 30} more"
@@ -179,18 +199,21 @@ class Board:
 # %% ../../notebooks/library/12_runs/50_grids.ipynb #cf564628
 def run_grid(
     grid: Grid | str | Path,  # or its path, or the name of one in data/grids
-    workers: int | None = None,  # processes of this machine; None: one per two cores, or as many as its graphics cards allow
+    # processes of this machine; None: one per two cores, or as many as its graphics cards allow
+    workers: int | None = None,
     scheduler: str | None = None,  # address of a Dask scheduler; None: this machine
     retry_failed: bool = False,  # make runs again that failed earlier
     console: Console | None = None,  # where progress goes; None: nowhere
 ) -> dict[str, Event]:  # id -> what became of it: finished, failed or unfinished
     """Make all runs of a grid that are not there yet.
 
-    ValueError or FileNotFoundError before anything starts: what is wrong with the file, a parameter, the workers or the scheduler.
+    ValueError or FileNotFoundError before anything starts: what is wrong with the file, a parameter, the workers or
+    the scheduler.
     """
     grid = grid if isinstance(grid, Grid) else read_grid(grid)
     if scheduler and workers:
-        raise ValueError(f"got workers {workers} and scheduler {scheduler}; expected one of them, a cluster has its own workers")
+        raise ValueError(f"got workers {workers} and scheduler {scheduler}; expected one of them, a cluster has its "
+                         f"own workers")
     tasks, environments = plan(grid), [] if scheduler else slots(workers, grid.gpus)
     known = survey(tasks)
     wanted = ("new", "unfinished", "failed") if retry_failed else ("new", "unfinished")
@@ -200,6 +223,7 @@ def run_grid(
     board = Board(grid, tasks, known, console, len(environments) or None)
     live = Live(board, console=console, refresh_per_second=2) if console.is_terminal else nullcontext()
     with live:
-        for event in on_cluster(todo, scheduler, grid.gpus) if scheduler and todo else on_this_machine(todo, environments):
+        for event in on_cluster(todo, scheduler,
+                                grid.gpus) if scheduler and todo else on_this_machine(todo, environments):
             board.tell(event)
     return board.known

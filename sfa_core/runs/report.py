@@ -27,7 +27,8 @@ from ..figures.style import arm_look, in_style
 from .workers import Task
 
 # %% ../../notebooks/library/12_runs/80_report.ipynb #8d08c665
-def same_parameters(grid: Grid, tasks: list[Task]) -> dict[str, Path]:  # id of the task -> newest finished run with these parameters, whatever its code
+# id of the task -> newest finished run with these parameters, whatever its code
+def same_parameters(grid: Grid, tasks: list[Task]) -> dict[str, Path]:
     "Find runs that answer the same question with another version of the code or the data."
     known = {json.dumps(parameters_of(run), sort_keys=True): run for run in finished_runs(grid.study)}
     wanted = {task.identity: json.dumps(identify(grid.study, task.parameters)[0], sort_keys=True) for task in tasks}
@@ -44,8 +45,10 @@ def grid_rows(grid: Grid) -> pd.DataFrame:  # one row per run: its axes, state, 
         event, former = states[task.identity], older.get(task.identity)
         folder = Path(event.folder) if event.state == "finished" else former
         state = "finished by other code" if former else {"new": "no run yet"}.get(event.state, event.state)
-        rows.append(dict(run=folder.name if folder else task.identity, parameters=label(grid, task), given=task.parameters, folder=folder, state=state,
-                         seconds=facts_of(folder)["wall_seconds"] if folder else None, reason="" if folder else event.reason))
+        rows.append(dict(run=folder.name if folder else task.identity, parameters=label(grid, task),
+                         given=task.parameters, folder=folder, state=state,
+                         seconds=facts_of(folder)["wall_seconds"] if folder else None,
+                         reason="" if folder else event.reason))
     return pd.DataFrame(rows)
 
 # %% ../../notebooks/library/12_runs/80_report.ipynb #fe3bcce7
@@ -61,15 +64,29 @@ def rate_figure(
         rate, low, high = (part[column].astype(float).to_numpy() for column in ("rate", "low", "high"))
         within = part.groupby("name").cumcount().to_numpy()
         y = part["name"].map(places).to_numpy() + np.linspace(0.14, 0.4, max(2, within.max() + 1))[within]
-        bars = {"type": "data", "array": 100 * (high - rate), "arrayminus": 100 * (rate - low), "color": colour, "thickness": 1, "width": 0}
-        figure.add_trace(go.Scatter(x=100 * rate, y=y, mode="markers", name=shown or "one seed, 95 % Wilson", marker={"color": colour, "size": 5}, error_x=bars,
-                                    customdata=part[["run", "n"]].assign(run=part["run"].map(figure_text)),
-                                    hovertemplate="%{customdata[0]}: %{x:.1f} %, n = %{customdata[1]:,}<extra></extra>"))
-    figure.add_trace(go.Scatter(x=100 * cells["right"], y=[places[name] for name in names], mode="markers", name="mean over seeds",
-                                marker={"symbol": "diamond", "size": 10, "color": "#202124"}, customdata=cells[["95 % over seeds", "seeds"]],
-                                hovertemplate="%{x:.1f} %, 95 % over %{customdata[1]} seeds: %{customdata[0]}<extra></extra>"))
+        bars = {"type": "data", "array": 100 * (high - rate), "arrayminus": 100 * (rate - low), "color": colour,
+                "thickness": 1, "width": 0}
+        figure.add_trace(
+            go.Scatter(
+                x=100 * rate,
+                y=y,
+                mode="markers",
+                name=shown or "one seed, 95 % Wilson",
+                marker={"color": colour, "size": 5},
+                error_x=bars,
+                customdata=part[["run", "n"]].assign(run=part["run"].map(figure_text)),
+                hovertemplate="%{customdata[0]}: %{x:.1f} %, n = %{customdata[1]:,}<extra></extra>",
+            )
+        )
+    figure.add_trace(go.Scatter(x=100 * cells["right"], y=[places[name] for name in names], mode="markers",
+                                name="mean over seeds",
+                                marker={"symbol": "diamond", "size": 10, "color": "#202124"},
+                                customdata=cells[["95 % over seeds", "seeds"]],
+                                hovertemplate="%{x:.1f} %, 95 % over %{customdata[1]} seeds: "
+                                              "%{customdata[0]}<extra></extra>"))
     figure.update_xaxes(title_text="right answers, percent")
-    figure.update_yaxes(tickvals=list(range(len(names))), ticktext=[figure_text(name) for name in names], range=[len(names) - 0.4, -0.5], showgrid=False)
+    figure.update_yaxes(tickvals=list(range(len(names))), ticktext=[figure_text(name) for name in names],
+                        range=[len(names) - 0.4, -0.5], showgrid=False)
     seen = "Diamonds: means over seeds. Dots below: single seeds with Wilson intervals over questions."
     return in_style(figure, "Right answers of every cell", seen, 120 + 46 * len(names), above=30)
 
@@ -77,15 +94,19 @@ def rate_figure(
 def common_facts(runs: list[Path]) -> pd.DataFrame:  # what, value
     "List the provenance that all runs share, packages left out."
     facts = [flat(facts_of(run)) for run in runs]
-    same = {key: value for key, value in (facts[0] if facts else {}).items() if all(found.get(key) == value for found in facts)}
-    shown = [dict(what=key, value=str(value)) for key, value in sorted(same.items()) if not key.startswith(("packages", "run", "seeds"))]
+    same = {key: value for key, value in (facts[0] if facts else {}).items()
+            if all(found.get(key) == value for found in facts)}
+    shown = [dict(what=key, value=str(value))
+             for key, value in sorted(same.items()) if not key.startswith(("packages", "run", "seeds"))]
     return pd.DataFrame(shown, columns=["what", "value"])
 
 
-def rates_of(grid: Grid, done: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:  # cells and rates, with the column name
+# cells and rates, with the column name
+def rates_of(grid: Grid, done: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     "Count right answers per run and per cell, which holds the runs that differ only in their seed."
     axes = [name for name in (done["given"].iloc[0] if len(done) else {}) if name != "seed" and name in axes_of(grid)]
-    found = [run_rates(row.folder).assign(run=row.run, **{name: str(row.given[name]) for name in axes}) for row in done.itertuples()]
+    found = [run_rates(row.folder).assign(run=row.run, **{name: str(row.given[name]) for name in axes})
+             for row in done.itertuples()]
     found = [part for part in found if len(part)]
     if not found:
         return pd.DataFrame(), pd.DataFrame()
@@ -121,7 +142,8 @@ def report_grid(
 ) -> Path:  # of the page; the executed notebook and records.parquet lie beside it
     """Write exports/reports/<grid>/report.html about all runs of a grid, as far as they are finished.
 
-    ValueError or FileNotFoundError says what is wrong with the grid or a file of its runs; StudyFailed, what else went wrong.
+    ValueError or FileNotFoundError says what is wrong with the grid or a file of its runs; StudyFailed, what else
+    went wrong.
     """
     path = grid_path(grid).resolve()
     name = read_grid(path).name

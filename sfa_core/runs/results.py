@@ -35,7 +35,8 @@ def component(
 ) -> str:  # the same name
     "Refuse a name that is not a single plain path component."
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
-        raise ValueError(f"a {what} name is letters, digits, '_', '-' and '.', starting with a letter or digit; got {name!r}")
+        raise ValueError(f"a {what} name is letters, digits, '_', '-' and '.', starting with a letter or digit; got "
+                         f"{name!r}")
     return name
 
 # %% ../../notebooks/library/12_runs/10_results.ipynb #aeb9f8cf
@@ -66,12 +67,17 @@ def write_json(path: Path, values: dict) -> Path:
 
 
 def expanded(value: Any) -> Any:
-    "Replace results that know their plain values, such as evaluations and comparisons, by these, however deep they are."
+    """Replace results that know their plain values, such as evaluations and comparisons, by these, however deep
+    they are."""
     if isinstance(value, dict):
         return {key: expanded(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [expanded(inner) for inner in value]
-    return expanded(value.to_dict()) if hasattr(value, "to_dict") and not isinstance(value, pd.DataFrame | pd.Series) else value
+    return (
+        expanded(value.to_dict())
+        if hasattr(value, "to_dict") and not isinstance(value, pd.DataFrame | pd.Series)
+        else value
+    )
 
 
 def keys_of(values: Any) -> list[str]:
@@ -89,7 +95,8 @@ def write_metrics(
     metrics = expanded(metrics)
     clock = [key for key in keys_of(metrics) if re.search(r"seconds|per_second|latency", key)]
     if clock:
-        raise ValueError(f"metrics.json holds no clock values, so that it repeats byte for byte; give {clock} to write_timings")
+        raise ValueError(f"metrics.json holds no clock values, so that it repeats byte for byte; give {clock} to "
+                         f"write_timings")
     return write_json(Path(folder) / "metrics.json", metrics)
 
 
@@ -163,7 +170,8 @@ def find_run(
         arms = [root / "reference" / "arms" / run for root in (exports_root(), REPOSITORY / "exports")]
         matches = [path for path in arms if path.is_dir()][:1]
     if len(matches) > 1:
-        raise ValueError(f"several runs are named {name!r}: {', '.join(f'{path.parent.name}/{path.name}' for path in matches)}")
+        raise ValueError(f"several runs are named {name!r}: "
+                         f"{', '.join(f'{path.parent.name}/{path.name}' for path in matches)}")
     if not matches:
         raise FileNotFoundError(f"no finished run is named {name!r}; `sfa list` shows the runs in {exports_root()}")
     return matches[0]
@@ -172,7 +180,8 @@ def find_run(
 def arm_folder(
     name: str | Path,  # a folder, written with a slash or as ~, or the name of a run or reference arm
 ) -> Path:
-    "Find a trained arm; FileNotFoundError when there is none. A plain word is never looked for in the working directory."
+    """Find a trained arm; FileNotFoundError when there is none. A plain word is never looked for in the working
+    directory."""
     text = str(name)
     folder = Path(os.path.expanduser(text))
     if isinstance(name, Path) or (text.startswith((".", "~")) or "/" in text) and folder.is_dir():
@@ -204,13 +213,16 @@ def set_alias(run: Path, name: str) -> None:
 def shipped_digest() -> str:
     "Return a digest of what ships with the workbook: models, density weights and fonts, their cards left out."
     kinds = ("*.safetensors", "*.json", "*.jinja", "*.ttf")
-    return folder_digest(DATA, [f"{folder}/**/{kind}" for folder in ("embedded*", "density", "fonts") for kind in kinds], ["local"])[:16]
+    return folder_digest(DATA,
+                         [f"{folder}/**/{kind}" for folder in ("embedded*", "density", "fonts") for kind in kinds],
+                         ["local"])[:16]
 
 # %% ../../notebooks/library/12_runs/10_results.ipynb #5bd89fce
 def command_output(*command: str) -> str | None:
     "Return what a command prints, or None when it is missing or fails."
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY, timeout=60).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY,
+                              timeout=60).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -220,7 +232,8 @@ def hardware() -> dict[str, Any]:
     cpuinfo = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
     cards = command_output("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
-    return {"processor": model[1] if model else platform.machine(), "cores": os.cpu_count(), "system": platform.platform(),
+    return {"processor": model[1] if model else platform.machine(), "cores": os.cpu_count(),
+            "system": platform.platform(),
             "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
             "gpus": cards.splitlines() if cards else [], "threads": os.environ.get("OMP_NUM_THREADS")}
 

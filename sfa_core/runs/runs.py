@@ -30,7 +30,15 @@ from traitlets.config import Config
 from ..core.files import locked
 from ..core.paths import REPOSITORY, exports_root
 from ..core.files import write_atomic
-from .results import alias_name, finished_runs, out_folder, provenance, set_alias, write_json, write_timings
+from sfa_core.runs.results import (
+    alias_name,
+    finished_runs,
+    out_folder,
+    provenance,
+    set_alias,
+    write_json,
+    write_timings,
+)
 from .studies import resolve_parameters, revisions, run_id, study_parameters, study_path
 from ..figures.style import browser
 
@@ -75,7 +83,8 @@ def stage_shares(
     parameters: dict[str, Any],  # resolved
 ) -> dict[str, float]:  # heading -> share of the time, 0..1; empty where it was not measured
     "Look up how the time of a study with its default parameters is divided; the seed is free."
-    usual = {name: entry["default"] for name, entry in study_parameters(study).items() if name not in ("out_dir", "interactive", "seed")}
+    usual = {name: entry["default"]
+             for name, entry in study_parameters(study).items() if name not in ("out_dir", "interactive", "seed")}
     if not STAGE_SECONDS.is_file() or any(parameters.get(name) != value for name, value in usual.items()):
         return {}
     seconds = json.loads(STAGE_SECONDS.read_text("utf-8")).get(study_path(study).stem, {}).get("seconds", {})
@@ -86,7 +95,9 @@ def stage_line(heading: str, shares: dict[str, float]) -> str:
     "Return the line that announces a part of a study."
     if heading not in shares:
         return heading
-    return f"{heading} (about {shares[heading]:.0%} of the time)" if shares[heading] >= 0.005 else f"{heading} (a moment)"
+    return (
+        f"{heading} (about {shares[heading]:.0%} of the time)" if shares[heading] >= 0.005 else f"{heading} (a moment)"
+    )
 
 # %% ../../notebooks/library/12_runs/30_runs.ipynb #2f8a6d94
 class BarLines:
@@ -98,7 +109,8 @@ class BarLines:
         every: float = 10.0,  # seconds between two states of a bar
     ):
         self.stream, self.every, self.line = stream, every, ""
-        self.shown: float | None = None  # when the bar at hand was last shown, at first when it began; None between bars
+        # when the bar at hand was last shown, at first when it began; None between bars
+        self.shown: float | None = None
 
     def show(self) -> None:
         "Write the line as it is now."
@@ -141,7 +153,8 @@ def log_stream(stream: TextIO) -> Iterator[TextIO | BarLines]:
         lines.flush()
 
 # %% ../../notebooks/library/12_runs/30_runs.ipynb #391f1743
-KILLED_WITH_RUNNER = "__import__('sys').platform == 'linux' and __import__('ctypes').CDLL(None).prctl(1, 9)"  # PR_SET_PDEATHSIG, SIGKILL
+# PR_SET_PDEATHSIG, SIGKILL
+KILLED_WITH_RUNNER = "__import__('sys').platform == 'linux' and __import__('ctypes').CDLL(None).prctl(1, 9)"
 
 
 def execute(
@@ -164,10 +177,15 @@ def execute(
     renderer = "plotly_mimetype+png" if browser() else "plotly_mimetype"
     first = [f"__import__('os').environ.setdefault('PLOTLY_RENDERER', '{renderer}')", KILLED_WITH_RUNNER]
     arguments = ["--IPKernelApp.log_level=CRITICAL", *(f"--IPKernelApp.exec_lines={line}" for line in first)]
-    with tempfile.TemporaryDirectory(prefix="sfa-kernel-") as sockets, log_stream(sys.stdout) as output, log_stream(sys.stderr) as errors:
+    with (
+        tempfile.TemporaryDirectory(prefix="sfa-kernel-") as sockets,
+        log_stream(sys.stdout) as output,
+        log_stream(sys.stderr) as errors,
+    ):
         kernel = Config({"KernelManager": {"transport": "ipc", "connection_file": f"{sockets}/kernel.json"}})
         papermill.execute_notebook(
-            source, folder / "notebook.ipynb", parameters=parameters | {"out_dir": str(folder)}, kernel_name="python3", progress_bar=False,
+            source, folder / "notebook.ipynb", parameters=parameters | {"out_dir": str(folder)}, kernel_name="python3",
+            progress_bar=False,
             stdout_file=output if progress else None, stderr_file=errors if progress else None, on_cell_start=announce,
             timeout_func=lambda cell: math.ceil(max(1, end - time.monotonic())) if timeout else None,
             coalesce_streams=True, store_widget_state=False, config=kernel, extra_arguments=arguments)
@@ -176,7 +194,7 @@ def execute(
 
 
 def why(error: Exception, timeout: float | None) -> str:
-    "Say in one line what stopped a study."
+    "Return in one line what stopped a study."
     if isinstance(error, papermill.PapermillExecutionError):
         return f"{error.ename}: {error.evalue}".strip(": ").splitlines()[0]
     if isinstance(error, TimeoutError):
@@ -212,10 +230,12 @@ def keep_failed(folder: Path, identity: str, message: str, error: Exception) -> 
     return failed
 
 # %% ../../notebooks/library/12_runs/30_runs.ipynb #4712f84b
-def write_run(study: str, parameters: dict[str, Any], versions: dict[str, Any], folder: Path, timeout: float | None, progress: bool) -> Path:
+def write_run(study: str, parameters: dict[str, Any], versions: dict[str, Any], folder: Path, timeout: float | None,
+              progress: bool) -> Path:
     "Execute a study into its partial folder, whose lock is held, and rename that."
     folder.mkdir(parents=True, exist_ok=True)
-    for rest in folder.iterdir():  # of a killed process: training goes on from its checkpoint, everything else is written again
+    # of a killed process: training goes on from its checkpoint, everything else is written again
+    for rest in folder.iterdir():
         if rest.name != "checkpoint":
             shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
     identity, begin = folder.name.removeprefix(".partial-"), time.time()
@@ -259,7 +279,8 @@ def run_study(
         alias_name(name)
     if timeout is not None and not timeout > 0:
         raise ValueError(f"timeout is a number of seconds above 0, got {timeout}")
-    report = functools.partial(print, f"{study}/{identity}:", file=sys.stderr, flush=True) if progress else lambda _: None
+    report = functools.partial(print, f"{study}/{identity}:", file=sys.stderr,
+                               flush=True) if progress else lambda _: None
     folder = exports_root() / "runs" / study / f".partial-{identity}"
 
     def finished():
@@ -286,7 +307,8 @@ def run_table(study: str = "*") -> list[tuple[str, str, str, str]]:  # study/run
         if link.is_symlink():
             aliases.setdefault(link.resolve(), []).append(link.name)
     for path in finished_runs(study):
-        rows.append((path, "finished", json.loads((path / "provenance.json").read_text())["started"], " ".join(aliases.get(path, []))))
+        rows.append((path, "finished", json.loads((path / "provenance.json").read_text())["started"],
+                     " ".join(aliases.get(path, []))))
     for state, pattern in (("failed", "failed-*"), ("unfinished", ".partial-*")):
         rows += [(path, state, "", "") for path in sorted(home.glob(f"{study}/{pattern}"))]
     return [(f"{path.parent.name}/{path.name}", *rest) for path, *rest in rows]

@@ -43,7 +43,8 @@ def study_path(study: str) -> Path:
     "Return the notebook of a study; FileNotFoundError names the ones there are."
     path = studies_root() / f"{component(study, 'study')}.ipynb"
     if not path.is_file():
-        raise FileNotFoundError(f"unknown study {study!r}; known: {', '.join(known_studies()) or 'none in ' + str(studies_root())}")
+        raise FileNotFoundError(f"unknown study {study!r}; known: "
+                                f"{', '.join(known_studies()) or 'none in ' + str(studies_root())}")
     return path
 
 # %% ../../notebooks/library/12_runs/20_studies.ipynb #7f4a0216
@@ -69,20 +70,25 @@ def study_parameters(study: str) -> dict[str, dict]:  # name -> type, default, h
             default = ast.literal_eval(entry["default"])
             kind = TYPES[entry["inferred_type_name"]]
         except (ValueError, SyntaxError, KeyError):
-            raise ValueError(f"parameter {name} of study {study!r} must be a bool, int, float or str with a literal default, "
+            raise ValueError(f"parameter {name} of study {study!r} must be a bool, int, float or str with a literal "
+                             f"default, "
                              f"not {entry['inferred_type_name']} = {entry['default']}") from None
         tag = re.match(r"\[(\w+)\]", entry["help"])
         if tag and (tag[1] not in TAGS or kind is not str):
-            raise ValueError(f"parameter {name} of study {study!r} is {kind.__name__} and tagged {tag[0]}; text and one of {', '.join(TAGS)} are expected")
+            raise ValueError(f"parameter {name} of study {study!r} is {kind.__name__} and tagged {tag[0]}; text and "
+                             f"one of {', '.join(TAGS)} are expected")
         found[name] = {"type": kind, "default": default, "help": entry["help"], "tag": tag[1] if tag else ""}
-    cells = [cell.source for cell in nbformat.read(study_path(study), 4).cells if "parameters" in cell.metadata.get("tags", [])]
+    cells = [cell.source
+             for cell in nbformat.read(study_path(study), 4).cells if "parameters" in cell.metadata.get("tags", [])]
     assigned = [node.target.id for cell in cells for node in ast.parse(cell).body if isinstance(node, ast.AnnAssign)]
     if list(found) != assigned:
-        raise ValueError(f"papermill cannot read the parameters {sorted(set(assigned) - set(found))} of study {study!r}: one `name: type = default  # meaning` "
+        raise ValueError(f"papermill cannot read the parameters {sorted(set(assigned) - set(found))} of study "
+                         f"{study!r}: one `name: type = default  # meaning` "
                          "a line, without a second '='")
     missing = {"out_dir", "seed", "interactive"} - set(found)
     if missing:
-        raise ValueError(f"study {study!r} lacks the parameters {sorted(missing)}; every study has out_dir, seed and interactive")
+        raise ValueError(f"study {study!r} lacks the parameters {sorted(missing)}; every study has out_dir, seed and "
+                         f"interactive")
     return found
 
 # %% ../../notebooks/library/12_runs/20_studies.ipynb #a17ea367
@@ -114,7 +120,8 @@ def resolve_parameters(
         try:
             resolved[name] = cast(value, known[name]["type"])
         except ValueError:
-            raise ValueError(f"parameter {name!r} of study {study!r} expects {known[name]['type'].__name__}, got {value!r}") from None
+            raise ValueError(f"parameter {name!r} of study {study!r} expects {known[name]['type'].__name__}, got "
+                             f"{value!r}") from None
     return {name: resolved[name] for name in sorted(resolved)}
 
 # %% ../../notebooks/library/12_runs/20_studies.ipynb #b13abe10
@@ -157,7 +164,8 @@ def revisions(
     "Collect the versions of everything the parameters of a study name."
     tags = {name: entry["tag"] for name, entry in study_parameters(study).items() if entry["tag"]}
     source = next((parameters[name] for name, tag in tags.items() if tag == "source"), "")
-    found = {name: named_versions(tag, parameters[name], source) for name, tag in tags.items() if tag != "source" and parameters[name]}
+    found = {name: named_versions(tag, parameters[name], source)
+             for name, tag in tags.items() if tag != "source" and parameters[name]}
     return {name: versions for name, versions in found.items() if versions}
 
 # %% ../../notebooks/library/12_runs/20_studies.ipynb #1d0438cd
@@ -177,6 +185,7 @@ def run_identity(
     study: str,
     parameters: dict[str, Any] | None = None,  # what differs from the defaults of the study
 ) -> str:  # 12 hex digits
-    "Return the id of the run that a study with these parameters is; FileNotFoundError for a name that stands for nothing."
+    """Return the id of the run that a study with these parameters is; FileNotFoundError for a name that stands for
+    nothing."""
     resolved = resolve_parameters(study, parameters or {})
     return run_id(study, resolved, revisions(study, resolved))

@@ -33,7 +33,8 @@ class Event:
     "What became of a task."
 
     identity: str
-    state: str  # running, again (its worker died, another takes it up), finished, failed (with a traceback) or unfinished
+    # running, again (its worker died, another takes it up), finished, failed (with a traceback) or unfinished
+    state: str
     folder: str = ""  # of the run, where there is one
     reason: str = ""  # in one line
 
@@ -47,7 +48,8 @@ def attempt(
     try:
         here = identify(task.study, task.parameters)[2]
         if here != task.identity:
-            raise ValueError(f"the run is {here} here and {task.identity} where the grid was started; the same code and data are expected")
+            raise ValueError(f"the run is {here} here and {task.identity} where the grid was started; the same code "
+                             f"and data are expected")
         return Event(task.identity, "finished", str(run_study(task.study, task.parameters, timeout=task.timeout)))
     except StudyFailed as error:
         return Event(task.identity, "failed", str(error.folder), str(error).split("; see ")[0])
@@ -58,7 +60,8 @@ def attempt(
 def visible_gpus() -> list[str]:
     "List the graphics cards this process may use: those of `$CUDA_VISIBLE_DEVICES`, or all that nvidia-smi knows."
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    found = named.split(",") if named is not None else (command_output("nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader") or "").splitlines()
+    found = named.split(",") if named is not None else (command_output("nvidia-smi", "--query-gpu=uuid",
+                                                                       "--format=csv,noheader") or "").splitlines()
     return [name.strip() for name in found if name.strip() not in ("", "-1")]
 
 
@@ -71,7 +74,8 @@ def slots(
         raise ValueError(f"workers is {workers}, expected at least 1")
     cores, cards = len(os.sched_getaffinity(0)), visible_gpus() if gpus else []
     if gpus and len(cards) < gpus:
-        raise ValueError(f"every run of the grid needs {gpus} GPU, this machine offers {len(cards)}; use another machine or a cluster (--scheduler)")
+        raise ValueError(f"every run of the grid needs {gpus} GPU, this machine offers {len(cards)}; use another "
+                         f"machine or a cluster (--scheduler)")
     most = len(cards) // gpus if gpus else max(1, cores // 2)
     number = min(workers, most) if gpus and workers else workers or most
     threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // number)))}
@@ -105,7 +109,8 @@ def events(
     from distributed import wait
     environment = {"SFA_EXPORTS": str(exports_root()), "SFA_STUDIES": str(studies_root())}
     key_of = {task.identity: f"sfa-{task.identity}" for task in tasks}
-    futures = {client.submit(attempt, task, environment, key=key_of[task.identity], pure=False, resources=resources): task
+    futures = {client.submit(attempt, task, environment, key=key_of[task.identity], pure=False,
+                             resources=resources): task
                for task in tasks}
     places: dict[str, str] = {}  # id of a run -> address of the worker that makes it
     while futures:

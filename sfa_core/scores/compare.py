@@ -28,14 +28,17 @@ def paired(first: Evaluation | pd.DataFrame, second: Evaluation | pd.DataFrame) 
     a, b = (side.records if isinstance(side, Evaluation) else side for side in (first, second))
     for name, rows in (("first", a), ("second", b)):
         if not len(rows) or rows["id"].duplicated().any():
-            raise ValueError(f"the {name} records have {len(rows)} rows with {rows['id'].nunique()} ids, expected at least one row and distinct ids")
+            raise ValueError(f"the {name} records have {len(rows)} rows with {rows['id'].nunique()} ids, expected at "
+                             f"least one row and distinct ids")
     if other := sorted(set(a["id"]) ^ set(b["id"])):
-        raise ValueError(f"the records are about different questions: {len(other)} ids are in only one of them, such as {other[0]!r}")
+        raise ValueError(f"the records are about different questions: {len(other)} ids are in only one of them, such "
+                         f"as {other[0]!r}")
     joined = a.merge(b, on="id", suffixes=("_a", "_b"), validate="one_to_one")
     for column in ("document", "question", "answers"):
         same = joined[f"{column}_a"].map(repr_of) == joined[f"{column}_b"].map(repr_of)
         if not same.all():
-            raise ValueError(f"question {joined.loc[~same, 'id'].iloc[0]!r} has a different {column} in the two records, expected the same data")
+            raise ValueError(f"question {joined.loc[~same, 'id'].iloc[0]!r} has a different {column} in the two "
+                             f"records, expected the same data")
     return joined
 
 
@@ -65,28 +68,43 @@ class Comparison:
 
     @property
     def outcome(self) -> str:
-        "better, worse, not resolved, or not tested: fewer than MIN_DOCUMENTS documents, or a single seed, test nothing."
+        """better, worse, not resolved, or not tested: fewer than MIN_DOCUMENTS documents, or a single seed, test
+        nothing."""
         intervals = [(self.low, self.high)] + ([self.over_documents] if self.seeds else [])
         if self.documents < MIN_DOCUMENTS or any(low is None for low, _ in intervals):
             return "not tested"
-        return "better" if all(low > 0 for low, _ in intervals) else "worse" if all(high < 0 for _, high in intervals) else "not resolved"
+        return (
+            "better"
+            if all(low > 0 for low, _ in intervals)
+            else "worse"
+            if all(high < 0 for _, high in intervals)
+            else "not resolved"
+        )
 
     @property
     def widest(self) -> tuple[float | None, float | None]:
         "Return the interval that holds all of them; None where one is missing."
         ends = [(self.low, self.high)] + ([self.over_documents] if self.seeds else [])
-        return (None, None) if any(low is None for low, _ in ends) else (min(low for low, _ in ends), max(high for _, high in ends))
+        return (None, None) if any(low is None for low, _ in ends) else (min(low for low, _ in ends),
+                                                                         max(high for _, high in ends))
 
     @property
     def verdict(self) -> str:
         "Write what the comparison shows; better or worse only when every interval excludes zero."
         first, second = self.names
-        over = f"{self.n:,} questions about {self.documents:,} documents" + (f", {len(self.seeds)} seeds" if self.seeds else "")
-        interval = "no interval" if self.low is None else f"{100 * self.level:g} % interval {points_text(self.low, self.high)}"
+        over = f"{self.n:,} questions about {self.documents:,} documents" + (f", {len(self.seeds)} seeds" if self.seeds
+                                                                             else "")
+        interval = (
+            "no interval" if self.low is None else f"{100 * self.level:g} % interval {points_text(self.low, self.high)}"
+        )
         numbers = f"{points(self.difference)} points ({interval}; {over})"
         if self.outcome in ("better", "worse"):
             return f"{second} is {self.outcome} than {first}: {numbers}."
-        few = "" if self.outcome == "not resolved" else f" Fewer than {MIN_DOCUMENTS} documents, or a single seed, resolve nothing."
+        few = (
+            ""
+            if self.outcome == "not resolved"
+            else f" Fewer than {MIN_DOCUMENTS} documents, or a single seed, resolve nothing."
+        )
         return f"No difference between {second} and {first} is resolved: {numbers}.{few}"
 
     __repr__ = __str__ = verdict.fget
@@ -100,11 +118,13 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         "Return plain values, for metrics.json."
-        found = {name: getattr(self, name) for name in ("n", "documents", "left_out", "rate_a", "rate_b", "difference", "low", "high", "level")}
+        found = {name: getattr(self, name)
+                 for name in ("n", "documents", "left_out", "rate_a", "rate_b", "difference", "low", "high", "level")}
         found |= {"names": list(self.names)} | (self.changes._asdict() if self.changes else {})
         if self.seeds:
             low, high = self.over_documents
-            return found | {"differences": [seed.difference for seed in self.seeds], "document_low": low, "document_high": high,
+            return found | {"differences": [seed.difference for seed in self.seeds], "document_low": low,
+                            "document_high": high,
                             "seeds": [seed.to_dict() for seed in self.seeds]}
         return found | {"kinds": {kind: part.to_dict() for kind, part in self.kinds.items()}}
 
@@ -129,7 +149,8 @@ def compare(
 
 
 def compare_rows(rows: pd.DataFrame, *, names: tuple[str, str], draws: int, level: float, seed: int) -> Comparison:
-    "Compare paired rows: rates, the difference of the scores with its interval over documents, and the exact test of changes."
+    """Compare paired rows: rates, the difference of the scores with its interval over documents, and the exact test
+    of changes."""
     documents, low, high = int(rows["document_a"].nunique()), None, None
     if documents > 1:
         _, low, high = paired_bootstrap(rows["score_a"], rows["score_b"], rows["document_a"], draws, level, seed)
@@ -144,19 +165,24 @@ def kinds_table(comparison: Comparison) -> pd.DataFrame:  # one row per kind and
     first, second = comparison.names
     rows = {name: {"questions": c.n, first: c.rate_a, second: c.rate_b, "difference": c.difference,
                    f"{100 * comparison.level:g} % by document": interval_text(c.low, c.high, signed=True),
-                   "lost": c.changes.lost, "won": c.changes.won, "McNemar p": c.changes.p} for name, c in {**comparison.kinds, "all": comparison}.items()}
-    return pd.DataFrame.from_dict(rows, orient="index").round({first: 3, second: 3, "difference": 3, "McNemar p": 4}).rename_axis("kind")
+                   "lost": c.changes.lost, "won": c.changes.won, "McNemar p": c.changes.p}
+                   for name, c in {**comparison.kinds, "all": comparison}.items()}
+    return pd.DataFrame.from_dict(rows,
+                                  orient="index").round({first: 3, second: 3, "difference": 3,
+                                                         "McNemar p": 4}).rename_axis("kind")
 
 # %% ../../notebooks/library/04_scores/30_compare.ipynb #cc220006
 def compare_seeds(
-    pairs: Sequence[tuple[Evaluation | pd.DataFrame, Evaluation | pd.DataFrame]],  # reference and other of each seed, all on the same questions
+    # reference and other of each seed, all on the same questions
+    pairs: Sequence[tuple[Evaluation | pd.DataFrame, Evaluation | pd.DataFrame]],
     names: tuple[str, str] = ("a", "b"),
     *,
     draws: int = 10_000,  # bootstrap replicates
     level: float = 0.95,
     seed: int = 0,  # seed of the bootstrap
 ) -> Comparison:
-    "Compare two arms over training seeds: mean difference, its interval over seeds and over documents, and every seed's own comparison."
+    """Compare two arms over training seeds: mean difference, its interval over seeds and over documents, and every
+    seed's own comparison."""
     if not pairs:
         raise ValueError("got no pairs of records, expected one pair per seed")
     seeds = tuple(compare(a, b, names, draws=draws, level=level, seed=seed) for a, b in pairs)
@@ -180,8 +206,11 @@ def seed_table(comparison: Comparison) -> pd.DataFrame:  # one row per seed and 
     first, second = comparison.names
     header = f"{100 * comparison.level:g} % interval"
     rows = [{"seed": str(i), first: s.rate_a, second: s.rate_b, "difference": s.difference,
-             header: interval_text(s.low, s.high, signed=True) + " over documents", "lost": s.changes.lost, "won": s.changes.won,
+             header: interval_text(s.low, s.high, signed=True) + " over documents", "lost": s.changes.lost,
+             "won": s.changes.won,
              "exact p": f"{s.changes.p:.2g}"} for i, s in enumerate(comparison.seeds)]
-    rows.append({"seed": "mean", first: comparison.rate_a, second: comparison.rate_b, "difference": comparison.difference,
-                 header: interval_text(comparison.low, comparison.high, signed=True) + " over seeds", "lost": "—", "won": "—", "exact p": "—"})
+    rows.append({"seed": "mean", first: comparison.rate_a, second: comparison.rate_b,
+                 "difference": comparison.difference,
+                 header: interval_text(comparison.low, comparison.high, signed=True) + " over seeds", "lost": "—",
+                 "won": "—", "exact p": "—"})
     return pd.DataFrame(rows).set_index("seed").round({first: 3, second: 3, "difference": 3})

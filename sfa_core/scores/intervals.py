@@ -28,11 +28,12 @@ def wilson_interval(
     n: int,               # questions, at least 1
     level: float = 0.95,  # coverage
 ) -> Interval:
-    "Give a rate with its Wilson score interval (Wilson 1927); ValueError unless 0 <= correct <= n and n >= 1."
+    "Return a rate with its Wilson score interval (Wilson 1927); ValueError unless 0 <= correct <= n and n >= 1."
     if n < 1 or not 0 <= correct <= n:
         raise ValueError(f"got {correct} correct of {n}, expected 0 <= correct <= n and n >= 1")
     low, high = proportion_confint(correct, n, alpha=1 - check_level(level), method="wilson")
-    return Interval(correct / n, max(0.0, min(float(low), correct / n)), min(1.0, max(float(high), correct / n)))  # rounding never excludes the rate
+    # rounding never excludes the rate
+    return Interval(correct / n, max(0.0, min(float(low), correct / n)), min(1.0, max(float(high), correct / n)))
 
 
 def check_level(level: float) -> float:
@@ -52,7 +53,8 @@ def cluster_means(
     values = np.asarray(values, dtype=np.float64)
     names = np.arange(values.size) if clusters is None else np.asarray(clusters)
     if values.ndim != 1 or names.shape != values.shape:
-        raise ValueError(f"got values of shape {values.shape} and clusters of shape {names.shape}, expected two equally long rows")
+        raise ValueError(f"got values of shape {values.shape} and clusters of shape {names.shape}, expected two "
+                         f"equally long rows")
     if not np.isfinite(values).all():
         raise ValueError("values: got nan or infinite entries, expected finite scores")
     _, owner = np.unique(names, return_inverse=True)
@@ -91,8 +93,9 @@ def clustered_bootstrap(
     seed: int = 0,
     side: str = "both",
 ) -> Interval:
-    "Give a mean score with the percentile interval of a bootstrap over clusters (Davison and Hinkley 1997, 3.8)."
-    return percentile_interval(np.mean(np.asarray(values, dtype=np.float64)), cluster_means(values, clusters, draws, seed), level, side)
+    "Return a mean score with the percentile interval of a bootstrap over clusters (Davison and Hinkley 1997, 3.8)."
+    return percentile_interval(np.mean(np.asarray(values, dtype=np.float64)),
+                               cluster_means(values, clusters, draws, seed), level, side)
 
 # %% ../../notebooks/library/04_scores/15_intervals.ipynb #a4c99209
 def paired_bootstrap(
@@ -104,7 +107,8 @@ def paired_bootstrap(
     seed: int = 0,
     side: str = "both",                # "upper" or "lower": one-sided bound at `level`
 ) -> Interval:
-    "Give the mean of b - a with the interval of a bootstrap over clusters; ValueError unless both have the same length."
+    """Return the mean of b - a with the interval of a bootstrap over clusters; ValueError unless both have the same
+    length."""
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if a.shape != b.shape:
         raise ValueError(f"got {a.size} and {b.size} scores, expected the same questions in the same order")
@@ -124,10 +128,12 @@ def mcnemar(
     a: Sequence[bool],  # (N,) right answers of the first model
     b: Sequence[bool],  # (N,) of the second
 ) -> McNemar:
-    "Test whether two models answer the same questions equally well (McNemar 1947, exact); ValueError unless same length and not empty."
+    """Test whether two models answer the same questions equally well (McNemar 1947, exact); ValueError unless same
+    length and not empty."""
     a, b = np.asarray(a), np.asarray(b)
     if a.shape != b.shape or a.ndim != 1 or not a.size:
-        raise ValueError(f"got rows of shape {a.shape} and {b.shape}, expected two equally long rows with at least one question")
+        raise ValueError(f"got rows of shape {a.shape} and {b.shape}, expected two equally long rows with at least one "
+                         f"question")
     if not np.isin(np.concatenate([a, b]).astype(float), (0, 1)).all():
         raise ValueError("got values other than right and wrong, expected booleans")
     a, b = a.astype(bool), b.astype(bool)
@@ -139,7 +145,7 @@ def seed_interval(
     values: Sequence[float],  # one value per seed, at least two
     level: float = 0.95,
 ) -> Interval:
-    "Give the mean over seeds with its t interval; ValueError for fewer than two seeds."
+    "Return the mean over seeds with its t interval; ValueError for fewer than two seeds."
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or values.size < 2 or not np.isfinite(values).all():
         raise ValueError(f"got values {values.tolist()}, expected at least two finite values, one per seed")

@@ -23,7 +23,7 @@ from .options import option_letter
 def as_answers(
     answers: str | Sequence[str],  # one answer or several
 ) -> tuple[str, ...]:              # at least one
-    "Give the accepted answers as a tuple; ValueError when there are none or one is no text."
+    "Return the accepted answers as a tuple; ValueError when there are none or one is no text."
     found = (answers,) if isinstance(answers, str) else tuple(answers)
     if not found or not all(isinstance(answer, str) for answer in found):
         raise ValueError(f"answers: got {answers!r}, expected one text or a non-empty sequence of texts")
@@ -45,7 +45,8 @@ def relaxed_match(
     target: str,
     tolerance: float = 0.05,  # relative, of the target
 ) -> bool:
-    "Apply the ChartQA rule to one pair; a number is compared with a number unless the target is zero (ChartQA section 5.1)."
+    """Apply the ChartQA rule to one pair; a number is compared with a number unless the target is zero (ChartQA
+    section 5.1)."""
     guess, truth = parse_number(prediction), parse_number(target)
     if guess is not None and truth:
         return abs(guess - truth) / abs(truth) <= tolerance
@@ -76,7 +77,8 @@ def strict_match(prediction: str, target: str) -> bool:
 
 # %% ../../notebooks/library/04_scores/10_metrics.ipynb #4d8459eb
 def lenient_match(prediction: str, target: str, tolerance: float = 0.05) -> bool:
-    "Apply the ChartQA rule after reading numbers through their writing and text through its punctuation; never less than the default, but for 1_000."
+    """Apply the ChartQA rule after reading numbers through their writing and text through its punctuation; never
+    less than the default, but for 1_000."""
     bare = [" ".join(text.casefold().split()).strip(" .,;:!?\"'“”") for text in (prediction, target)]
     if bare[0] == bare[1]:
         return True
@@ -135,15 +137,25 @@ isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've nee
 shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll that's
 there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's
 where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd
-you'd've you'll you're you've""".split()
+you'd've you'll you're you've""".split()  # noqa: E501
 CONTRACTIONS = {word[:i] + word[i + 1:]: word for word in CONTRACTED for i, letter in enumerate(word) if letter == "'"}
-CONTRACTIONS |= {"someonell": "someone'll", "somebody'd": "somebodyd"}   # the second loses its apostrophe in the published table
+# the second loses its apostrophe in the published table
+CONTRACTIONS |= {"someonell": "someone'll", "somebody'd": "somebodyd"}
 MARKS = ';/[]"{}()=+\\_-><@`!'
 
 
 def normalise_answer(text: str) -> str:
     "Normalise an answer as the EvalAI server of VQA and TextVQA does."
-    text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip().replace("\n", " ").replace("\t", " ").strip()
+    text = (
+        text.lower()
+        .replace(",", "")
+        .replace("?", "")
+        .replace("'s", " 's")
+        .strip()
+        .replace("\n", " ")
+        .replace("\t", " ")
+        .strip()
+    )
     original = text
     for mark in MARKS:
         text = text.replace(mark, "" if f"{mark} " in original or f" {mark}" in original else " ")
@@ -156,8 +168,10 @@ def vqa_accuracy(
     prediction: str,
     answers: str | Sequence[str],  # usually ten, one per annotator
 ) -> float:                        # 0..1
-    "Score agreement with annotators, leaving one out (Antol et al. 2015); a single answer can agree with no other and scores 0."
-    reply, truths = normalise_answer(answer_of(prediction)), [normalise_answer(answer) for answer in as_answers(answers)]
+    """Score agreement with annotators, leaving one out (Antol et al. 2015); a single answer can agree with no other
+    and scores 0."""
+    reply, truths = normalise_answer(answer_of(prediction)), [normalise_answer(answer)
+                                                              for answer in as_answers(answers)]
     agreed = sum(truth == reply for truth in truths)
     return float(np.mean([min(1.0, (agreed - (truth == reply)) / 3) for truth in truths]))
 

@@ -15,7 +15,8 @@ from ..documents.replies import answer_of
 
 # %% ../../notebooks/library/04_scores/05_options.ipynb #3f7d3045
 LATEX = re.compile(
-    r"\\(?:boxed|fbox|mbox|text\w{0,6}|math\w{0,4}|operatorname|quad|left|right|displaystyle|[()\[\],;! ])(?![A-Za-z])|[{}$]"
+    r"\\(?:boxed|fbox|mbox|text\w{0,6}|math\w{0,4}|operatorname|quad|left|right|displaystyle|[()\[\],;! "
+    r"])(?![A-Za-z])|[{}$]"
 )
 STRONG = re.compile(
     r"\banswer(?:\s(?:is|would be)\b|\s?:)[\s:]*|(?:정답|답)(?:은|\s?:)[\s:]*|\\boxed\s?", flags=re.IGNORECASE

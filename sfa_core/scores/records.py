@@ -25,7 +25,8 @@ def letter_score(reply: str, sample: Sample) -> float:
     "Score the option that a reply chooses; a reply that names no single option is wrong."
     choices = choices_of(sample.question)
     if not choices:
-        raise ValueError(f"question {sample.id} has no options, expected lines such as 'A. text' under it for the scorer 'letter'")
+        raise ValueError(f"question {sample.id} has no options, expected lines such as 'A. text' under it for the "
+                         f"scorer 'letter'")
     return float(option_letter(reply, choices) in sample.answers)
 
 
@@ -33,12 +34,14 @@ SCORERS: dict[str, Callable[[str, Sample, str], float]] = {
     "relaxed": lambda reply, sample, profile: relaxed_accuracy(reply, sample.answers, profile),
     "anls": lambda reply, sample, profile: anls(reply, sample.answers),
     "vqa": lambda reply, sample, profile: vqa_accuracy(reply, sample.answers),
-    "containment": lambda reply, sample, profile: ocrbench_score(reply, sample.answers, "Mathematical Expression" in sample.kind),
+    "containment": lambda reply, sample, profile: ocrbench_score(reply, sample.answers,
+                                                                 "Mathematical Expression" in sample.kind),
     "letter": lambda reply, sample, profile: letter_score(reply, sample),
     "exact": lambda reply, sample, profile: exact_match(reply, sample.answers),
 }
 GRADED = {"anls": 0.5, "vqa": 0.5}  # scorers that give part marks, and the mark that counts as right
-TOLERANCE = {"relaxed": 0.05}  # scorers that compare numbers, and how far one may be off, relative; others compare texts
+# scorers that compare numbers, and how far one may be off, relative; others compare texts
+TOLERANCE = {"relaxed": 0.05}
 
 
 def validate_choice(what: str, given: str, expected: Iterable[str]) -> str:
@@ -52,7 +55,8 @@ def number_tolerance(scorer: str) -> float:  # relative, 0 for a scorer of texts
     return TOLERANCE.get(validate_choice("scorer", scorer, SCORERS), 0.0)
 
 # %% ../../notebooks/library/04_scores/25_records.ipynb #28212109
-COLUMNS = ("id", "document", "kind", "question", "answers", "prediction", "correct", "strict", "lenient", "score", "truncated", "error", "category", "seconds")
+COLUMNS = ("id", "document", "kind", "question", "answers", "prediction", "correct", "strict", "lenient", "score",
+           "truncated", "error", "category", "seconds")
 
 
 def make_records(
@@ -66,15 +70,20 @@ def make_records(
     validate_choice("profile", profile, PROFILES)
     ids = {sample.id for sample in asked}
     if len(asked) != len(replies) or len(ids) < len(asked):
-        raise ValueError(f"got {len(replies)} replies to {len(asked)} questions with {len(ids)} ids, expected one reply each and distinct ids")
+        raise ValueError(f"got {len(replies)} replies to {len(asked)} questions with {len(ids)} ids, expected one "
+                         f"reply each and distinct ids")
     rows = []
     for sample, reply in zip(asked, replies, strict=True):
         error, text = reply.error or "", reply.prediction
         mark = 0.0 if error else score(text, sample, profile)
-        strict, lenient = (not error and bool(relaxed_accuracy(text, sample.answers, name)) for name in ("strict", "lenient"))
-        rows.append((sample.id, sample.document, sample.kind, sample.question, list(sample.answers), text, mark >= right, strict, lenient, mark,
+        strict, lenient = (not error and bool(relaxed_accuracy(text, sample.answers, name))
+                           for name in ("strict", "lenient"))
+        rows.append((sample.id, sample.document, sample.kind, sample.question, list(sample.answers), text,
+                     mark >= right, strict, lenient, mark,
                      bool(reply.truncated) or not split_reply(text).closed, error, "", float(reply.seconds)))
-    return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"correct": bool, "strict": bool, "lenient": bool, "score": float})
+    return pd.DataFrame(rows,
+                        columns=list(COLUMNS)).astype({"correct": bool, "strict": bool, "lenient": bool,
+                                                       "score": float})
 
 # %% ../../notebooks/library/04_scores/25_records.ipynb #12da0362
 def rate_of(
@@ -82,14 +91,14 @@ def rate_of(
     column: str,         # correct, strict or lenient
     level: float = 0.95,
 ) -> dict[str, float | int | None]:
-    "Give n, the number right, the rate and its Wilson interval; without questions the rate is None."
+    "Return n, the number right, the rate and its Wilson interval; without questions the rate is None."
     n, right = len(rows), int(rows[column].sum())
     rate, low, high = wilson_interval(right, n, level) if n else (None, None, None)
     return {"n": n, "right": right, "rate": rate, "low": low, "high": high}
 
 
 def mean_of(rows: pd.DataFrame, column: str, draws: int, level: float, seed: int) -> dict[str, float | None]:
-    "Give the mean of a column with its interval over documents, None where there are fewer than two documents."
+    "Return the mean of a column with its interval over documents, None where there are fewer than two documents."
     if rows["document"].nunique() < 2:
         return {"mean": float(rows[column].mean()) if len(rows) else None, "low": None, "high": None}
     return dict(zip(("mean", "low", "high"), clustered_bootstrap(rows[column], rows["document"], draws, level, seed)))
@@ -99,11 +108,14 @@ def odd_replies(
     records: pd.DataFrame,
     scorer: str = "",  # with "letter" replies that name no option are odd
 ) -> dict[str, list[str]]:  # what is odd -> ids of its questions, in the order asked
-    "List the questions with a reply that was cut off, that has no answer outside of its thought, or that names no single option."
+    """List the questions with a reply that was cut off, that has no answer outside of its thought, or that names no
+    single option."""
     rows = records[records["error"] == ""]
     parts = [split_reply(text) for text in rows["prediction"]]
-    letters = [scorer == "letter" and option_letter(text, choices_of(question)) is None for text, question in zip(rows["prediction"], rows["question"])]
-    marks = {"truncated": rows["truncated"], "thought only": [part.thought and not part.answer for part in parts], "unreadable": letters}
+    letters = [scorer == "letter" and option_letter(text, choices_of(question)) is None
+               for text, question in zip(rows["prediction"], rows["question"])]
+    marks = {"truncated": rows["truncated"], "thought only": [part.thought and not part.answer for part in parts],
+             "unreadable": letters}
     return {name: [id for id, odd in zip(rows["id"], found) if odd] for name, found in marks.items() if any(found)}
 
 
@@ -114,17 +126,21 @@ def summarise(
     level: float = 0.95,
     seed: int = 0,
 ) -> dict[str, Any]:
-    "Sum up records: rates with intervals overall, per kind and per profile, and everything that was left out or cut off."
+    """Sum up records: rates with intervals overall, per kind and per profile, and everything that was left out or
+    cut off."""
     rows = records[records["error"] == ""]
     summary = rate_of(rows, "correct", level) | {
         "asked": len(records), "errors": int((records["error"] != "").sum()), "truncated": int(rows["truncated"].sum()),
         "documents": int(rows["document"].nunique()), "level": level,
-        "by_document": mean_of(rows.astype({"correct": float}), "correct", draws, level, seed), "score": mean_of(rows, "score", draws, level, seed),
-        "profiles": {name: rate_of(rows, column, level) for name, column in (("default", "correct"), ("strict", "strict"), ("lenient", "lenient"))},
+        "by_document": mean_of(rows.astype({"correct": float}), "correct", draws, level, seed),
+        "score": mean_of(rows, "score", draws, level, seed),
+        "profiles": {name: rate_of(rows, column, level)
+                     for name, column in (("default", "correct"), ("strict", "strict"), ("lenient", "lenient"))},
         "kinds": {}, "thoughts": count_thoughts(rows["prediction"]), "settings": dict(settings or {})}
     for kind, part in rows.groupby("kind"):
         summary["kinds"][kind] = rate_of(part, "correct", level) | {
-            "documents": int(part["document"].nunique()), "score": float(part["score"].mean()), "strict": float(part["strict"].mean()),
+            "documents": int(part["document"].nunique()), "score": float(part["score"].mean()),
+            "strict": float(part["strict"].mean()),
             "lenient": float(part["lenient"].mean()), "truncated": int(part["truncated"].sum())}
     if summary["settings"].get("scorer") == "letter":
         summary["unreadable"] = len(odd_replies(rows, "letter").get("unreadable", ()))
@@ -134,16 +150,20 @@ def summarise(
 def summary_table(
     summaries: Mapping[str, Mapping[str, Any]],  # name -> summary
 ) -> pd.DataFrame:                               # one row per name
-    "Show evaluations below each other: n, rates with intervals, and what was left out; thoughts and unreadable letters where there are any."
+    """Show evaluations below each other: n, rates with intervals, and what was left out; thoughts and unreadable
+    letters where there are any."""
     rows = {}
     thoughts = any(s.get("thoughts", {}).get("replies") for s in summaries.values())
     letters = any("unreadable" in s for s in summaries.values())
     for name, s in summaries.items():
         percent, by_document = f"{100 * s['level']:g} %", s["by_document"]
         rows[name] = {
-            "questions": s["n"], "documents": s["documents"], "right": s["rate"], f"{percent} Wilson": interval_text(s["low"], s["high"]),
-            f"{percent} by document": interval_text(by_document["low"], by_document["high"]), "strict": s["profiles"]["strict"]["rate"],
-            "lenient": s["profiles"]["lenient"]["rate"], "score": s["score"]["mean"], "truncated": s["truncated"], "image errors": s["errors"]}
+            "questions": s["n"], "documents": s["documents"], "right": s["rate"],
+            f"{percent} Wilson": interval_text(s["low"], s["high"]),
+            f"{percent} by document": interval_text(by_document["low"], by_document["high"]),
+            "strict": s["profiles"]["strict"]["rate"],
+            "lenient": s["profiles"]["lenient"]["rate"], "score": s["score"]["mean"], "truncated": s["truncated"],
+            "image errors": s["errors"]}
         if letters:
             rows[name]["unreadable letters"] = s.get("unreadable", "—")
         if thoughts:
@@ -183,7 +203,9 @@ class Evaluation:
     def __repr__(self) -> str:
         s = self.summary
         left_out = f", {s['errors']} without an answer left out" if s["errors"] else ""
-        rate = "no rate" if s["rate"] is None else f"accuracy {self.rate.estimate:.3f} ({interval_text(*self.rate[1:])})"
+        rate = (
+            "no rate" if s["rate"] is None else f"accuracy {self.rate.estimate:.3f} ({interval_text(*self.rate[1:])})"
+        )
         return f"{rate}, {s['n']:,} questions about {s['documents']:,} documents{left_out}"
 
     def table(self) -> pd.DataFrame:

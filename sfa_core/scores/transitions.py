@@ -58,10 +58,12 @@ def grounding_change(
     level: float = 0.95,
     seed: int = 0,
 ) -> dict[str, Any]:
-    "Compare two arms question by question: the matrix of categories, and ungrounded or not with the exact test and an interval over documents."
+    """Compare two arms question by question: the matrix of categories, and ungrounded or not with the exact test
+    and an interval over documents."""
     joined = paired(verdicts_a, verdicts_b)
     both = joined[joined["judged_a"] & joined["judged_b"]]
-    moves = pd.crosstab(both["category_a"], both["category_b"]).reindex(index=CATEGORIES[1:], columns=CATEGORIES[1:], fill_value=0)
+    moves = pd.crosstab(both["category_a"], both["category_b"]).reindex(index=CATEGORIES[1:], columns=CATEGORIES[1:],
+                                                                        fill_value=0)
     rated = joined[joined["in_rate_a"] & joined["in_rate_b"]]
     found = {
         "names": list(names),
@@ -101,7 +103,8 @@ def change_sentence(
         where = f"{change['n']} questions about {change['documents']} documents with two numeric replies"
         return f"Ungrounded numbers of {second} and {first} cannot be compared: {where}."
     numbers = (
-        f"{100 * change['difference']:+.1f} points ({100 * change['level']:g} % interval {points_text(change['low'], change['high'])}; "
+        f"{100 * change['difference']:+.1f} points ({100 * change['level']:g} % interval "
+        f"{points_text(change['low'], change['high'])}; "
         f"only {first} {change['only_first']}, only {second} {change['only_second']}, exact p = {change['p']:.3g}; "
         f"{change['n']:,} questions, {change['documents']:,} documents)"
     )

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 # %% ../../notebooks/library/03_structure/10_bias.ipynb #320d5f07
-PADDING = -1e4  # log area of a token that is not there: its attention weight underflows to zero, and the number still fits float16
+# log area of a token that is not there: its attention weight underflows to zero, and the number still fits float16
+PADDING = -1e4
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +26,9 @@ class Geometry:
     column: Tensor  # (..., N, w) weights over base columns
     special: Tensor  # (..., N) bool: class tokens and padding, without structure
     block: Tensor | None = None  # (..., N, K) weights over blocks, per image; None puts every patch in block 0
-    log_area: Tensor | None = None  # (..., N) log of the area in base cells, 0 for special tokens, PADDING where no token is; None means all areas are 1
+    # (..., N) log of the area in base cells, 0 for special tokens, PADDING where no token is; None means all areas
+    # are 1
+    log_area: Tensor | None = None
     total: int | None = None  # h + w of the whole image where the tokens see a window of it; None: of the base grid
 
     @property
@@ -56,7 +59,8 @@ class Geometry:
         function: Callable[[Tensor], Tensor],  # moves or converts one tensor
     ) -> "Geometry":
         """Apply a function to every floating tensor, and to the flags where they must follow to another device."""
-        moved = {f.name: function(t) for f in fields(self) if isinstance(t := getattr(self, f.name), Tensor) and t.is_floating_point()}
+        moved = {f.name: function(t)
+                 for f in fields(self) if isinstance(t := getattr(self, f.name), Tensor) and t.is_floating_point()}
         return replace(self, special=self.special.to(moved["row"].device), **moved)
 
 # %% ../../notebooks/library/03_structure/10_bias.ipynb #6ae5506d
@@ -76,9 +80,11 @@ def grid_geometry(
     for name, index, side in (("row", row, height), ("column", column, width)):
         outside = index[~special & ((index < 0) | (index >= side))]
         if outside.numel():
-            raise ValueError(f"a token has {name} {int(outside[0])}, expected 0 to {side - 1} on a grid of {height} x {width}")
+            raise ValueError(f"a token has {name} {int(outside[0])}, expected 0 to {side - 1} on a grid of {height} x "
+                             f"{width}")
     patch = (~special).double()[:, None]
-    one_hot = [nn.functional.one_hot(torch.where(special, 0, index).long(), side) * patch for index, side in ((row, height), (column, width))]
+    one_hot = [nn.functional.one_hot(torch.where(special, 0, index).long(), side) * patch
+               for index, side in ((row, height), (column, width))]
     return Geometry(*one_hot, special)
 
 
@@ -89,7 +95,8 @@ def uniform_geometry(
 ) -> Geometry:  # N = special + h * w, row-major
     """Lay patches out row by row behind their special tokens; ValueError for sides below 1."""
     if height < 1 or width < 1 or special < 0:
-        raise ValueError(f"a grid of {height} x {width} with {special} special tokens: expected sides of at least 1 and no negative count")
+        raise ValueError(f"a grid of {height} x {width} with {special} special tokens: expected sides of at least 1 "
+                         f"and no negative count")
     cells = torch.arange(-special, height * width)
     return grid_geometry(cells // width, cells % width, cells < 0, height, width)
 
@@ -101,10 +108,12 @@ def with_blocks(
 ) -> Geometry:
     """Assign a block to every patch; ValueError for another number of patches, another dtype or ids out of range."""
     if geometry.special.ndim != 1:
-        raise ValueError(f"the geometry has batch shape {tuple(geometry.special.shape[:-1])}, expected tokens shared by all images: blocks before merging")
+        raise ValueError(f"the geometry has batch shape {tuple(geometry.special.shape[:-1])}, expected tokens shared "
+                         f"by all images: blocks before merging")
     patches = int((~geometry.special).sum())
     if ids.ndim < 1 or ids.shape[-1] != patches:
-        raise ValueError(f"block ids have shape {tuple(ids.shape)}, expected (images, {patches}): one id per patch, special tokens left out")
+        raise ValueError(f"block ids have shape {tuple(ids.shape)}, expected (images, {patches}): one id per patch, "
+                         f"special tokens left out")
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ValueError(f"block ids are {ids.dtype}, expected integers")
     if ids.numel() and (ids.min() < 0 or ids.max() >= blocks):
@@ -118,9 +127,11 @@ def merge_cells(
     geometry: Geometry,  # (..., N) base tokens
     assignment: Tensor,  # (..., M, N) 0 / 1: which base tokens make up each merged token; an empty row is padding
 ) -> Geometry:  # (..., M) tokens with log areas
-    """Average the places of merged cells; ValueError for wrong shapes, entries other than 0 and 1, or a special token merged with others."""
+    """Average the places of merged cells; ValueError for wrong shapes, entries other than 0 and 1, or a special
+    token merged with others."""
     if assignment.ndim < 2 or assignment.shape[-1] != geometry.tokens:
-        raise ValueError(f"the assignment has shape {tuple(assignment.shape)}, expected (..., merged tokens, {geometry.tokens})")
+        raise ValueError(f"the assignment has shape {tuple(assignment.shape)}, expected (..., merged tokens, "
+                         f"{geometry.tokens})")
     if geometry.log_area is not None:
         raise ValueError("the geometry is merged already, expected base cells")
     member = assignment.to(geometry.row)
@@ -147,7 +158,8 @@ def check_terms(
     terms = (terms,) if isinstance(terms, str) else tuple(terms)
     wrong = [term for term in terms if term not in TERMS]
     if wrong or not terms or len(set(terms)) != len(terms):
-        raise ValueError(f"structural terms are {', '.join(map(repr, terms)) or 'none'}, expected one or more of {', '.join(TERMS)}, each once")
+        raise ValueError(f"structural terms are {', '.join(map(repr, terms)) or 'none'}, expected one or more of "
+                         f"{', '.join(TERMS)}, each once")
     return tuple(term for term in TERMS if term in terms)
 
 
@@ -161,7 +173,8 @@ def distance_table(
 
 # %% ../../notebooks/library/03_structure/10_bias.ipynb #5570fd28
 class StructuralBias(nn.Module):
-    """The structural weights of one attention layer and the bias they make; sizes below 1 and unknown terms are a ValueError.
+    """The structural weights of one attention layer and the bias they make; sizes below 1 and unknown terms are a
+    ValueError.
 
     phi = w_row [same row] + w_col [same column] - w_dist manhattan / (h + w) + e[block_i] e[block_j], per head.
     """

@@ -46,9 +46,11 @@ def placed_bias(
     if isinstance(geometry, Calls):
         return bias, geometry.take(tokens)
     if geometry.tokens != tokens:
-        raise ValueError(f"the encoder sees {tokens} tokens, the geometry places {geometry.tokens} on a grid of {geometry.size[0]} x {geometry.size[1]}")
+        raise ValueError(f"the encoder sees {tokens} tokens, the geometry places {geometry.tokens} on a grid of "
+                         f"{geometry.size[0]} x {geometry.size[1]}")
     if geometry.batch not in ((), (1,), (batch,)):
-        raise ValueError(f"the encoder got {batch} images, the geometry (set_blocks) is for {tuple(geometry.batch)}: one row of block ids per image expected")
+        raise ValueError(f"the encoder got {batch} images, the geometry (set_blocks) is for {tuple(geometry.batch)}: "
+                         f"one row of block ids per image expected")
     return bias, geometry
 
 
@@ -65,7 +67,8 @@ def structural_attention(
     """Attend with the structural bias in the stock kernel: a cached mask where it is constant, factors elsewhere."""
     scaling, found = query.shape[-1] ** -0.5 if scaling is None else scaling, placed_bias(module, query)
     if found is None:
-        output = scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling)
+        output = scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, dropout_p=dropout,
+                                              scale=scaling)
         return output.transpose(1, 2).contiguous(), None
     bias, geometry = found
     cache = module.structure_cache
@@ -83,7 +86,8 @@ def structural_attention(
 
 # %% ../../notebooks/library/03_structure/40_inject.ipynb #520397c9
 def dense_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None, dropout: float = 0.0, **kwargs
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, dropout: float = 0.0, **kwargs
 ) -> tuple[Tensor, None]:  # (B, N, H, D)
     """Attend with the bias written out for all pairs: the oracle; arguments as in `structural_attention`."""
     found = placed_bias(module, query)
@@ -97,7 +101,8 @@ def dense_attention(
 
 
 def eager_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None, dropout: float = 0.0, **kwargs
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, dropout: float = 0.0, **kwargs
 ) -> tuple[Tensor, Tensor]:  # (B, N, H, D) and the weights (B, H, N, N), rows sum to 1
     """Attend with the bias and return the attention weights; arguments as in `structural_attention`."""
     scaling, found = query.shape[-1] ** -0.5 if scaling is None else scaling, placed_bias(module, query)
@@ -111,7 +116,8 @@ def eager_attention(
     return output.transpose(1, 2).contiguous(), weights
 
 
-FUNCTIONS = {"sfa": (structural_attention, sdpa_mask), "sfa_dense": (dense_attention, sdpa_mask), "sfa_eager": (eager_attention, eager_mask)}
+FUNCTIONS = {"sfa": (structural_attention, sdpa_mask), "sfa_dense": (dense_attention, sdpa_mask),
+             "sfa_eager": (eager_attention, eager_mask)}
 for name, (function, mask_function) in FUNCTIONS.items():
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, mask_function)
@@ -125,7 +131,8 @@ def inject(
     blocks: int = 16,  # size of the block table
     seed: int = 0,  # seed of the initial weights
 ) -> list[StructuralBias]:  # one per encoder layer that the projector depends on, first to last
-    """Attach structural attention to a model's encoder; ValueError for an unsupported model, unknown terms or one that has it already."""
+    """Attach structural attention to a model's encoder; ValueError for an unsupported model, unknown terms or one
+    that has it already."""
     model, family = bundle.model, bundle.family
     if family_of(model) != family:
         raise ValueError(f"the model is of family {family_of(model).name}, its bundle says {family.name}")
@@ -134,11 +141,15 @@ def inject(
         raise ValueError("the model has structural attention already: call eject first")
     grid = None if family.native else family.grid(model)
     seeds = np.random.SeedSequence(seed).generate_state(len(attentions))
-    biases = [StructuralBias(attention.num_heads, blocks, terms, int(own)) for attention, own in zip(attentions, seeds, strict=True)]
+    biases = [StructuralBias(attention.num_heads, blocks, terms, int(own))
+              for attention, own in zip(attentions, seeds, strict=True)]
     replaced = vision_attention(model)
     for attention, bias in zip(attentions, biases, strict=True):
         attention.add_module(CHILD, bias.to(next(attention.parameters()).device))
-        attention.structure_cache, attention.structure_replaced = None if family.native else MaskCache(MASK_BYTES // len(attentions)), replaced
+        attention.structure_cache, attention.structure_replaced = (
+            None if family.native else MaskCache(MASK_BYTES // len(attentions)),
+            replaced,
+        )
     if family.native:
         follow_sizes(family.tower_of(model), attentions, family)
     else:
@@ -206,10 +217,12 @@ def set_geometry(
     bundle: Bundle,
     geometry: Geometry,
 ) -> None:
-    """Set the places of the tokens to come for every attached bias; stays until changed. ValueError for a tower that places its tokens itself."""
+    """Set the places of the tokens to come for every attached bias; stays until changed. ValueError for a tower
+    that places its tokens itself."""
     if bundle.family.native:
         name = bundle.family.name
-        raise ValueError(f"{name} sees images at their own size and places their tokens at every forward pass; expected a family with fixed tiles")
+        raise ValueError(f"{name} sees images at their own size and places their tokens at every forward pass; "
+                         f"expected a family with fixed tiles")
     ready: dict[tuple, Geometry] = {}
     for bias in structures_of(bundle):
         weight = next(bias.parameters())
@@ -221,7 +234,8 @@ def set_geometry(
 
 def set_blocks(
     bundle: Bundle,
-    block_ids: Tensor | Sequence[Tensor] | None,  # (B, cells) int, a row per image (tile), cells row by row; for native sizes a list of (cells,); None: block 0
+    # (B, cells) int, a row per image (tile), cells row by row; for native sizes a list of (cells,); None: block 0
+    block_ids: Tensor | Sequence[Tensor] | None,
 ) -> None:
     """Assign blocks to the patches of the images of the next batch; ValueError for a wrong shape, dtype or id."""
     bias = structures_of(bundle)[0]
@@ -229,5 +243,6 @@ def set_blocks(
         return set_image_blocks(bundle.family.tower_of(bundle.model), block_ids)
     plain = replace(bias.geometry, block=None)
     if block_ids is not None and block_ids.ndim != 2:
-        raise ValueError(f"block ids have shape {tuple(block_ids.shape)}, expected (images, {int((~plain.special).sum(-1).max())})")
+        raise ValueError(f"block ids have shape {tuple(block_ids.shape)}, expected (images, "
+                         f"{int((~plain.special).sum(-1).max())})")
     set_geometry(bundle, plain if block_ids is None else with_blocks(plain, block_ids, bias.blocks))

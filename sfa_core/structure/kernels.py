@@ -30,8 +30,10 @@ def low_rank_attention(
     batch, width = query.shape[0], query.shape[-1]
     rank = factors[0].shape[-1]
     extra = rank + -(width + rank) % 8
-    ours, theirs = (pad(part, (0, extra - rank)).to(query.dtype).expand(batch, -1, -1, -1) for part in (factors[0] / scaling, factors[1]))
-    longer = torch.cat([query, ours], dim=-1), torch.cat([key, theirs], dim=-1), pad(value, (0, extra))  # (B, H, N, D + R)
+    ours, theirs = (pad(part, (0, extra - rank)).to(query.dtype).expand(batch, -1, -1, -1)
+                    for part in (factors[0] / scaling, factors[1]))
+    # (B, H, N, D + R)
+    longer = torch.cat([query, ours], dim=-1), torch.cat([key, theirs], dim=-1), pad(value, (0, extra))
     return scaled_dot_product_attention(*longer, attn_mask=mask, dropout_p=dropout, scale=scaling)[..., :width]
 
 # %% ../../notebooks/library/03_structure/20_kernels.ipynb #2b936a24
@@ -58,17 +60,24 @@ def chunked_attention(
     mask: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:  # (B, H, N, D)
-    """Attend with a bias given as factors, multiplied out for a chunk of queries at a time; arguments as in `low_rank_attention`."""
+    """Attend with a bias given as factors, multiplied out for a chunk of queries at a time; arguments as in
+    `low_rank_attention`."""
 
     def attend(queries, ours, part):
         bias = combine_masks((ours @ factors[1].mT).to(query.dtype), part)
-        return scaled_dot_product_attention(queries, key, value, attn_mask=bias if bias.ndim == 4 else bias[None], dropout_p=dropout, scale=scaling)
+        return scaled_dot_product_attention(queries, key, value, attn_mask=bias if bias.ndim == 4 else bias[None],
+                                            dropout_p=dropout, scale=scaling)
 
     chunks = []
     for start in range(0, query.shape[2], QUERY_CHUNK):
         rows = slice(start, start + QUERY_CHUNK)
-        arguments = query[:, :, rows], factors[0][..., rows, :], mask[..., rows, :] if mask is not None and mask.shape[-2] > 1 else mask
-        chunks.append(checkpoint(attend, *arguments, use_reentrant=False) if torch.is_grad_enabled() else attend(*arguments))
+        arguments = (
+            query[:, :, rows],
+            factors[0][..., rows, :],
+            mask[..., rows, :] if mask is not None and mask.shape[-2] > 1 else mask,
+        )
+        chunks.append(checkpoint(attend, *arguments, use_reentrant=False) if torch.is_grad_enabled()
+                      else attend(*arguments))
     return torch.cat(chunks, dim=2)
 
 # %% ../../notebooks/library/03_structure/20_kernels.ipynb #2e1b4e68
@@ -89,7 +98,7 @@ def may_cache(
     query: Tensor,  # (B, H, N, D)
     cache: MaskCache,
 ) -> bool:
-    """Tell whether the rule above allows a constant mask."""
+    """Return whether the rule above allows a constant mask."""
     if torch.compiler.is_compiling() or query.device.type != "cpu" or geometry.batch:
         return False
     if torch.is_grad_enabled() and any(weight.requires_grad for weight in bias.parameters()):

@@ -33,7 +33,8 @@ def structure_card(
     """Describe structural weights and the encoder they fit."""
     model, family = bundle.model, bundle.family
     attentions, grid = family.attentions_of(model), None if family.native else family.grid(model)
-    encoder = {"family": family.name, "layers": len(attentions), "heads": attentions[0].num_heads, "width": model.config.vision_config.hidden_size,
+    encoder = {"family": family.name, "layers": len(attentions), "heads": attentions[0].num_heads,
+               "width": model.config.vision_config.hidden_size,
                "grid": [grid.height, grid.width] if grid else family.views}
     return {"encoder": encoder, "terms": list(terms), "blocks": blocks}
 
@@ -44,7 +45,8 @@ def save_structure(
 ) -> Path:
     """Write the structural weights and what they fit; ValueError when the model has none."""
     folder, biases = Path(folder), structures_of(bundle)
-    tensors = {f"{layer}.{name}": weight.detach().cpu().contiguous() for layer, bias in enumerate(biases) for name, weight in bias.named_parameters()}
+    tensors = {f"{layer}.{name}": weight.detach().cpu().contiguous() for layer, bias in enumerate(biases)
+               for name, weight in bias.named_parameters()}
     card, data = structure_card(bundle, biases[0].terms, biases[0].blocks), save(tensors)
     card["sha256"] = hashlib.sha256(data).hexdigest()
     folder.mkdir(parents=True, exist_ok=True)
@@ -65,16 +67,20 @@ def read_structure(
     try:
         card = json.loads((folder / CARD_FILE).read_text(encoding="utf-8"))
         if hashlib.sha256(data).hexdigest() != card["sha256"]:
-            raise ValueError(f"{folder / WEIGHTS_FILE} does not match the checksum in {CARD_FILE}: truncated, damaged or written by another save")
+            raise ValueError(f"{folder / WEIGHTS_FILE} does not match the checksum in {CARD_FILE}: truncated, damaged "
+                             f"or written by another save")
         check_terms(card["terms"])
         layers, heads, blocks = int(card["encoder"]["layers"]), int(card["encoder"]["heads"]), int(card["blocks"])
         tensors = load(data)
     except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
         raise ValueError(f"{folder} holds damaged structural weights: {type(error).__name__}: {error}") from error
-    expected = {f"{layer}.{term}": (blocks, heads) if term == "block" else (heads,) for layer in range(layers) for term in card["terms"]}
-    wrong = sorted(name for name in {*expected, *tensors} if name not in tensors or tuple(tensors[name].shape) != expected.get(name))
+    expected = {f"{layer}.{term}": (blocks, heads) if term == "block" else (heads,) for layer in range(layers)
+                for term in card["terms"]}
+    wrong = sorted(name for name in {*expected, *tensors} if name not in tensors
+                   or tuple(tensors[name].shape) != expected.get(name))
     if wrong:
-        raise ValueError(f"{folder / WEIGHTS_FILE}: {len(wrong)} weights missing, unexpected or not of the shape in {CARD_FILE}, the first is {wrong[0]}")
+        raise ValueError(f"{folder / WEIGHTS_FILE}: {len(wrong)} weights missing, unexpected or not of the shape in "
+                         f"{CARD_FILE}, the first is {wrong[0]}")
     return card, tensors
 
 
@@ -82,19 +88,24 @@ def load_structure(
     bundle: Bundle,
     folder: str | Path,  # as written by `save_structure`
 ) -> list[StructuralBias]:
-    """Attach structural weights to a model, or replace those of an attached one; nothing is changed unless everything fits.
+    """Attach structural weights to a model, or replace those of an attached one; nothing is changed unless
+    everything fits.
 
-    FileNotFoundError for a missing file; ValueError for damaged files, another encoder, other terms or another number of blocks.
+    FileNotFoundError for a missing file; ValueError for damaged files, another encoder, other terms or another
+    number of blocks.
     """
     card, tensors = read_structure(folder)
     attached = hasattr(bundle.family.attentions_of(bundle.model)[0], CHILD)
     present = structures_of(bundle)[0] if attached else None
     terms, blocks = (present.terms, present.blocks) if attached else (check_terms(card["terms"]), card["blocks"])
     ours = structure_card(bundle, terms, blocks)
-    for what, mine, saved in [(f"encoder {key}", mine, card["encoder"].get(key)) for key, mine in ours["encoder"].items()] + [
+    for what, mine, saved in [(f"encoder {key}", mine, card["encoder"].get(key))
+                              for key, mine in ours["encoder"].items()] + [
         ("terms", ours["terms"], list(check_terms(card["terms"]))), ("blocks", blocks, card["blocks"])]:
         if mine != saved:
-            raise ValueError(f"structural weights in {folder} do not fit this model: {what} is {saved}, expected {mine}")
+            raise ValueError(
+                f"structural weights in {folder} do not fit this model: {what} is {saved}, expected {mine}"
+            )
     biases = structures_of(bundle) if attached else inject(bundle, terms, blocks=blocks)
     with torch.no_grad():
         for layer, bias in enumerate(biases):

@@ -30,10 +30,12 @@ def grid_special(
     """Count the special tokens in front of a whole grid that lies row by row; None for any other arrangement."""
     height, width = geometry.size
     special = geometry.tokens - height * width
-    if geometry.log_area is not None or special < 0 or max(geometry.row.ndim, geometry.column.ndim, geometry.special.ndim + 1) > 2:
+    if geometry.log_area is not None or special < 0 or max(geometry.row.ndim, geometry.column.ndim,
+                                                           geometry.special.ndim + 1) > 2:
         return None
     expected = uniform_geometry(height, width, special)
-    same = (torch.equal(getattr(geometry, name), getattr(expected, name).to(getattr(geometry, name))) for name in ("row", "column", "special"))
+    same = (torch.equal(getattr(geometry, name), getattr(expected, name).to(getattr(geometry, name)))
+            for name in ("row", "column", "special"))
     return special if all(same) else None
 
 
@@ -43,19 +45,28 @@ def may_strip(
     mask: Tensor | None,
     dropout: float,
 ) -> bool:
-    """Tell whether the strips above apply: whole grids on a CPU, in float32 or float64, without a mask or dropout of the model's own."""
+    """Return whether the strips above apply: whole grids on a CPU, in float32 or float64, without a mask or dropout
+    of the model's own."""
     usual = query.device.type == "cpu" and query.dtype in (torch.float32, torch.float64) and query.shape[-1] < WIDEST
-    return usual and mask is None and not dropout and not torch.compiler.is_compiling() and grid_special(geometry) is not None
+    return (
+        usual
+        and mask is None
+        and not dropout
+        and not torch.compiler.is_compiling()
+        and grid_special(geometry) is not None
+    )
 
 
 def grid_tables(
     bias: StructuralBias,
     geometry: Geometry,  # a whole grid
-) -> tuple[Tensor, Tensor, Tensor | None]:  # (H, h, h) and (H, w, w) between rows and between columns, (B or 1, H, N) block scalars
+# (H, h, h) and (H, w, w) between rows and between columns, (B or 1, H, N) block scalars
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the small tables that the bias of a whole grid is the sum of."""
     weight, total = next(bias.parameters()), sum(geometry.size)
     tables = [bias.axis_table(term, side, total) for term, side in zip(("row", "column"), geometry.size, strict=True)]
-    rows, columns = (weight.new_zeros(bias.heads, side, side) if table is None else table for table, side in zip(tables, geometry.size, strict=True))
+    rows, columns = (weight.new_zeros(bias.heads, side, side) if table is None else table
+                     for table, side in zip(tables, geometry.size, strict=True))
     if bias.block is None:
         return rows, columns, None
     if geometry.block is None:  # all patches in block 0: a constant between patches
@@ -92,7 +103,8 @@ def strips(
     columns: Tensor,  # (H, w, w)
     special: int,
 ) -> Iterator[Strip]:
-    """Write the bias out strip by strip, for as many heads at a time as there are threads, always into the same memory."""
+    """Write the bias out strip by strip, for as many heads at a time as there are threads, always into the same
+    memory."""
     (_, heads, tokens, _), height, width = query.shape, rows.shape[-1], columns.shape[-1]
     group, tall = min(heads, torch.get_num_threads()), min(max(1, STRIP // width), height)
     memory = query.new_zeros(group, special + tall * width, tokens)  # rows and columns of special tokens stay zero
@@ -103,21 +115,27 @@ def strips(
             shared = memory[:count, special - lead : special + (bottom - top) * width]
             patches = shared[:, lead:, special:].unflatten(2, (height, width)).unflatten(1, (-1, width))
             torch.add(rows[of, top:bottom, None, :, None], columns[of, None, :, None, :], out=patches)
-            yield Strip(of, slice(top, bottom), slice(special + top * width - lead, special + bottom * width), lead, shared)
+            yield Strip(of, slice(top, bottom), slice(special + top * width - lead, special + bottom * width), lead,
+                        shared)
 
 # %% ../../notebooks/library/03_structure/25_strips.ipynb #67a2d2ee
 class GridAttention(torch.autograd.Function):
-    """Attention with the bias of a whole grid; arguments are query, key, value, the three tables of `grid_tables`, special tokens, scaling."""
+    """Attention with the bias of a whole grid; arguments are query, key, value, the three tables of `grid_tables`,
+    special tokens, scaling."""
 
     @staticmethod
     def forward(ctx, query, key, value, rows, columns, scalars, special, scaling):
         """Attend strip by strip in the stock kernel."""
-        output, images = torch.empty_like(query), [slice(None)] if scalars is None else [slice(i, i + 1) for i in range(len(query))]
+        output, images = (
+            torch.empty_like(query),
+            [slice(None)] if scalars is None else [slice(i, i + 1) for i in range(len(query))],
+        )
         for strip in strips(query, rows, columns, special):
             for image in images:
                 bias, place = strip.bias(scalars, image.start or 0)[None], (image, strip.heads, strip.tokens)
                 whole = image, strip.heads
-                output[place] = scaled_dot_product_attention(query[place], key[whole], value[whole], attn_mask=bias, scale=scaling)
+                output[place] = scaled_dot_product_attention(query[place], key[whole], value[whole], attn_mask=bias,
+                                                             scale=scaling)
         ctx.save_for_backward(query, key, value, rows, columns, scalars, output)
         ctx.special, ctx.scaling = special, scaling
         return output
@@ -132,9 +150,11 @@ class GridAttention(torch.autograd.Function):
 
 def grid_gradients(
     gradient: Tensor,  # of the output, (B, H, N, D)
-    query: Tensor, key: Tensor, value: Tensor, rows: Tensor, columns: Tensor, scalars: Tensor | None, output: Tensor, special: int, scaling: float,
+    query: Tensor, key: Tensor, value: Tensor, rows: Tensor, columns: Tensor, scalars: Tensor | None, output: Tensor,
+    special: int, scaling: float,
 ) -> tuple[Tensor | None, ...]:  # of query, key, value, rows, columns, scalars
-    """Compute the gradients of `GridAttention`: with dS = P (dP - rowsum(dP P)), a table's entry gets the sum of dS over the pairs it serves."""
+    """Compute the gradients of `GridAttention`: with dS = P (dP - rowsum(dP P)), a table's entry gets the sum of dS
+    over the pairs it serves."""
     to_query, to_key, to_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
     to_rows, to_columns = torch.zeros_like(rows), torch.zeros_like(columns)
     to_scalars, grid = None if scalars is None else torch.zeros_like(scalars), (rows.shape[-1], columns.shape[-1])

@@ -52,12 +52,15 @@ class Calls:
         return Calls(tuple(geometry.map(function) for geometry in self.geometries), self.taken)
 
     def take(self, tokens: int) -> Geometry:
-        """Return the geometry of the next call; ValueError when there is none, or it is for another number of tokens."""
+        """Return the geometry of the next call; ValueError when there is none, or it is for another number of
+        tokens."""
         if self.taken == len(self.geometries):
-            raise ValueError(f"attention is called for the {self.taken + 1}th time in this pass, the image sizes make {len(self.geometries)} sequences")
+            raise ValueError(f"attention is called for the {self.taken + 1}th time in this pass, the image sizes make "
+                             f"{len(self.geometries)} sequences")
         geometry = self.geometries[self.taken]
         if geometry.tokens != tokens:
-            raise ValueError(f"call {self.taken + 1} of the attention sees {tokens} tokens, the image sizes place {geometry.tokens}")
+            raise ValueError(f"call {self.taken + 1} of the attention sees {tokens} tokens, the image sizes place "
+                             f"{geometry.tokens}")
         self.taken += 1
         return geometry
 
@@ -77,17 +80,20 @@ def call_lists(
     followed: Followed,
     sizes: Tensor,  # (images, 3): frames, rows and columns of patches
 ) -> tuple[list[Geometry], list[Geometry]]:
-    """Return the geometries of a windowed and of a global layer; ValueError for a film, or for block ids of other images."""
+    """Return the geometries of a windowed and of a global layer; ValueError for a film, or for block ids of other
+    images."""
     frames, shapes, ids = sizes[:, 0].tolist(), [tuple(size) for size in sizes[:, 1:].tolist()], followed.ids
     if set(frames) != {1}:
         raise ValueError(f"the tower got images of {frames} frames, expected images of 1 frame")
     cells = [height * width for height, width in shapes]
     if ids is not None and [len(part) for part in ids] != cells:
-        raise ValueError(f"the tower got images of {cells} patches, the block ids (set_blocks) are for {[len(part) for part in ids]}")
+        raise ValueError(f"the tower got images of {cells} patches, the block ids (set_blocks) are for "
+                         f"{[len(part) for part in ids]}")
     made: dict[tuple, Geometry] = {}
 
     def place(grid):
-        key = ((grid.row - grid.row.min()).tobytes(), (grid.column - grid.column.min()).tobytes(), grid.height + grid.width)
+        key = ((grid.row - grid.row.min()).tobytes(), (grid.column - grid.column.min()).tobytes(),
+               grid.height + grid.width)
         if key not in made:
             made[key] = sequence_geometry(grid)
         return made[key] if ids is None else block_geometry(made[key], grid, ids[grid.image], followed.blocks)
@@ -106,7 +112,8 @@ def place_calls(tower: nn.Module, args: tuple, kwargs: dict) -> None:
     followed, biases = tower.structure_followed, biases_in(tower)
     weight = next(biases[0].parameters())
     sizes = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
-    lists = [tuple(g.map(lambda tensor: tensor.to(weight)) for g in made) for made in call_lists(tower, followed, sizes)]
+    lists = [tuple(g.map(lambda tensor: tensor.to(weight)) for g in made)
+             for made in call_lists(tower, followed, sizes)]
     windows = followed.family.windows
     everywhere = range(len(biases)) if windows is None else windows(tower.config)[1]
     for layer, bias in enumerate(biases):
@@ -125,7 +132,8 @@ def end_calls(module: nn.Module, args: tuple, output: object) -> None:
     for bias in biases_in(module):
         calls = bias.geometry
         if isinstance(calls, Calls) and calls.taken != len(calls.geometries):
-            raise ValueError(f"the attention was called {calls.taken} times, the image sizes make {len(calls.geometries)} sequences")
+            raise ValueError(f"the attention was called {calls.taken} times, the image sizes make "
+                             f"{len(calls.geometries)} sequences")
 
 
 def follow_sizes(
@@ -149,13 +157,16 @@ def stop_following(tower: nn.Module) -> None:
 
 def set_image_blocks(
     tower: nn.Module,  # that follows sizes
-    ids: Sequence[Tensor] | None,  # (h * w,) int, one per image of the next batches, cells row by row; None puts every patch in block 0
+    # (h * w,) int, one per image of the next batches, cells row by row; None puts every patch in block 0
+    ids: Sequence[Tensor] | None,
 ) -> None:
     """Assign blocks to the patches of the next images; ValueError for another dtype, shape or an id out of range."""
     followed = tower.structure_followed
     for part in ids or ():
         if part.ndim != 1 or part.dtype.is_floating_point or part.dtype in (torch.bool, torch.complex64):
-            raise ValueError(f"block ids of an image have shape {tuple(part.shape)} and are {part.dtype}, expected (patches,) integers")
+            raise ValueError(f"block ids of an image have shape {tuple(part.shape)} and are {part.dtype}, expected "
+                             f"(patches,) integers")
         if part.numel() and (part.min() < 0 or part.max() >= followed.blocks):
-            raise ValueError(f"block ids run from {int(part.min())} to {int(part.max())}, expected 0 to {followed.blocks - 1}")
+            raise ValueError(f"block ids run from {int(part.min())} to {int(part.max())}, expected 0 to "
+                             f"{followed.blocks - 1}")
     followed.ids = None if ids is None else tuple(ids)

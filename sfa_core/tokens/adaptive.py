@@ -47,7 +47,8 @@ class EmbeddingParts:
 def embedding_parts(model: PreTrainedModel, family: Family) -> EmbeddingParts:
     "Find convolution, position table and special tokens; ValueError for a family whose encoder is made otherwise."
     if family.name not in SUPPORTED:
-        raise ValueError(f"adaptive tokens are made for encoders with a table of positions, got family {family.name}; expected {' or '.join(SUPPORTED)}")
+        raise ValueError(f"adaptive tokens are made for encoders with a table of positions, got family {family.name}; "
+                         f"expected {' or '.join(SUPPORTED)}")
     grid, module = family.grid(model), family.tower_of(model).embeddings
     if family.name == "internvl":
         table, convolution = module.position_embeddings, module.patch_embeddings.projection
@@ -76,13 +77,16 @@ class TokenControl:
     estimator: DensityEstimator | None = field(repr=False)  # None: patches by the guard alone
     patches: PatchConfig | None  # None: the uniform grid
     blocks: int  # size of the block table that density is quantised for; 0: one block
-    current: tuple[list[PatchPlan], int] = field(default=((), 0), repr=False)  # plans and length of the sequences under way
+    # plans and length of the sequences under way
+    current: tuple[list[PatchPlan], int] = field(default=((), 0), repr=False)
     base: Geometry | None = field(default=None, repr=False)  # of the uniform grid
     replaced: str = ""  # the encoder's attention before
-    keep_copies: CopyHook | None = field(default=None, repr=False)  # drops copies, until it is removed; None: all tokens stay
+    # drops copies, until it is removed; None: all tokens stay
+    keep_copies: CopyHook | None = field(default=None, repr=False)
     last: list[PatchPlan] = field(default_factory=list, repr=False)  # plans of the tiles the tower ran on last
     seen: dict[str, tuple] = field(default_factory=dict, repr=False)
-    outputs: list[tuple] = field(default_factory=list, repr=False)  # of the pass under way: tiles, their plans, and what the tower returned
+    # of the pass under way: tiles, their plans, and what the tower returned
+    outputs: list[tuple] = field(default_factory=list, repr=False)
     handles: tuple = field(default=(), repr=False)  # of the hooks on the tower
 
     @property
@@ -116,7 +120,9 @@ class TokenControl:
             needed = self.blocks or self.patches and self.patches.coarse is not None and self.patches.random is None
             maps = estimate_density(self.estimator, tiles, self.grid).cpu() if needed else [None] * len(tiles)
             for at, tile, density in zip(new, tiles.permute(0, 2, 3, 1).numpy(), maps, strict=True):
-                plan = self.patches and plan_patches(tile, None if density is None else density.numpy(), self.patches, self.grid)
+                plan = self.patches and plan_patches(
+                    tile, None if density is None else density.numpy(), self.patches, self.grid
+                )
                 self.seen[keys[at]] = plan, density
         for key in keys:  # the least recently used come first and go first
             self.seen[key] = self.seen.pop(key)
@@ -159,13 +165,15 @@ def place_leaves(control: TokenControl, geometry: Geometry) -> None:
 def embed_tiles(control: TokenControl, pixel_values: Tensor) -> Tensor:  # (B, length, D)
     "Embed the leaves under way, in place of the encoder's own embedding."
     parts, (plans, length) = embedding_parts(control.model, control.family), control.current
-    tokens = embed_patches(pixel_values.to(parts.convolution.weight.dtype), plans, parts.convolution, parts.positions, control.patches.embedding)
+    tokens = embed_patches(pixel_values.to(parts.convolution.weight.dtype), plans, parts.convolution, parts.positions,
+                           control.patches.embedding)
     tokens = torch.cat([parts.special.expand(len(plans), -1, -1), tokens], dim=1)
     return getattr(parts.module, "dropout", nn.Identity())(pad(tokens, (0, 0, 0, length - tokens.shape[1])))
 
 
 class LeafEmbedding(nn.Module):
-    """Stands in for the embedding of an encoder: its parameters and parts under their own names, and leaves in place of the grid."""
+    """Stands in for the embedding of an encoder: its parameters and parts under their own names, and leaves in
+    place of the grid."""
 
     def __init__(self, control: TokenControl, replaced: nn.Module):
         """Share everything that the replaced module holds."""
@@ -184,7 +192,9 @@ def begin_tiles(control: TokenControl, tower: nn.Module, args: tuple, kwargs: di
 
     Sequences of one length run together: all lengths but the longest run here, the pass itself is that of the longest.
     """
-    pixels, options = args[0] if args else kwargs["pixel_values"], {name: value for name, value in kwargs.items() if name != "pixel_values"}
+    pixels, options = args[0] if args else kwargs["pixel_values"], {name: value
+                                                                    for name, value in kwargs.items()
+                                                                    if name != "pixel_values"}
     plans, density = control.read(pixels)
     base, control.outputs = control.base, []
     if control.blocks:
@@ -192,7 +202,8 @@ def begin_tiles(control: TokenControl, tower: nn.Module, args: tuple, kwargs: di
     if plans is None:
         return set_geometry(control.bundle, base)
     if not hasattr(control.family.attentions_of(control.model)[0], CHILD) and vision_attention(control.model) != "adat":
-        raise ValueError(f"the encoder attends by {vision_attention(control.model)!r} and would ignore the areas of leaves: detach tokens before structure")
+        raise ValueError(f"the encoder attends by {vision_attention(control.model)!r} and would ignore the areas of "
+                         f"leaves: detach tokens before structure")
     control.last = plans
     lengths = [control.sequence_length(len(plan)) for plan in plans]
     lengths = [max(lengths)] * len(lengths) if getattr(tower, "is_activation_checkpointing", False) else lengths
@@ -202,7 +213,8 @@ def begin_tiles(control: TokenControl, tower: nn.Module, args: tuple, kwargs: di
         control.current = [plans[at] for at in members], length
         place_leaves(control, plan_geometry(own, control.current[0], length))
         if length < max(lengths):
-            control.outputs.append((members, control.current[0], tower.forward(pixel_values=pixels[members], **options)))
+            control.outputs.append((members, control.current[0],
+                                    tower.forward(pixel_values=pixels[members], **options)))
     control.outputs.append((members, control.current[0], None))
     return (), {"pixel_values": pixels[members], **options}
 
@@ -216,25 +228,29 @@ def finish_tiles(control: TokenControl, output: Any) -> Any | None:  # the tower
     for members, plans, own in outputs:
         own = output if own is None else own
         kept = [own.last_hidden_state, *(own.hidden_states or ())]
-        rasters = [None if part is None else torch.cat([part[:, :special], regrid(part[:, special:], plans)], dim=1) for part in kept]
+        rasters = [None if part is None else torch.cat([part[:, :special], regrid(part[:, special:], plans)], dim=1)
+                   for part in kept]
         for place, at in enumerate(members):
             layers[at] = [None if raster is None else raster[place] for raster in rasters]
     ordered = zip(*(layers[at] for at in sorted(layers)))
-    last, *hidden = (None if parts[0] is None else torch.stack(parts) for parts in ordered)  # layers that nobody asked for are None
+    # layers that nobody asked for are None
+    last, *hidden = (None if parts[0] is None else torch.stack(parts) for parts in ordered)
     return type(output)(last_hidden_state=last, hidden_states=tuple(hidden) or None)
 
 # %% ../../notebooks/library/05_tokens/40_adaptive.ipynb #77c1d7f2
 def language_tokens(
     bundle: Bundle,
     images: Sequence[Tensor],  # of each image: (T, 3, Y, X) normalised tiles
-    sizes: Sequence[Sequence[int]] | None = None,  # height and width of each image, pixels; where the model packs tiles together
+    # height and width of each image, pixels; where the model packs tiles together
+    sizes: Sequence[Sequence[int]] | None = None,
 ) -> list[int] | None:  # language tokens of each image; None where all of them stay
-    "Say how many tokens of each image the language model will see."
+    "Return how many tokens of each image the language model will see."
     control = getattr(bundle.family.tower_of(bundle.model), CONTROL, None)
     if control is None or control.keep_copies is None:
         return None
     plans = control.read(torch.cat(list(images)))[0]
-    return [int(is_kept(own).sum()) for own in token_origins(bundle.model, bundle.family, plans, [len(tiles) for tiles in images], sizes)]
+    return [int(is_kept(own).sum())
+            for own in token_origins(bundle.model, bundle.family, plans, [len(tiles) for tiles in images], sizes)]
 
 # %% ../../notebooks/library/05_tokens/40_adaptive.ipynb #06cb7374
 def attach_tokens(
@@ -247,7 +263,8 @@ def attach_tokens(
 ) -> TokenControl:
     """Let density decide blocks or patches of a model; `detach_tokens` is the inverse.
 
-    ValueError for an unsupported family, a second control, a missing estimator, blocks without structural bias, or nothing to do.
+    ValueError for an unsupported family, a second control, a missing estimator, blocks without structural bias, or
+    nothing to do.
     """
     model, family, normalisation = bundle.model, bundle.family, bundle.processor.image_processor
     parts, tower, attentions = embedding_parts(model, family), family.tower_of(model), family.attentions_of(model)
@@ -260,15 +277,19 @@ def attach_tokens(
     if blocks and not structured:
         raise ValueError("density blocks are part of the structural bias: call inject first")
     if looks and estimator is None:
-        raise ValueError("density is asked for and there is no estimator, expected one from load_density, or patches with coarse=None")
+        raise ValueError("density is asked for and there is no estimator, expected one from load_density, or patches "
+                         "with coarse=None")
     grid = family.grid(model)
     if patches is not None:
         check_budget(patches, (grid.height, grid.width))
     if grid.special.sum() != len(parts.special):
-        raise ValueError(f"the encoder has {len(parts.special)} special tokens, its family says {int(grid.special.sum())}")
+        raise ValueError(f"the encoder has {len(parts.special)} special tokens, its family says "
+                         f"{int(grid.special.sum())}")
     mean, std = tuple(normalisation.image_mean), tuple(normalisation.image_std)
-    control = TokenControl(model, family, mean, std, estimator, patches, structures_of(bundle)[0].blocks if blocks else 0)
-    control.base = grid_geometry(grid.row, grid.column, grid.special, grid.height, grid.width).map(lambda part: part.float())
+    control = TokenControl(model, family, mean, std, estimator, patches,
+                           structures_of(bundle)[0].blocks if blocks else 0)
+    control.base = grid_geometry(grid.row, grid.column, grid.special, grid.height,
+                                 grid.width).map(lambda part: part.float())
     control.replaced = vision_attention(model)
     setattr(tower, CONTROL, control)
     before = tower.register_forward_pre_hook(control.begin, with_kwargs=True)

@@ -60,7 +60,8 @@ def area_attention(
     mask = attention_mask
     if area is not None:
         if area.shape != (query.shape[0], key.shape[2]):
-            raise ValueError(f"the encoder sees {query.shape[0]} tiles of {key.shape[2]} tokens, areas are given for {tuple(area.shape)}")
+            raise ValueError(f"the encoder sees {query.shape[0]} tiles of {key.shape[2]} tokens, areas are given for "
+                             f"{tuple(area.shape)}")
         mask = combine_masks(area[:, None, None].to(query.dtype), attention_mask)
     output = scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
     return output.transpose(1, 2).contiguous(), None

@@ -46,10 +46,12 @@ def token_origins(
     views: Sequence[int],  # tiles of each image
     sizes: Sequence[Sequence[int]] | None = None,  # height and width of each image, pixels; where tiles are packed
 ) -> list[np.ndarray]:  # of each image: (K,) int
-    "Say of each language token which is the first that is equal to it; ValueError for another number of plans, or where sizes are missing."
+    """Say of each language token which is the first that is equal to it; ValueError for another number of plans, or
+    where sizes are missing."""
     packs, merge = family.views == "anyres", family.merge(model.config)
     if sum(views) != len(plans) or packs and len(sizes or ()) != len(views):
-        raise ValueError(f"{len(plans)} plans and {len(sizes or ())} sizes for images of {list(views)} tiles, expected a plan per tile and a size per image")
+        raise ValueError(f"{len(plans)} plans and {len(sizes or ())} sizes for images of {list(views)} tiles, expected "
+                         f"a plan per tile and a size per image")
     tiles = np.split(np.stack([plan.origins(merge) for plan in plans]), np.cumsum(views)[:-1])
     numbers = [own + own.shape[1] * np.arange(len(own))[:, None] for own in tiles]  # (T, N) each
     return packed_origins(model.model, numbers, sizes) if packs else [own.reshape(-1) for own in numbers]
@@ -78,8 +80,10 @@ def pack_once(
     **options: Any,
 ) -> tuple[list[Tensor], Tensor]:  # of each image: (kept, D); numbers of tokens
     "Pack images as the model does, and leave one of each set of equal tokens."
-    packed, lengths = type(model.model).pack_image_features(model.model, image_features, image_sizes, *arguments, **options)
-    origins = token_origins(model, family, plans, [len(own) for own in image_features], torch.as_tensor(image_sizes).tolist())
+    packed, lengths = type(model.model).pack_image_features(model.model, image_features, image_sizes, *arguments,
+                                                            **options)
+    origins = token_origins(model, family, plans, [len(own) for own in image_features],
+                            torch.as_tensor(image_sizes).tolist())
     if lengths.tolist() != [len(own) for own in origins]:
         raise ValueError(f"the model packs {lengths.tolist()} tokens, plans are for {[len(own) for own in origins]}")
     kept = [own[torch.from_numpy(is_kept(of)).to(own.device)] for own, of in zip(packed, origins)]

@@ -37,7 +37,7 @@ def overlaps(
     old: int,  # cells
     new: int,  # cells on the same length
 ) -> np.ndarray:  # (new, old) float32, rows sum to 1
-    "Give the share of every old cell in every new one."
+    "Return the share of every old cell in every new one."
     edges, cells = np.linspace(0, old, new + 1), np.arange(old)
     shared = np.clip(np.minimum(edges[1:, None], cells + 1) - np.maximum(edges[:-1, None], cells), 0, None)
     return (shared * new / old).astype(np.float32)
@@ -48,7 +48,8 @@ def area_resize(
     grid: tuple[int, int],  # new rows and columns
 ) -> Tensor:  # (..., *grid)
     "Resize a map by area; the mean stays the same."
-    rows, columns = (torch.from_numpy(overlaps(old, new)).to(values) for old, new in zip(values.shape[-2:], grid, strict=True))
+    rows, columns = (torch.from_numpy(overlaps(old, new)).to(values)
+                     for old, new in zip(values.shape[-2:], grid, strict=True))
     return rows @ values @ columns.mT
 
 # %% ../../notebooks/library/05_tokens/10_density.ipynb #ad196c68
@@ -63,7 +64,8 @@ def page_pixels(
     "Resize a page to the square that density is computed on; ValueError for an image that is empty or not RGB."
     pixels = np.asarray(image)
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8 or not pixels.size:
-        raise ValueError(f"the image has shape {pixels.shape} and type {pixels.dtype}, expected (Y, X, 3) uint8 with at least one pixel")
+        raise ValueError(f"the image has shape {pixels.shape} and type {pixels.dtype}, expected (Y, X, 3) uint8 with "
+                         f"at least one pixel")
     shrinks = min(pixels.shape[:2]) > side
     return cv2.resize(pixels, (side, side), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
@@ -83,11 +85,13 @@ def pseudo_label(
     normalise: str = "quantile",  # one of NORMALISATIONS
     unit: float | None = None,  # raw density that counts as 1, for "quantile": from `density_unit`
 ) -> np.ndarray:  # grid, float32, 0..1
-    "Label the density of a page without annotation; ValueError for an unknown normalisation, a missing unit or an image that is not RGB."
+    """Label the density of a page without annotation; ValueError for an unknown normalisation, a missing unit or an
+    image that is not RGB."""
     if normalise not in NORMALISATIONS:
         raise ValueError(f"normalise is {normalise!r}, expected one of {', '.join(NORMALISATIONS)}")
     if normalise == "quantile" and not (unit and unit > 0):
-        raise ValueError(f"unit is {unit}, expected the raw density above 0 that counts as 1: from density_unit, or normalise='max' or 'none'")
+        raise ValueError(f"unit is {unit}, expected the raw density above 0 that counts as 1: from density_unit, or "
+                         f"normalise='max' or 'none'")
     density = area_resize(torch.from_numpy(raw_density(page_pixels(image))), grid).numpy()
     scale = {"quantile": unit, "max": float(density.max()) or 1.0, "none": 1.0}[normalise]
     return np.clip(density / scale, 0, 1)
@@ -101,7 +105,8 @@ def density_unit(
     cells = np.concatenate([pseudo_label(image, normalise="none").ravel() for image in images])
     unit = float(np.quantile(cells, quantile))
     if unit <= 0:
-        raise ValueError(f"the {quantile:.1%} quantile of {len(images)} pages is 0, expected pages with something on them")
+        raise ValueError(f"the {quantile:.1%} quantile of {len(images)} pages is 0, expected pages with something on "
+                         f"them")
     return unit
 
 # %% ../../notebooks/library/05_tokens/10_density.ipynb #a6e6d1d3
@@ -113,9 +118,12 @@ def calibrate_thresholds(
     coarse: float = 0.75,  # share of the cells that shall be coarse
     fine: float = 0.05,  # share that shall be fine
 ) -> tuple[float, float]:  # as PUBLISHED
-    "Choose thresholds so that given shares of the cells are coarse and fine; ValueError when the shares exceed 1 together."
+    """Choose thresholds so that given shares of the cells are coarse and fine; ValueError when the shares exceed 1
+    together."""
     if coarse < 0 or fine < 0 or coarse + fine > 1:
-        raise ValueError(f"shares are {coarse} coarse and {fine} fine, expected numbers from 0 on that sum to 1 at most")
+        raise ValueError(
+            f"shares are {coarse} coarse and {fine} fine, expected numbers from 0 on that sum to 1 at most"
+        )
     cells = np.concatenate([np.ravel(density) for density in densities])
     return float(np.quantile(cells, coarse)), float(np.quantile(cells, 1 - fine))
 
@@ -137,7 +145,7 @@ class DensityEstimator(nn.Module):
         self,
         pixels: Tensor,  # (B, 3, Y, X) RGB, 0..1
     ) -> Tensor:  # (B, Y / 16, X / 16), 0..1
-        "Give the density of 16 px cells."
+        "Return the density of 16 px cells."
         return self.layers(pixels * 2 - 1)[:, 0]
 
 
@@ -153,7 +161,8 @@ def estimate_density(
     pages, here = pixels.float(), next(estimator.parameters()).device
     if pages.shape[-2:] != (SIDE, SIDE):
         shrinks = min(pages.shape[-2:]) > SIDE
-        pages = area_resize(pages, (SIDE, SIDE)) if shrinks else interpolate(pages, (SIDE, SIDE), mode="bilinear", align_corners=False)
+        pages = area_resize(pages, (SIDE, SIDE)) if shrinks else interpolate(pages, (SIDE, SIDE), mode="bilinear",
+                                                                             align_corners=False)
     return area_resize(estimator(pages.to(here)), grid)
 
 # %% ../../notebooks/library/05_tokens/10_density.ipynb #9a6bec6f
@@ -169,7 +178,8 @@ class DensityConfig:
 
     def __post_init__(self):
         if min(self.steps, self.batch_size) < 1 or self.window % 16 or not 16 <= self.window <= SIDE:
-            raise ValueError(f"{self}: expected at least one step and one window, and windows of a multiple of 16 up to {SIDE} px")
+            raise ValueError(f"{self}: expected at least one step and one window, and windows of a multiple of 16 up "
+                             f"to {SIDE} px")
 
 
 def as_pixels(pages: np.ndarray) -> Tensor:  # (B, Y, X, 3) uint8 -> (B, 3, Y, X), 0..1
@@ -196,9 +206,12 @@ def train_density(
     rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, config.learning_rate, config.steps)
     span, losses = config.window // 16, []
     for _ in tqdm(range(config.steps), desc="density", unit="step", disable=not progress):
-        chosen, places = rng.integers(len(pages), size=config.batch_size), rng.integers(CELLS - span + 1, size=(config.batch_size, 2))
+        chosen, places = rng.integers(len(pages),
+                                      size=config.batch_size), rng.integers(CELLS - span + 1,
+                                                                            size=(config.batch_size, 2))
         cut = [(slice(y, y + span), slice(x, x + span)) for y, x in places]
-        pixels = as_pixels(np.stack([pages[i, 16 * y : 16 * y + config.window, 16 * x : 16 * x + config.window] for i, (y, x) in zip(chosen, places)]))
+        pixels = as_pixels(np.stack([pages[i, 16 * y : 16 * y + config.window, 16 * x : 16 * x + config.window]
+                                     for i, (y, x) in zip(chosen, places)]))
         loss = binary_cross_entropy(estimator(pixels), torch.stack([labels[i][where] for i, where in zip(chosen, cut)]))
         optimiser.zero_grad()
         loss.backward()
@@ -232,7 +245,8 @@ def save_density(
     **notes,  # scores, data: kept in the card
 ) -> Path:
     "Write an estimator and its card, the card last."
-    folder, data = Path(folder), save({name: value.contiguous() for name, value in estimator.state_dict().items() if value.is_floating_point()})
+    folder, data = Path(folder), save({name: value.contiguous()
+                                       for name, value in estimator.state_dict().items() if value.is_floating_point()})
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / WEIGHTS_FILE, data)
     card = {"unit": unit, "training": asdict(config), **notes, "sha256": hashlib.sha256(data).hexdigest()}
@@ -247,15 +261,18 @@ def load_density(
     folder = SHIPPED if folder is None else Path(folder)
     for name in (CARD_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} holds no density estimator: {name} is missing; train_density and save_density make one")
+            raise FileNotFoundError(f"{folder} holds no density estimator: {name} is missing; train_density and "
+                                    f"save_density make one")
     data, estimator = (folder / WEIGHTS_FILE).read_bytes(), DensityEstimator()
     try:
         card = json.loads((folder / CARD_FILE).read_text(encoding="utf-8"))
         if hashlib.sha256(data).hexdigest() != card["sha256"]:
-            raise ValueError(f"{folder / WEIGHTS_FILE} does not match the checksum in {CARD_FILE}: truncated, damaged or written by another save")
+            raise ValueError(f"{folder / WEIGHTS_FILE} does not match the checksum in {CARD_FILE}: truncated, damaged "
+                             f"or written by another save")
         missing, unexpected = estimator.load_state_dict(load(data), strict=False)
     except (KeyError, TypeError, json.JSONDecodeError, SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{folder} holds a damaged density estimator: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+        raise ValueError(f"{folder} holds a damaged density estimator: {type(error).__name__}: "
+                         f"{' '.join(str(error).split())[:200]}") from error
     lost = [name for name in missing if not name.endswith("num_batches_tracked")] + list(unexpected)
     if lost:
         raise ValueError(f"{folder / WEIGHTS_FILE}: {len(lost)} weights missing or unexpected, the first is {lost[0]}")
@@ -268,7 +285,8 @@ def density_blocks(
 ) -> Tensor:  # (B, h * w) int64, 0 to K - 1, row by row
     "Quantise density into block ids, per image; ValueError for another shape, values outside 0..1 or no blocks."
     if density.ndim != 3 or blocks < 1:
-        raise ValueError(f"density has shape {tuple(density.shape)} and blocks is {blocks}, expected (images, h, w) and at least 1")
+        raise ValueError(f"density has shape {tuple(density.shape)} and blocks is {blocks}, expected (images, h, w) "
+                         f"and at least 1")
     if density.numel() and not (density.min() >= 0 and density.max() <= 1):
         raise ValueError(f"density runs from {float(density.min()):.3g} to {float(density.max()):.3g}, expected 0 to 1")
     return (density * blocks).long().clamp(max=blocks - 1).flatten(1)

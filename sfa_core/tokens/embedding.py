@@ -74,7 +74,8 @@ def leaf_index(
     "Find the place of each leaf in the joined maps of the levels."
     shapes = {size: (plan.grid[0] * PATCH // size, plan.grid[1] * PATCH // size) for size in sizes}
     starts = dict(zip(sizes, np.cumsum([0, *(rows * columns for rows, columns in shapes.values())])))
-    start, width = (np.array([table[size] for size in plan.size]) for table in (starts, {size: shape[1] for size, shape in shapes.items()}))
+    start, width = (np.array([table[size] for size in plan.size])
+                    for table in (starts, {size: shape[1] for size, shape in shapes.items()}))
     return start + plan.y // plan.size * width + plan.x // plan.size
 
 
@@ -85,15 +86,20 @@ def embed_patches(
     positions: Tensor,  # (h, w, D) position table of the patches
     embedding: str = "pyramid",  # one of EMBEDDINGS
 ) -> Tensor:  # (B, longest N, D), zeros behind shorter plans
-    "Give the tokens of leaves before the first layer; ValueError for another number of plans, another grid or patch, or pixels that do not fit."
+    """Return the tokens of leaves before the first layer; ValueError for another number of plans, another grid or
+    patch, or pixels that do not fit."""
     grid, kernel = tuple(positions.shape[:2]), tuple(convolution.kernel_size)
     if embedding not in EMBEDDINGS or kernel != (PATCH, PATCH):
-        raise ValueError(f"embedding is {embedding!r} with a patch of {kernel}, expected one of {', '.join(EMBEDDINGS)} and a patch of {PATCH} px")
+        raise ValueError(f"embedding is {embedding!r} with a patch of {kernel}, expected one of "
+                         f"{', '.join(EMBEDDINGS)} and a patch of {PATCH} px")
     if len(plans) != len(pixels) or any(plan.grid != grid for plan in plans):
-        raise ValueError(f"{len(plans)} plans of {sorted({plan.grid for plan in plans})} for {len(pixels)} tiles of {grid}, expected one of that grid per tile")
+        raise ValueError(f"{len(plans)} plans of {sorted({plan.grid for plan in plans})} for {len(pixels)} tiles of "
+                         f"{grid}, expected one of that grid per tile")
     scale = 2 if min(side / (PATCH * cells) for side, cells in zip(pixels.shape[-2:], grid)) >= 2 else 1
-    if any(not scale * PATCH * cells <= side < scale * PATCH * (cells + 1) for side, cells in zip(pixels.shape[-2:], grid)):
-        raise ValueError(f"tiles of {tuple(pixels.shape[-2:])} px for a grid of {grid}, expected {PATCH} px per cell, or twice that")
+    if any(not scale * PATCH * cells <= side < scale * PATCH * (cells + 1)
+           for side, cells in zip(pixels.shape[-2:], grid)):
+        raise ValueError(f"tiles of {tuple(pixels.shape[-2:])} px for a grid of {grid}, expected {PATCH} px per cell, "
+                         f"or twice that")
     pixels = pixels[..., : scale * PATCH * grid[0], : scale * PATCH * grid[1]]
     sizes = [size for size in SIZES if any((plan.size == size).any() for plan in plans)]
     maps = [patch_level(pixels, scale, convolution, size, embedding) + place_level(positions, size) for size in sizes]
@@ -111,7 +117,8 @@ def regrid(
 ) -> Tensor:  # (B, h * w, D), row by row
     "Write each leaf to its cells; a cell that was split gets the mean of its quarters."
     split = any((plan.size < PATCH).any() for plan in plans)
-    owners = np.stack([plan.owner.reshape(plan.grid[0], 2, plan.grid[1], 2).transpose(1, 3, 0, 2).reshape(4, -1) for plan in plans])
+    owners = np.stack([plan.owner.reshape(plan.grid[0], 2, plan.grid[1], 2).transpose(1, 3, 0, 2).reshape(4, -1)
+                       for plan in plans])
     index = torch.from_numpy(owners[:, : 4 if split else 1]).to(features.device)  # (B, 4 or 1, h * w)
     rasters = [features.gather(1, part[..., None].expand(-1, -1, features.shape[-1])) for part in index.unbind(1)]
     return torch.stack(rasters).mean(0) if split else rasters[0]

@@ -24,7 +24,8 @@ from .density import PUBLISHED, area_resize
 PATCH = 14  # pixels of a base cell: the pretrained patch
 SIZES = (7, 14, 28, 56)  # pixels; 7 needs a source image of at least 1.5 times the tile
 GUARD, PALE_GUARD = 16 / 255, 8 / 255  # largest difference a merge may make; the stricter one for pale text
-EMBEDDINGS = ("pyramid", "pseudo_inverse")  # how leaves become tokens: a smaller page for the pretrained kernel, or a larger kernel
+# how leaves become tokens: a smaller page for the pretrained kernel, or a larger kernel
+EMBEDDINGS = ("pyramid", "pseudo_inverse")
 SOURCE = 1.5  # how much finer than the tile an image must be for 7 px to show more than interpolation
 
 
@@ -45,10 +46,17 @@ class PatchConfig:
         object.__setattr__(self, "sizes", tuple(sorted(self.sizes)))
         wrong = set(self.sizes) - set(SIZES)
         steps = [large // small for small, large in zip(self.sizes, self.sizes[1:])]
-        if wrong or PATCH not in self.sizes or len(set(self.sizes)) < len(self.sizes) or any(step != 2 for step in steps):
-            raise ValueError(f"patch sizes are {self.sizes}, expected neighbours of {', '.join(map(str, SIZES))} with {PATCH} among them")
+        if (
+            wrong
+            or PATCH not in self.sizes
+            or len(set(self.sizes)) < len(self.sizes)
+            or any(step != 2 for step in steps)
+        ):
+            raise ValueError(f"patch sizes are {self.sizes}, expected neighbours of {', '.join(map(str, SIZES))} with "
+                             f"{PATCH} among them")
         if self.coarse is not None and not 0 <= self.coarse < self.fine <= 1:
-            raise ValueError(f"thresholds are {self.coarse} coarse and {self.fine} fine, expected 0 <= coarse < fine <= 1")
+            raise ValueError(f"thresholds are {self.coarse} coarse and {self.fine} fine, expected 0 <= coarse < fine "
+                             f"<= 1")
         if self.guard is not None and not 0 <= self.guard <= 1:
             raise ValueError(f"guard is {self.guard}, expected a difference from 0 to 1, or None")
         if self.budget is not None and self.budget < 1 or self.bucket < 1:
@@ -109,12 +117,16 @@ class PatchPlan:
         for name, values in zip(("y", "x", "size"), places):
             object.__setattr__(self, name, values)
         half, covered = PATCH // 2, np.zeros((2 * self.grid[0], 2 * self.grid[1]), int)
-        nested = all((values % np.minimum(self.size, PATCH) == 0).all() for values in (self.y, self.x)) and np.isin(self.size, SIZES).all()
+        nested = (
+            all((values % np.minimum(self.size, PATCH) == 0).all() for values in (self.y, self.x))
+            and np.isin(self.size, SIZES).all()
+        )
         for y, x, size in zip(self.y // half, self.x // half, self.size // half):
             covered[y : y + size, x : x + size] += 1
         inside = ((self.y + self.size <= self.grid[0] * PATCH) & (self.x + self.size <= self.grid[1] * PATCH)).all()
         if not (nested and inside and (covered == 1).all()):
-            raise ValueError(f"the leaves cover {(covered == 1).mean():.1%} of a grid of {self.grid[0]} x {self.grid[1]} exactly once, expected all of it")
+            raise ValueError(f"the leaves cover {(covered == 1).mean():.1%} of a grid of {self.grid[0]} x "
+                             f"{self.grid[1]} exactly once, expected all of it")
 
     def __len__(self) -> int:
         "Count the leaves."
@@ -130,18 +142,19 @@ class PatchPlan:
 
     @property
     def area(self) -> np.ndarray:  # (N,) float64
-        "Give the area of each leaf in base cells."
+        "Return the area of each leaf in base cells."
         return (self.size / PATCH) ** 2
 
     @property
     def boxes(self) -> np.ndarray:  # (N, 4) x0, y0, x1, y1
-        "Give the leaves as boxes in pixels of the tile."
+        "Return the leaves as boxes in pixels of the tile."
         return np.stack([self.x, self.y, self.x + self.size, self.y + self.size], axis=1)
 
     def membership(self) -> np.ndarray:  # (N, h * w) float32, 0 / 1
-        "Say which base cells each leaf shows; a 7 px leaf shows a part of one."
+        "Return which base cells each leaf shows; a 7 px leaf shows a part of one."
         cells = np.arange(self.grid[0] * self.grid[1])
-        of, member = self.owner.reshape(self.grid[0], 2, self.grid[1], 2), np.zeros((len(self), len(cells)), dtype=np.float32)
+        of, member = self.owner.reshape(self.grid[0], 2, self.grid[1], 2), np.zeros((len(self), len(cells)),
+                                                                                    dtype=np.float32)
         for part in of.transpose(1, 3, 0, 2).reshape(4, -1):
             member[part, cells] = 1
         return member
@@ -175,9 +188,11 @@ class Level:
     allowed: np.ndarray  # bool: may be a leaf
 
 
-def levels_of(page: np.ndarray, density: np.ndarray | None, config: PatchConfig, grid: tuple[int, int]) -> dict[int, Level]:
+def levels_of(page: np.ndarray, density: np.ndarray | None, config: PatchConfig,
+              grid: tuple[int, int]) -> dict[int, Level]:
     "Judge all squares of all sizes."
-    own = zlib.crc32(np.ascontiguousarray(page).tobytes())  # a random tree differs from page to page, and is the same for the same page
+    # a random tree differs from page to page, and is the same for the same page
+    own = zlib.crc32(np.ascontiguousarray(page).tobytes())
     rng, found = np.random.default_rng([config.random or 0, own]), {}
     for size in config.sizes:
         factor, shape = max(1, size // PATCH), (grid[0] * PATCH // size, grid[1] * PATCH // size)
@@ -186,7 +201,10 @@ def levels_of(page: np.ndarray, density: np.ndarray | None, config: PatchConfig,
             dense = np.zeros(shape) if config.random is None else rng.random(shape)
         else:
             dense = blocks_of(density, factor).max((1, 3)) if size >= PATCH else density.repeat(2, 0).repeat(2, 1)
-        coarse, guard = config.coarse if config.random is None else None, config.guard if config.random is None else None
+        coarse, guard = (
+            config.coarse if config.random is None else None,
+            config.guard if config.random is None else None,
+        )
         worse = np.zeros(shape, bool) if size <= PATCH or guard is None else error > guard
         limit = config.fine if size == PATCH else coarse
         denser = np.zeros(shape, bool) if size < PATCH or limit is None or density is None else dense > limit
@@ -197,27 +215,30 @@ def levels_of(page: np.ndarray, density: np.ndarray | None, config: PatchConfig,
 
 
 def children(size: int, row: int, column: int, grid: tuple[int, int]) -> list[tuple[int, int, int]]:
-    "Give the quarters of a square, as far as they begin on the grid."
+    "Return the quarters of a square, as far as they begin on the grid."
     quarters = [(size // 2, 2 * row + down, 2 * column + across) for down in (0, 1) for across in (0, 1)]
     return [(s, r, c) for s, r, c in quarters if r * s < grid[0] * PATCH and c * s < grid[1] * PATCH]
 
 
 def fits(size: int, row: int, column: int, grid: tuple[int, int]) -> bool:
-    "Tell whether a square lies on the grid."
+    "Return whether a square lies on the grid."
     return (row + 1) * size <= grid[0] * PATCH and (column + 1) * size <= grid[1] * PATCH
 
 
 def start_squares(config: PatchConfig, grid: tuple[int, int]) -> list[tuple[int, int, int]]:
-    "Give the coarsest squares that lie on the grid: those that stick out are split."
+    "Return the coarsest squares that lie on the grid: those that stick out are split."
     largest, found = config.sizes[-1], []
-    waiting = [(largest, row, column) for row in range(-(-grid[0] * PATCH // largest)) for column in range(-(-grid[1] * PATCH // largest))]
+    waiting = [(largest, row, column) for row in range(-(-grid[0] * PATCH // largest))
+               for column in range(-(-grid[1] * PATCH // largest))]
     while waiting:
         square = waiting.pop()
-        found, waiting = ([*found, square], waiting) if fits(*square, grid) else (found, waiting + children(*square, grid))
+        found, waiting = ([*found, square], waiting) if fits(*square, grid) else (found,
+                                                                                  waiting + children(*square, grid))
     return sorted(found, key=lambda square: (square[1] * square[0], square[2] * square[0]))
 
 # %% ../../notebooks/library/05_tokens/20_patches.ipynb #68312c9e
-def by_threshold(levels: dict[int, Level], start: Sequence[tuple[int, int, int]], grid: tuple[int, int]) -> list[tuple[int, int, int]]:
+def by_threshold(levels: dict[int, Level], start: Sequence[tuple[int, int, int]],
+                 grid: tuple[int, int]) -> list[tuple[int, int, int]]:
     "Split every square that may not be a leaf."
     leaves, waiting = [], list(start)
     while waiting:
@@ -231,14 +252,17 @@ def by_threshold(levels: dict[int, Level], start: Sequence[tuple[int, int, int]]
 
 def check_budget(config: PatchConfig, grid: tuple[int, int]) -> None:
     "Refuse a number of leaves that cannot be met on a grid, with a ValueError that names the nearest."
-    least, most, budget = len(start_squares(config, grid)), grid[0] * grid[1] * (PATCH // config.sizes[0]) ** 2, config.budget
+    least, most, budget = len(start_squares(config,
+                                            grid)), grid[0] * grid[1] * (PATCH // config.sizes[0]) ** 2, config.budget
     if budget is not None and (not least <= budget <= most or (budget - least) % 3):
         below = min(max(budget - (budget - least) % 3, least), most)
-        raise ValueError(f"a budget of {budget} leaves cannot be met on a grid of {grid[0]} x {grid[1]}: expected {least} to {most} in steps of 3, "
+        raise ValueError(f"a budget of {budget} leaves cannot be met on a grid of {grid[0]} x {grid[1]}: expected "
+                         f"{least} to {most} in steps of 3, "
                          f"such as {below} or {min(below + 3, most)}")
 
 
-def by_budget(levels: dict[int, Level], start: Sequence[tuple[int, int, int]], grid: tuple[int, int], budget: int) -> list[tuple[int, int, int]]:
+def by_budget(levels: dict[int, Level], start: Sequence[tuple[int, int, int]], grid: tuple[int, int],
+              budget: int) -> list[tuple[int, int, int]]:
     "Split the most urgent leaf until there are as many as asked for."
     smallest = min(levels)
     key = lambda square: (tuple(-levels[square[0]].urgency[square[1], square[2]]), -square[0], square[1], square[2])
@@ -260,58 +284,72 @@ def plan_patches(
     image: np.ndarray,  # (Y, X, 3) uint8, or float32 in 0..1: one tile, or the same tile at least 1.5 times as fine
     density: np.ndarray | None,  # (h, w) in 0..1, h and w in base cells; None: by the guard alone
     config: PatchConfig = PatchConfig(),
-    grid: tuple[int, int] | None = None,  # h, w of the encoder, which may cut off less than a patch; None: that of the density
+    # h, w of the encoder, which may cut off less than a patch; None: that of the density
+    grid: tuple[int, int] | None = None,
 ) -> PatchPlan:  # leaves row by row, by their upper left corner
     """Cut one tile into leaves.
 
-    ValueError for an image that is empty, not RGB or not finite, that does not have the pixels of the grid, or that is too coarse for 7 px; for a
-    density of another shape or outside 0..1, or one that is missing though the rule asks for it; for a budget that cannot be met.
+    ValueError for an image that is empty, not RGB or not finite, that does not have the pixels of the grid, or that
+    is too coarse for 7 px; for a
+    density of another shape or outside 0..1, or one that is missing though the rule asks for it; for a budget that
+    cannot be met.
     """
     page, grid = checked_page(image, density, config, grid)
     check_budget(config, grid)
     levels, start = levels_of(page, density, config, grid), start_squares(config, grid)
-    leaves = by_threshold(levels, start, grid) if config.budget is None else by_budget(levels, start, grid, config.budget)
+    leaves = by_threshold(levels, start,
+                          grid) if config.budget is None else by_budget(levels, start, grid, config.budget)
     size, y, x = np.array([(s, r * s, c * s) for s, r, c in leaves]).T
     order = np.lexsort((x, y))
     unsafe = sum(bool(levels[s].urgency[r, c, 0]) for s, r, c in leaves)
     return PatchPlan(grid, y[order], x[order], size[order], unsafe)
 
 # %% ../../notebooks/library/05_tokens/20_patches.ipynb #be1976e0
-def checked_page(image: np.ndarray, density: np.ndarray | None, config: PatchConfig, grid: tuple[int, int] | None) -> tuple[np.ndarray, tuple[int, int]]:
-    "Return a tile as (Y, X, 3) float32 in 0..1 at the resolution of its grid, and the grid; the errors are those of `plan_patches`."
+def checked_page(image: np.ndarray, density: np.ndarray | None, config: PatchConfig,
+                 grid: tuple[int, int] | None) -> tuple[np.ndarray, tuple[int, int]]:
+    """Return a tile as (Y, X, 3) float32 in 0..1 at the resolution of its grid, and the grid; the errors are those
+    of `plan_patches`."""
     page = np.asarray(image)
     if page.ndim != 3 or page.shape[2] != 3 or not page.size or page.dtype not in (np.uint8, np.float32, np.float64):
-        raise ValueError(f"the image has shape {page.shape} and type {page.dtype}, expected (Y, X, 3) uint8, or floats from 0 to 1")
+        raise ValueError(f"the image has shape {page.shape} and type {page.dtype}, expected (Y, X, 3) uint8, or floats "
+                         f"from 0 to 1")
     page = page.astype(np.float32) / (255 if page.dtype == np.uint8 else 1)
     if not np.isfinite(page).all():
         raise ValueError("the image has values that are not finite, expected numbers from 0 to 1")
     if density is None and config.coarse is not None and config.random is None:
-        raise ValueError(f"there is no density and the rule merges up to {config.coarse}, expected a map (h, w), or coarse=None for the guard alone")
+        raise ValueError(f"there is no density and the rule merges up to {config.coarse}, expected a map (h, w), or "
+                         f"coarse=None for the guard alone")
     given, sides = grid is not None, page.shape[:2]
     grid = tuple(grid or (density.shape if density is not None else (sides[0] // PATCH, sides[1] // PATCH)))
     if density is not None and (density.shape != grid or not (np.min(density) >= 0 and np.max(density) <= 1)):
-        raise ValueError(f"density has shape {density.shape} and runs from {np.min(density):.3g} to {np.max(density):.3g}, expected {grid} in 0..1")
+        raise ValueError(f"density has shape {density.shape} and runs from {np.min(density):.3g} to "
+                         f"{np.max(density):.3g}, expected {grid} in 0..1")
     if len(grid) != 2 or min(grid) < 1:
-        raise ValueError(f"a grid of {grid} on an image of {sides[0]} x {sides[1]} px, expected at least one patch of {PATCH} px")
+        raise ValueError(f"a grid of {grid} on an image of {sides[0]} x {sides[1]} px, expected at least one patch of "
+                         f"{PATCH} px")
     tile = tuple(cells * PATCH for cells in grid)
     left_over, finer = [side - own for side, own in zip(sides, tile)], min(side / own for side, own in zip(sides, tile))
     if PATCH // 2 in config.sizes and finer < SOURCE:
-        raise ValueError(f"leaves of {PATCH // 2} px on an image of {finer:.2f} times the tile, expected a source of at least {SOURCE} times")
+        raise ValueError(f"leaves of {PATCH // 2} px on an image of {finer:.2f} times the tile, expected a source of "
+                         f"at least {SOURCE} times")
     if finer >= SOURCE:
         return area_resize(torch.from_numpy(page).permute(2, 0, 1), tile).permute(1, 2, 0).numpy(), grid
     if any(left_over) and not (given and all(0 <= left < PATCH for left in left_over)):
-        raise ValueError(f"an image of {sides[0]} x {sides[1]} px does not divide into {grid[0]} x {grid[1]} patches, expected {tile[0]} x {tile[1]} px")
+        raise ValueError(f"an image of {sides[0]} x {sides[1]} px does not divide into {grid[0]} x {grid[1]} patches, "
+                         f"expected {tile[0]} x {tile[1]} px")
     return page[: tile[0], : tile[1]], grid
 
 # %% ../../notebooks/library/05_tokens/20_patches.ipynb #a8cc31a8
 def tokens_on(
     plan: PatchPlan,
     boxes: Sequence[Sequence[float]],  # x0, y0, x1, y1 in pixels of the tile
-) -> tuple[int, float]:  # leaves that touch the boxes, and the share of the touched cells that is merged, nan where none is touched
+# leaves that touch the boxes, and the share of the touched cells that is merged, nan where none is touched
+) -> tuple[int, float]:
     "Count the leaves that some boxes lie in."
     owner, touched = plan.owner[::2, ::2], np.zeros(plan.grid, dtype=bool)
     for x0, y0, x1, y1 in boxes:
-        rows, columns = (slice(max(0, int(low // PATCH)), math.ceil(high / PATCH)) for low, high in ((y0, y1), (x0, x1)))
+        rows, columns = (slice(max(0, int(low // PATCH)), math.ceil(high / PATCH))
+                         for low, high in ((y0, y1), (x0, x1)))
         touched[rows, columns] = True
     x0, y0, x1, y1 = np.asarray(boxes, dtype=float).reshape(-1, 4).T[:, :, None]  # (boxes, 1) each
     meets = (plan.x < x1) & (plan.x + plan.size > x0) & (plan.y < y1) & (plan.y + plan.size > y0)

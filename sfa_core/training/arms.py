@@ -40,12 +40,16 @@ class Arm:
 ARMS = {
     "sfa": Arm(("structure",), "baseline", "structural weights learn, everything else is frozen"),
     "control": Arm(("tower", "projector"), "baseline", "encoder and projector learn, without structural attention"),
-    "vision": Arm(("structure", "tower", "projector"), "control", "encoder and projector learn, with structural attention: control + SFA"),
+    "vision": Arm(("structure", "tower", "projector"), "control", "encoder and projector learn, with structural "
+                                                                  "attention: control + SFA"),
     "projector": Arm(("projector",), "baseline", "only the projector learns"),
-    "vision_blocks": Arm(("structure", "tower", "projector"), "vision", "as vision, with density blocks: control + SFA + density blocks", ("blocks",)),
+    "vision_blocks": Arm(("structure", "tower", "projector"), "vision", "as vision, with density blocks: control + SFA "
+                                                                        "+ density blocks", ("blocks",)),
     "adat": Arm(("tower", "projector"), "control", "as control, on adaptive patches", ("patches",)),
-    "vision_adat": Arm(("structure", "tower", "projector"), "vision", "as vision, on adaptive patches: SFA + ADAT", ("patches",)),
-    "full": Arm(("structure", "tower", "projector"), "vision_adat", "SFA with density blocks + ADAT + consistency losses (SCR)", ("blocks", "patches")),
+    "vision_adat": Arm(("structure", "tower", "projector"), "vision", "as vision, on adaptive patches: SFA + ADAT",
+                       ("patches",)),
+    "full": Arm(("structure", "tower", "projector"), "vision_adat", "SFA with density blocks + ADAT + consistency "
+                                                                    "losses (SCR)", ("blocks", "patches")),
 }
 
 
@@ -58,7 +62,7 @@ def find_arm(name: str) -> Arm:
 # %% ../../notebooks/library/09_training/50_arms.ipynb #9189e0cd
 @dataclass(frozen=True)
 class FinetuneConfig:
-    "Say what is trained and how; two configurations of one experiment differ in `arm` and the seeds only."
+    "Return what is trained and how; two configurations of one experiment differ in `arm` and the seeds only."
 
     arm: str = "vision"  # one of ARMS
     steps: int = 200  # optimiser steps
@@ -95,19 +99,26 @@ class FinetuneConfig:
         if self.tiles is not None and self.tiles < 1:
             raise ValueError(f"tiles is {self.tiles}; at least 1, or None, is expected")
         if self.checkpointing and self.scr is not None and self.scr.both and self.scr.stability:
-            said = "checkpointing with scr.both; a second view that learns is computed again with the geometry of the first, one of the two is expected"
+            said = ("checkpointing with scr.both; a second view that learns is computed again with the "
+                    "geometry of the first, one of the two is expected")
             raise ValueError(said)
         if not self.structure_rate > 0:
             raise ValueError(f"structure_rate is {self.structure_rate}; a number above 0 is expected")
         if self.batch_size % self.loop.accumulation:
-            raise ValueError(f"batch_size is {self.batch_size}; a multiple of the {self.accumulation} micro-batches is expected")
+            raise ValueError(f"batch_size is {self.batch_size}; a multiple of the {self.accumulation} micro-batches is "
+                             f"expected")
 
     @property
     def loop(self) -> LoopConfig:
         "The rules for the loop."
-        shared = ("steps", "warmup", "decay", "weight_decay", "clip_norm", "accumulation", "checkpoint_every", "keep", "log_every", "max_bad_steps", "seed")
+        shared = ("steps", "warmup", "decay", "weight_decay", "clip_norm", "accumulation", "checkpoint_every", "keep",
+                  "log_every", "max_bad_steps", "seed")
         parts, inside = ARMS[self.arm].parts, f".{CHILD}."
-        rates = dict(learning_rate=self.structure_rate) if parts == ("structure",) else dict(learning_rate=self.learning_rate)
+        rates = (
+            dict(learning_rate=self.structure_rate)
+            if parts == ("structure",)
+            else dict(learning_rate=self.learning_rate)
+        )
         if "structure" in parts and len(parts) > 1:
             rates["group_rates"] = ((inside, self.structure_rate),)
         return LoopConfig(**{name: getattr(self, name) for name in shared}, **rates, undecayed=(inside,))
@@ -117,13 +128,15 @@ def trainable(
     bundle: Bundle,
     arm: str,  # one of ARMS; with structure the model must have it attached
 ) -> dict[str, Parameter]:  # in the order of the model, all of them requiring a gradient
-    "Freeze a model but for what an arm trains, and give that by name; ValueError for an unknown arm or missing structure."
+    """Freeze a model but for what an arm trains, and give that by name; ValueError for an unknown arm or missing
+    structure."""
     model, family, parts = bundle.model, bundle.family, find_arm(arm).parts
     of = lambda modules: {id(p) for module in modules for p in module.parameters()}
     structure = of(module for module in model.modules() if isinstance(module, StructuralBias))
     if "structure" in parts and not structure:
         raise ValueError(f"arm {arm} trains structural weights; a model with structural attention (inject) is expected")
-    chosen = {"structure": structure, "tower": of([family.tower_of(model)]) - structure, "projector": of([family.projector_of(model)])}
+    chosen = {"structure": structure, "tower": of([family.tower_of(model)]) - structure,
+              "projector": of([family.projector_of(model)])}
     wanted = set().union(*(chosen[part] for part in parts))
     model.requires_grad_(False)
     named = {name: p for name, p in model.named_parameters() if id(p) in wanted}
@@ -133,7 +146,7 @@ def trainable(
 
 # %% ../../notebooks/library/09_training/50_arms.ipynb #e1f2a3b4
 def parameters_of(model: torch.nn.Module, parts: Iterable[torch.nn.Module]) -> dict[str, Parameter]:
-    "Give the parameters of some parts of a model by their names in it."
+    "Return the parameters of some parts of a model by their names in it."
     owned = {id(p) for part in parts for p in part.parameters()}
     return {name: p for name, p in model.named_parameters() if id(p) in owned}
 
@@ -147,7 +160,7 @@ def put_back(model: torch.nn.Module, before: dict[str, Tensor]) -> None:
 
 
 def plain_model(bundle: Bundle) -> torch.nn.Module:
-    "Give a bundle's model; ValueError when structural attention is attached already."
+    "Return a bundle's model; ValueError when structural attention is attached already."
     if any(isinstance(module, StructuralBias) for module in bundle.model.modules()):
         raise ValueError(f"{bundle.name} has structural attention attached; the plain base model is expected")
     return bundle.model
@@ -179,7 +192,8 @@ def save_arm(
         base=dict(name=bundle.name, revision=bundle.revision, family=bundle.family.name, identity=identity),
         density=load_density()[1]["sha256"] if ARMS[config.arm].density else None,
     )
-    structure = (lambda unfinished: save_structure(bundle, unfinished)) if "structure" in ARMS[config.arm].parts else None
+    structure = (lambda unfinished: save_structure(bundle,
+                                                   unfinished)) if "structure" in ARMS[config.arm].parts else None
     return write_folder(folder, dict(weights=plain) if plain else {}, dict(arm=about), structure)
 
 
@@ -207,7 +221,8 @@ class LoadedArm:
         self.remove()
 
 # %% ../../notebooks/library/09_training/50_arms.ipynb #27c3c31e
-def read_arm(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:  # what arm.json says, weights of encoder and projector
+# what arm.json says, weights of encoder and projector
+def read_arm(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
     "Read the folder of a trained arm; FileNotFoundError or ValueError says what is missing or damaged."
     folder = Path(folder)
     if not (folder / "arm.json").is_file():
@@ -226,16 +241,22 @@ def load_arm(
     model, family, base = plain_model(bundle), bundle.family, about["base"]
     for what, here in dict(family=family.name, revision=bundle.revision).items():
         if base[what] != here:
-            raise ValueError(f"arm in {folder} was trained on {base['name']} of {what} {base[what]!r}; {bundle.name} has {here!r}")
-    roots = [part for name, part in (("tower", family.tower_of(model)), ("projector", family.projector_of(model))) if name in ARMS[about["arm"]].parts]
+            raise ValueError(f"arm in {folder} was trained on {base['name']} of {what} {base[what]!r}; {bundle.name} "
+                             f"has {here!r}")
+    roots = [part for name, part in (("tower", family.tower_of(model)), ("projector", family.projector_of(model)))
+             if name in ARMS[about["arm"]].parts]
     expected = parameters_of(model, roots)
-    wrong = sorted(name for name in {*expected, *weights} if name not in weights or name not in expected or weights[name].shape != expected[name].shape)
+    wrong = sorted(name for name in {*expected, *weights} if name not in weights or name not in expected
+                   or weights[name].shape != expected[name].shape)
     if wrong:
-        raise ValueError(f"arm in {folder} does not fit {bundle.name}: {len(wrong)} weights missing, unexpected or of another shape, the first is {wrong[0]}")
+        raise ValueError(f"arm in {folder} does not fit {bundle.name}: {len(wrong)} weights missing, unexpected or of "
+                         f"another shape, the first is {wrong[0]}")
     if ARMS[about["arm"]].density and (ours := load_density()[1]["sha256"]) != about["density"]:
-        raise ValueError(f"arm in {folder} was trained with the density estimator {about['density'][:12]}; data/density holds {ours[:12]}")
+        raise ValueError(f"arm in {folder} was trained with the density estimator {about['density'][:12]}; "
+                         f"data/density holds {ours[:12]}")
     if not bundle.revision and (theirs := base.get("identity")) and theirs != (here := bundle.identity):
-        raise ValueError(f"arm in {folder} was trained on {base['name']} of identity {theirs}; {bundle.name}, which was never saved, has {here}")
+        raise ValueError(f"arm in {folder} was trained on {base['name']} of identity {theirs}; {bundle.name}, which "
+                         f"was never saved, has {here}")
     before = {name: p.detach().to("cpu", copy=True) for name, p in expected.items()}
     try:
         if "structure" in ARMS[about["arm"]].parts:

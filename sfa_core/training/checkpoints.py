@@ -33,7 +33,8 @@ def random_state() -> dict:
     kind, keys, *rest = np.random.get_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
     as_text = lambda state: state.numpy().tobytes().hex()
-    return dict(python=random.getstate(), numpy=[kind, keys.tolist(), *rest], torch=as_text(torch.get_rng_state()), cuda=[as_text(state) for state in cuda])
+    return dict(python=random.getstate(), numpy=[kind, keys.tolist(), *rest], torch=as_text(torch.get_rng_state()),
+                cuda=[as_text(state) for state in cuda])
 
 
 def set_random_state(state: dict) -> None:
@@ -68,7 +69,8 @@ def write_folder(
     notes: dict[str, object],  # file name without ending -> anything JSON can hold
     more: Callable[[Path], object] | None = None,  # writes further files into the folder it is given
 ) -> Path:
-    "Write a folder with checksums under a hidden name and rename it when it is complete; OSError when the disk refuses."
+    """Write a folder with checksums under a hidden name and rename it when it is complete; OSError when the disk
+    refuses."""
     try:
         with new_folder(path) as partial:
             for stem, named in tensors.items():
@@ -86,21 +88,25 @@ def write_folder(
 
 # %% ../../notebooks/library/09_training/20_checkpoints.ipynb #9dd12a05
 def read_folder(path: str | Path) -> tuple[dict, dict]:  # tensors and notes, as given to write_folder
-    "Read a folder after comparing every file with its checksum; ValueError with the reason when one is missing or altered."
+    """Read a folder after comparing every file with its checksum; ValueError with the reason when one is missing or
+    altered."""
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"no folder {path}")
     if not (path / "SHA256SUMS").exists():
         raise ValueError(f"{path} is refused: it has no SHA256SUMS")
-    sums = dict(reversed(line.split("  ", 1)) for line in (path / "SHA256SUMS").read_text(errors="replace").splitlines() if "  " in line)
+    sums = dict(reversed(line.split("  ", 1))
+                for line in (path / "SHA256SUMS").read_text(errors="replace").splitlines() if "  " in line)
     present = {file.name for file in path.iterdir()} - {"SHA256SUMS"}
     if present != set(sums):
         raise ValueError(f"{path} is refused: it holds {sorted(present)} where SHA256SUMS lists {sorted(sums)}")
     for name, expected in sums.items():
         if read_digest(path / name) != expected:
             raise ValueError(f"{path} is refused: {name} does not match its checksum (truncated or altered)")
-    tensors = {name.removesuffix(".safetensors"): load_file(path / name) for name in sums if name.endswith(".safetensors")}
-    return tensors, {name.removesuffix(".json"): json.loads((path / name).read_text()) for name in sums if name.endswith(".json")}
+    tensors = {name.removesuffix(".safetensors"): load_file(path / name)
+               for name in sums if name.endswith(".safetensors")}
+    return tensors, {name.removesuffix(".json"): json.loads((path / name).read_text())
+                     for name in sums if name.endswith(".json")}
 
 # %% ../../notebooks/library/09_training/20_checkpoints.ipynb #a7fcd558
 def write_checkpoint(
@@ -114,7 +120,9 @@ def write_checkpoint(
     try:
         path = write_folder(folder / f"step-{step:08d}", tensors, notes)
     except OSError as error:
-        raise OSError(f"{error}; the last good checkpoint is {([None] + checkpoints(folder))[-1] or 'none yet'}") from error
+        raise OSError(
+            f"{error}; the last good checkpoint is {([None] + checkpoints(folder))[-1] or 'none yet'}"
+        ) from error
     for old in checkpoints(folder)[:-keep]:
         remove_folder(old)
     return path
@@ -144,7 +152,7 @@ def rewind_log(folder: Path, step: int) -> float:  # seconds already spent
 
 
 def memory_gib() -> float:
-    "Give the most memory used so far in GiB: of all CUDA devices when one is in use, of this process otherwise."
+    "Return the most memory used so far in GiB: of all CUDA devices when one is in use, of this process otherwise."
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return sum(torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count())) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
@@ -178,12 +186,14 @@ class Recorder:
         if line["step"] % self.every and line["step"] != self.steps and not line["skipped"]:
             return
         now = time.perf_counter()
-        timing = dict(tokens_per_second=self.targets / (now - self.since), memory_gib=memory_gib(), seconds=self.spent + now - self.started)
+        timing = dict(tokens_per_second=self.targets / (now - self.since), memory_gib=memory_gib(),
+                      seconds=self.spent + now - self.started)
         self.targets, self.since = 0, now
         if self.main:
             print(json.dumps(line | timing), file=self.file, flush=True)
         loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
-        self.bar.set_postfix_str(f"loss {loss}, {timing['tokens_per_second']:.0f} tokens/s, {timing['memory_gib']:.1f} GiB", refresh=False)
+        self.bar.set_postfix_str(f"loss {loss}, {timing['tokens_per_second']:.0f} tokens/s, {timing['memory_gib']:.1f} "
+                                 f"GiB", refresh=False)
 
     def __enter__(self):
         return self

@@ -36,7 +36,7 @@ from .visible import number_pages, number_targets, shown_boxes
 # %% ../../notebooks/library/09_training/45_consistency.ipynb #bc2ef04f
 @dataclass(frozen=True)
 class SCRConfig:
-    "Say how much of which consistency is asked for; a coefficient of 0 computes nothing."
+    "Return how much of which consistency is asked for; a coefficient of 0 computes nothing."
 
     entropy: float = 0.1  # coefficient a_e
     grounding: float = 0.1  # a_g
@@ -46,7 +46,9 @@ class SCRConfig:
     floor: float = 0.5  # nats below which entropy is not lowered further: exp(0.5), less than two tokens
     rows: int = 128  # queries whose attention is held at a time
     temperature: float = 0.07  # of InfoNCE
-    scale: float = 1.5  # sides of the second view of an encoder on the uniform grid; one with adaptive patches gets the uniform grid instead
+    # sides of the second view of an encoder on the uniform grid; one with adaptive patches gets the uniform grid
+    # instead
+    scale: float = 1.5
     distance: str = "cosine"  # of two features: cosine, or l2 after normalisation
     both: bool = False  # let the second view learn too, which doubles the memory of the encoder
     norms_every: int = 20  # steps between lines of the log with the gradient norm of each loss; 0: none
@@ -66,7 +68,8 @@ class SCRConfig:
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} is {getattr(self, name)}; a number from {low} to {high} is expected")
         if self.distance not in ("cosine", "l2") or self.layers is not None and self.layers < 1:
-            raise ValueError(f"distance is {self.distance!r} and layers {self.layers}; cosine or l2, and at least 1 or None are expected")
+            raise ValueError(f"distance is {self.distance!r} and layers {self.layers}; cosine or l2, and at least 1 or "
+                             f"None are expected")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -117,7 +120,8 @@ def entropy_sums(
     dense: Tensor,  # (B, Q) bool, text-dense queries
     floor: float = 0.0,  # nats
     rows: int = 128,  # queries at a time
-) -> tuple[Tensor, Tensor]:  # sum of max(H, floor) over dense rows and heads; and, without gradient, (5,) sums in the order of ENTROPY
+# sum of max(H, floor) over dense rows and heads; and, without gradient, (5,) sums in the order of ENTROPY
+) -> tuple[Tensor, Tensor]:
     "Add up the entropies of the attention rows of text-dense queries of one call."
     call, wanted = placed.call, dense.any(0).nonzero()[:, 0]
     logits, factors, keys = logits_of(call), placed.factors(), placed.keys
@@ -128,7 +132,8 @@ def entropy_sums(
             scores = scores + placed.area[:, None, None].to(scores)
         entropy, counted = normalised(scores)[1], dense[:, None, chosen].to(scores)  # (B, H, q), (B, 1, q)
         known, counted = entropy.detach(), counted.expand_as(entropy)
-        values = (torch.ones_like(known), known, known.exp(), known / keys[:, None, None].clamp(min=2).log(), (known <= floor).to(known))
+        values = (torch.ones_like(known), known, known.exp(), known / keys[:, None, None].clamp(min=2).log(),
+                  (known <= floor).to(known))
         return (entropy.clamp(min=floor) * counted).sum(), torch.stack([(value * counted).sum() for value in values])
 
     total, sums = call.query.new_zeros((), dtype=torch.float32), torch.zeros(len(ENTROPY), device=call.query.device)
@@ -142,7 +147,8 @@ def entropy_loss(
     seen: Sequence[tuple[Placed, Tensor]],  # calls with their text-dense queries (B, Q)
     floor: float = 0.0,  # nats
     rows: int = 128,  # queries at a time
-) -> tuple[Tensor, dict[str, Tensor]]:  # mean of max(H, floor) over rows, heads and calls in nats, 0 without any; sums in ENTROPY
+# mean of max(H, floor) over rows, heads and calls in nats, 0 without any; sums in ENTROPY
+) -> tuple[Tensor, dict[str, Tensor]]:
     "Measure how widely text-dense queries look."
     parts = [entropy_sums(placed, dense, floor, rows) for placed, dense in seen]
     sums = sum((part[1] for part in parts), torch.zeros(len(ENTROPY), device=seen[0][1].device if seen else None))
@@ -157,10 +163,15 @@ def tile_density(
     "Label the density of tiles on the encoder's grid."
     processor, grid = bundle.processor.image_processor, bundle.family.grid(bundle.model)
     mean, std = (np.array(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
-    pages = np.rint((pixels.detach().float().cpu().numpy() * std + mean).clip(0, 1) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
+    pages = (
+        np.rint((pixels.detach().float().cpu().numpy() * std + mean).clip(0, 1) * 255)
+        .astype(np.uint8)
+        .transpose(0, 2, 3, 1)
+    )
     if "density unit" not in bundle.cache:
         bundle.cache["density unit"] = load_density()[1]["unit"]
-    return np.stack([pseudo_label(page, (grid.height, grid.width), unit=bundle.cache["density unit"]) for page in pages])
+    return np.stack([pseudo_label(page, (grid.height, grid.width), unit=bundle.cache["density unit"])
+                     for page in pages])
 
 
 def dense_queries(
@@ -170,13 +181,15 @@ def dense_queries(
     special: int,  # tokens in front
     threshold: float,
 ) -> Tensor:  # (b, Q) bool, of the tiles of this call
-    "Say which queries of a call are text-dense; special tokens and padding are not."
+    "Return which queries of a call are text-dense; special tokens and padding are not."
     found = torch.zeros(len(placed.call.query), placed.call.query.shape[2], dtype=torch.bool)
     if not placed.plans:
         found[:, special:] = torch.from_numpy(density.reshape(len(density), -1) > threshold)
     for row, plan in zip(found, placed.plans):
         member = plan.membership()
-        row[special : special + len(plan)] = torch.from_numpy(member @ density[tiles[id(plan)][0]].ravel() / member.sum(1) > threshold)
+        row[special : special + len(plan)] = torch.from_numpy(
+            member @ density[tiles[id(plan)][0]].ravel() / member.sum(1) > threshold
+        )
     return found.to(placed.call.query.device)
 
 # %% ../../notebooks/library/09_training/45_consistency.ipynb #2a5bd3b7
@@ -222,11 +235,14 @@ def with_consistency(
     config: SCRConfig,
     forward: Callable[[], Any],  # runs the model on the batch
     tiles: int | None = None,  # most tiles per image
-) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:  # what `forward` gave; the losses times their coefficients; sums and counts behind them
-    "Run a model and compute the consistency losses of the batch; ValueError for a tower that sees images at their own size or in shapes of tiles."
+# what `forward` gave; the losses times their coefficients; sums and counts behind them
+) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
+    """Run a model and compute the consistency losses of the batch; ValueError for a tower that sees images at their
+    own size or in shapes of tiles."""
     family, model, pixels = bundle.family, bundle.model, batch["pixel_values"]
     if config.names and family.views not in ("tiles", "square"):
-        raise ValueError(f"{bundle.name} is of family {family.name}; consistency losses expect an encoder with tiles of one size, such as internvl")
+        raise ValueError(f"{bundle.name} is of family {family.name}; consistency losses expect an encoder with tiles "
+                         f"of one size, such as internvl")
     tower, special = family.tower_of(model), int(family.grid(model).special.sum()) if not family.native else 0
     control, attentions = getattr(tower, CONTROL, None), family.attentions_of(model)
     modules = attentions[-(config.layers or max(1, round(len(attentions) / 4))) :] if config.entropy else []
@@ -234,7 +250,8 @@ def with_consistency(
     with ExitStack() as stack:
         if config.entropy:
             stack.enter_context(catching(model, modules, lambda at, call: calls.append(Placed.now(call, control))))
-        for part, kept, wanted in ((family.language_of(model), states, config.grounding), (tower, features, config.stability)):
+        for part, kept, wanted in ((family.language_of(model), states, config.grounding),
+                                   (tower, features, config.stability)):
             if wanted:
                 stack.enter_context(keeping(part, kept))
         result = forward()
@@ -249,14 +266,16 @@ def with_consistency(
         losses["entropy"] = config.entropy * loss
     if config.grounding:
         if len(states) != 1:
-            raise ValueError(f"the language model ran {len(states)} times in this process; the grounding loss expects its states here, once")
+            raise ValueError(f"the language model ran {len(states)} times in this process; the grounding loss expects "
+                             f"its states here, once")
         pages, kept = number_pages(rows), iter(plans)
         dropped = bool(plans) and control.keep_copies is not None
         own = [[next(kept) for _ in tile_regions(bundle, page.size, tiles)] if dropped else () for page in pages]
         shown = [shown_boxes(bundle, page.size, tiles, each) for page, each in zip(pages, own)]
         targets = number_targets(bundle, batch, pages, shown).to(states[0].device)
         said, seen = (states[0][at[:, 0], at[:, 1]] for at in (targets.digits, targets.images))
-        losses["grounding"] = config.grounding * grounding_loss(said, seen, targets.positive, targets.negative, config.temperature)
+        losses["grounding"] = config.grounding * grounding_loss(said, seen, targets.positive, targets.negative,
+                                                                config.temperature)
         counts |= dict(grounding_questions=sum(len(page.asked) for page in pages), grounding_skipped=targets.skipped)
         counts |= dict(grounding_digits=len(targets.digits))
     if config.stability:
@@ -269,12 +288,15 @@ def with_consistency(
 def consistency_table(
     log: pd.DataFrame,  # of a training with consistency losses
 ) -> pd.DataFrame:  # one row per step
-    "Turn the counts in a log into means: entropy in nats, in tokens (N_eff) and as share of ln N, rows at the floor, questions without a visible number."
+    """Turn the counts in a log into means: entropy in nats, in tokens (N_eff) and as share of ln N, rows at the
+    floor, questions without a visible number."""
     found = pd.DataFrame({"step": log["step"]})
     if "entropy_rows" in log:
         rows = log["entropy_rows"].where(log["entropy_rows"] > 0)
-        means = dict(entropy="entropy_sum", effective="entropy_effective", relative="entropy_relative", at_floor="entropy_at_floor")
+        means = dict(entropy="entropy_sum", effective="entropy_effective", relative="entropy_relative",
+                     at_floor="entropy_at_floor")
         found = found.assign(rows=log["entropy_rows"], **{name: log[column] / rows for name, column in means.items()})
     if "grounding_questions" in log:
-        found = found.assign(questions=log["grounding_questions"], skipped=log["grounding_skipped"] / log["grounding_questions"])
+        found = found.assign(questions=log["grounding_questions"],
+                             skipped=log["grounding_skipped"] / log["grounding_questions"])
     return found

@@ -25,7 +25,16 @@ from ..models.sequences import answer_loss, training_batch
 from ..core.bundle import Bundle
 from ..structure.inject import eject, inject
 from ..tokens.adaptive import CONTROL, detach_tokens
-from .arms import ARMS, FinetuneConfig, attach_density, parameters_of, plain_model, put_back, read_arm, save_arm
+from sfa_core.training.arms import (
+    ARMS,
+    FinetuneConfig,
+    attach_density,
+    parameters_of,
+    plain_model,
+    put_back,
+    read_arm,
+    save_arm,
+)
 from .arms import trainable
 from .consistency import SCRConfig, with_consistency
 from .checkpoints import checkpoints, read_log
@@ -36,7 +45,8 @@ from .sharding import is_sharded, shard, whole
 from .stream import DocumentSet, Mixture, batches
 
 # %% ../../notebooks/library/09_training/55_finetune.ipynb #d967d97e
-def give_back(bundle: Bundle, config: FinetuneConfig, mode: bool, dtypes: list, before: dict[str, Tensor], flags: dict) -> None:
+def give_back(bundle: Bundle, config: FinetuneConfig, mode: bool, dtypes: list, before: dict[str, Tensor],
+              flags: dict) -> None:
     "Undo what `prepared` did."
     model = bundle.model
     if config.checkpointing:
@@ -54,10 +64,12 @@ def give_back(bundle: Bundle, config: FinetuneConfig, mode: bool, dtypes: list, 
 
 @contextmanager
 def prepared(bundle: Bundle, config: FinetuneConfig) -> Iterator[dict[str, Parameter]]:
-    "Attach and wake what an arm trains; afterwards the model is what it was, whatever happened, unless its weights were spread over processes."
+    """Attach and wake what an arm trains; afterwards the model is what it was, whatever happened, unless its
+    weights were spread over processes."""
     model, family, parts = plain_model(bundle), bundle.family, ARMS[config.arm].parts
     flags, mode = {p: p.requires_grad for p in model.parameters()}, model.training
-    modules = [part for name, part in (("tower", family.tower_of(model)), ("projector", family.projector_of(model))) if name in parts]
+    modules = [part for name, part in (("tower", family.tower_of(model)), ("projector", family.projector_of(model)))
+               if name in parts]
     dtypes = [next(part.parameters()).dtype for part in modules]
     before = {name: p.detach().to("cpu", copy=True) for name, p in parameters_of(model, modules).items()}
     if model.dtype == torch.float16:
@@ -78,7 +90,8 @@ def prepared(bundle: Bundle, config: FinetuneConfig) -> Iterator[dict[str, Param
 
 # %% ../../notebooks/library/09_training/55_finetune.ipynb #10d56e07
 def model_autocast(model: torch.nn.Module, device: torch.device) -> AbstractContextManager:
-    "Compute in bfloat16 where the model is stored in it; any other model is left to the mixed precision around it, such as accelerate's."
+    """Compute in bfloat16 where the model is stored in it; any other model is left to the mixed precision around
+    it, such as accelerate's."""
     return torch.autocast(device.type, dtype=model.dtype) if model.dtype == torch.bfloat16 else nullcontext()
 
 
@@ -101,7 +114,8 @@ def finished_arm(
         return None
     about = read_arm(folder / "arm")[0]
     settings = {name: value for name, value in about["config"].items() if name not in FREE_ON_RESUME}
-    there = dict(arm=about["arm"], base=about["base"].get("identity"), data=about["training"]["data"], finetune=settings)
+    there = dict(arm=about["arm"], base=about["base"].get("identity"), data=about["training"]["data"],
+                 finetune=settings)
     if difference := first_difference(there, json.loads(json.dumps(identity))):
         raise ValueError(f"{folder} holds the arm of another training, {difference}; another folder is expected")
     position = Position(config.steps, about["training"]["skipped"])
@@ -110,24 +124,36 @@ def finished_arm(
 
 def finetune(
     bundle: Bundle,  # the plain base model; it is given back as it was
-    data: Dataset | Iterable[Any] | DocumentSet | Mixture,  # dataset of documents, samples, or several of them with weights
+    # dataset of documents, samples, or several of them with weights
+    data: Dataset | Iterable[Any] | DocumentSet | Mixture,
     config: FinetuneConfig,
     folder: str | Path,  # log.jsonl, checkpoints/ and arm/ go here
     resume: str = "latest",  # latest, previous or never, as in `train`
     until: int | None = None,  # stop early after this step; a later call goes on
     accelerator: Accelerator | None = None,  # processes and mixed precision
     progress: bool = True,
-    loss: Callable | None = None,  # as `answer_loss`, which is meant by None; `placement.cut_loss` has the language model elsewhere
+    # as `answer_loss`, which is meant by None; `placement.cut_loss` has the language model elsewhere
+    loss: Callable | None = None,
     sharded: bool = False,  # spread all weights over the processes (FSDP2); the model is used up
 ) -> FinetuneResult:
-    "Train one arm, or go on training it, and keep the trained part in `folder/arm`; errors are those of `train` and `training_batch`."
-    documents, arm, accelerator = data if isinstance(data, DocumentSet | Mixture) else DocumentSet(data), Path(folder) / "arm", accelerator or Accelerator()
+    """Train one arm, or go on training it, and keep the trained part in `folder/arm`; errors are those of `train`
+    and `training_batch`."""
+    documents, arm, accelerator = (
+        data if isinstance(data, DocumentSet | Mixture) else DocumentSet(data),
+        Path(folder) / "arm",
+        accelerator or Accelerator(),
+    )
     scr = config.scr or SCRConfig(0, 0, 0)
     if scr.grounding and loss is not None:
-        raise ValueError("the grounding loss needs the states of a language model in this process; loss=None, or scr with grounding 0, is expected")
+        raise ValueError("the grounding loss needs the states of a language model in this process; loss=None, or scr "
+                         "with grounding 0, is expected")
     settings = {name: value for name, value in asdict(config).items() if name not in FREE_ON_RESUME}
     identity = dict(arm=config.arm, base=bundle.identity, data=documents.digest, finetune=settings)
-    if resume == "latest" and not checkpoints(Path(folder) / "checkpoints") and (there := finished_arm(Path(folder), config, identity)):
+    if (
+        resume == "latest"
+        and not checkpoints(Path(folder) / "checkpoints")
+        and (there := finished_arm(Path(folder), config, identity))
+    ):
         return there
 
     def losses(units):
@@ -135,7 +161,8 @@ def finetune(
         batch = training_batch(bundle, rows, tiles=config.tiles)
         with model_autocast(bundle.model, bundle.devices[1]):
             forward = lambda: (loss or answer_loss)(bundle.model, batch)
-            (total, targets), more, counts = with_consistency(bundle, rows, batch, scr, forward, config.tiles) if scr.names else (forward(), {}, {})
+            (total, targets), more, counts = with_consistency(bundle, rows, batch, scr, forward,
+                                                              config.tiles) if scr.names else (forward(), {}, {})
         return {"answer": total / max(targets, 1)} | more, targets, counts
 
     order = batches(documents, config.batch_size, config.accumulation, config.questions, config.data_seed)
@@ -160,7 +187,8 @@ def finetune(
         finished = result.position.step == config.steps
         kept = {name: whole(parameter.detach()) for name, parameter in parameters.items()} if finished else {}
         if finished and not arm.exists() and accelerator.is_main_process:
-            training = dict(steps=config.steps, skipped=result.position.skipped, data=documents.digest, documents=len(documents))
+            training = dict(steps=config.steps, skipped=result.position.skipped, data=documents.digest,
+                            documents=len(documents))
             save_arm(bundle, kept, config, training, arm, identity=identity["base"])
         accelerator.wait_for_everyone()
     return FinetuneResult(result.log, arm if finished else None, result.position)

@@ -37,7 +37,9 @@ def split_batch(
     values = list(batch.values()) if isinstance(batch, dict) else [batch]
     lengths = {len(value) if hasattr(value, "__len__") else type(value).__name__ for value in values}
     if len(lengths) != 1 or not isinstance(min(lengths), int):
-        raise ValueError(f"out of memory, and a batch with parts of the lengths {lengths} cannot be cut without `split`")
+        raise ValueError(
+            f"out of memory, and a batch with parts of the lengths {lengths} cannot be cut without `split`"
+        )
     size = lengths.pop()
     if parts >= 2 * size:
         raise MemoryError(f"out of memory with a micro-batch of {size} in single pieces: nothing left to halve")
@@ -82,9 +84,11 @@ def window_gradients(
         run.optimizer.zero_grad(set_to_none=True)
         parts = run.position.parts
         given = (batch_at(run.position.step, micro) for micro in micros)
-        share = accumulate((piece for batch in given for piece in (split(batch, parts) if parts > 1 else [batch])), losses, acc.autocast)
+        share = accumulate((piece for batch in given for piece in (split(batch, parts) if parts > 1 else [batch])),
+                           losses, acc.autocast)
         if share is None and is_sharded(parameters):
-            raise MemoryError("out of memory with weights spread over processes, which cannot take a window again alone: a larger accumulation is expected")
+            raise MemoryError("out of memory with weights spread over processes, which cannot take a window again "
+                              "alone: a larger accumulation is expected")
         shares = gather_object([share and share | dict(touched=[p.grad is not None for p in parameters])])
         if all(shares):
             break
@@ -93,21 +97,27 @@ def window_gradients(
         run.optimizer.zero_grad(set_to_none=True)
         clear_device_cache(garbage_collection=True)
         if acc.is_main_process:
-            tqdm.write(f"step {run.position.step}: out of memory, each micro-batch is now cut into {2 * parts} pieces; the effective batch stays")
+            tqdm.write(f"step {run.position.step}: out of memory, each micro-batch is now cut into {2 * parts} pieces; "
+                       f"the effective batch stays")
     targets = sum(share["targets"] for share in shares)
     for i, parameter in enumerate(parameters):
         if not any(share["touched"][i] for share in shares):
             continue
         if acc.num_processes > 1 and not is_sharded([parameter]):  # spread gradients are summed already
-            parameter.grad = acc.reduce(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad, "sum")
+            parameter.grad = acc.reduce(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad,
+                                        "sum")
         parameter.grad.div_(max(targets, 1))
     names = sorted({name for share in shares for name in share["sums"]})
-    counts = {name: sum(share["counts"].get(name, 0.0) for share in shares) for name in sorted({name for share in shares for name in share["counts"]})}
-    return {name: sum(share["sums"].get(name, 0.0) for share in shares) / max(targets, 1) for name in names}, targets, counts
+    counts = {name: sum(share["counts"].get(name, 0.0) for share in shares)
+              for name in sorted({name for share in shares for name in share["counts"]})}
+    return {name: sum(share["sums"].get(name, 0.0) for share in shares) / max(targets, 1)
+            for name in names}, targets, counts
 
 
-def loss_norms(run: Run, batch_at: Callable, losses: Callable, split: Callable, names: tuple[str, ...]) -> dict[str, float]:
-    "Measure the gradient norm of each named loss alone, over the whole window and all processes; the random generators stay where they are."
+def loss_norms(run: Run, batch_at: Callable, losses: Callable, split: Callable,
+               names: tuple[str, ...]) -> dict[str, float]:
+    """Measure the gradient norm of each named loss alone, over the whole window and all processes; the random
+    generators stay where they are."""
     before, norms = random_state(), {}
     for name in names:
         def alone(batch, name=name):
@@ -129,7 +139,15 @@ def take_step(
     means, targets, counts = window_gradients(run, batch_at, losses, split)
     norm = clip_gradients(list(run.parameters.values()), config.clip_norm)
     bad = [name for name, value in means.items() if not math.isfinite(value)]
-    reason = "no target tokens" if not targets else f"loss {bad[0]} is not finite" if bad else "" if math.isfinite(norm) else "gradient is not finite"
+    reason = (
+        "no target tokens"
+        if not targets
+        else f"loss {bad[0]} is not finite"
+        if bad
+        else ""
+        if math.isfinite(norm)
+        else "gradient is not finite"
+    )
     share = rate_share(position.step, config)
     if not reason:
         for group in run.optimizer.param_groups:
@@ -138,11 +156,14 @@ def take_step(
     position.step += 1
     position.skipped += bool(reason)
     position.skipped_in_row = position.skipped_in_row + 1 if reason else 0
-    line = dict(step=position.step, loss=sum(means.values()), **{f"loss_{name}": value for name, value in means.items()})
+    line = dict(step=position.step, loss=sum(means.values()),
+                **{f"loss_{name}": value for name, value in means.items()})
     line |= counts | {f"gradient_norm_{name}": value for name, value in each.items()}
     line |= {f"learning_rate_{part.strip('.')}": rate * share for part, rate in config.group_rates}
-    line |= dict(learning_rate=config.learning_rate * share, gradient_norm=norm, targets=targets, parts=position.parts, skipped=reason)
-    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()}
+    line |= dict(learning_rate=config.learning_rate * share, gradient_norm=norm, targets=targets, parts=position.parts,
+                 skipped=reason)
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in line.items()}
 
 # %% ../../notebooks/library/09_training/30_loop.ipynb #ccc2484b
 @dataclass(frozen=True)
@@ -154,18 +175,21 @@ class LoopResult:
     checkpoint: Path  # the newest checkpoint
 
 
-def start_run(parameters: dict[str, Parameter], config: LoopConfig, folder: Path, identity: dict | None, resume: str, accelerator: Accelerator | None) -> Run:
+def start_run(parameters: dict[str, Parameter], config: LoopConfig, folder: Path, identity: dict | None, resume: str,
+              accelerator: Accelerator | None) -> Run:
     "Check what is given, make all processes start from the same weights, and resume."
     acc = accelerator or Accelerator()
     if not parameters:
         raise ValueError("there are no parameters to train; at least one is expected")
     frozen = [name for name, p in parameters.items() if not p.requires_grad]
     if frozen:
-        raise ValueError(f"{len(frozen)} parameters do not require a gradient, {frozen[0]} first; trainable ones are expected")
+        raise ValueError(f"{len(frozen)} parameters do not require a gradient, {frozen[0]} first; trainable ones are "
+                         f"expected")
     if len({id(p) for p in parameters.values()}) < len(parameters):
         raise ValueError("one parameter is given under two names; each is expected once")
     if config.accumulation % acc.num_processes:
-        raise ValueError(f"accumulation is {config.accumulation}; a multiple of the {acc.num_processes} processes is expected")
+        raise ValueError(f"accumulation is {config.accumulation}; a multiple of the {acc.num_processes} processes is "
+                         f"expected")
     if acc.mixed_precision not in ("no", "bf16"):
         raise ValueError(f"mixed precision is {acc.mixed_precision}; no or bf16 is expected")
     run = Run(parameters, make_optimizer(parameters, config), config, Path(folder), acc, identity or {})
@@ -188,8 +212,10 @@ def start_run(parameters: dict[str, Parameter], config: LoopConfig, folder: Path
 # %% ../../notebooks/library/09_training/30_loop.ipynb #39c6a909
 def train(
     parameters: dict[str, Parameter],  # what is trained, under the names used in the checkpoints
-    batch_at: Callable[[int, int], object],  # (step from 0, micro-batch from 0) -> batch, always the same for the same position
-    losses: Callable[[object], tuple],  # batch -> (named losses, each a mean over the targets; number of targets; and perhaps counts for the log, summed)
+    # (step from 0, micro-batch from 0) -> batch, always the same for the same position
+    batch_at: Callable[[int, int], object],
+    # batch -> (named losses, each a mean over the targets; number of targets; and perhaps counts for the log, summed)
+    losses: Callable[[object], tuple],
     config: LoopConfig,
     folder: str | Path,  # log.jsonl and checkpoints/ go here
     identity: dict | None = None,  # what must agree on resume besides the configuration: model, data, arm
@@ -199,28 +225,34 @@ def train(
     accelerator: Accelerator | None = None,  # processes and mixed precision
     progress: bool = True,  # show a bar with loss, tokens/s and memory
     title: str = "",  # in front of the bar
-    norms: tuple[str, ...] = (),  # losses whose own gradient norms are logged, at the price of a forward and a backward pass each
+    # losses whose own gradient norms are logged, at the price of a forward and a backward pass each
+    norms: tuple[str, ...] = (),
     norms_every: int = 20,  # steps between such lines; 0: none
 ) -> LoopResult:
     """Train parameters step by step, and go on from the folder's checkpoint when there is one.
 
-    A run killed at any point and called again ends with the same weights and the same log (but for `TIMING`) as one never killed.
-    ValueError names what a checkpoint or argument has wrong; RuntimeError ends a run after `max_bad_steps` skipped steps in a row; OSError when
+    A run killed at any point and called again ends with the same weights and the same log (but for `TIMING`) as one
+    never killed.
+    ValueError names what a checkpoint or argument has wrong; RuntimeError ends a run after `max_bad_steps` skipped
+    steps in a row; OSError when
     the disk refuses a checkpoint. The random generators of the caller are left as they were.
     """
     with random_kept(), torch.enable_grad():
         run = start_run(parameters, config, Path(folder), identity, resume, accelerator)
         position, last = run.position, config.steps if until is None else min(until, config.steps)
         path = save_run(run) if position.step == last == 0 else run.folder / "checkpoints" / f"step-{position.step:08d}"
-        log = dict(start=position.step, stop=last, steps=config.steps, every=config.log_every, main=run.accelerator.is_main_process)
+        log = dict(start=position.step, stop=last, steps=config.steps, every=config.log_every,
+                   main=run.accelerator.is_main_process)
         with Recorder(run.folder, **log, progress=progress, title=title) as recorder:
             while position.step < last:
-                line = take_step(run, batch_at, losses, split, norms if norms_every and position.step % norms_every == 0 else ())
+                line = take_step(run, batch_at, losses, split,
+                                 norms if norms_every and position.step % norms_every == 0 else ())
                 recorder.write(line)
                 if position.skipped_in_row >= config.max_bad_steps:
                     good = ([None] + checkpoints(run.folder / "checkpoints"))[-1]
                     raise RuntimeError(
-                        f"{position.skipped_in_row} steps in a row were skipped, step {position.step} because: {line['skipped']}; "
+                        f"{position.skipped_in_row} steps in a row were skipped, step {position.step} because: "
+                        f"{line['skipped']}; "
                         f"last good checkpoint: {good or 'none yet'}"
                     )
                 if position.step == last or config.checkpoint_every and position.step % config.checkpoint_every == 0:

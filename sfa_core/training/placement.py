@@ -36,7 +36,9 @@ def flatten(
 
 def restore(pattern: Any, tensors: Sequence[Tensor]) -> Any:
     "Put tensors back into nested lists."
-    return tensors[pattern] if isinstance(pattern, int) else None if pattern is None else [restore(part, tensors) for part in pattern]
+    return tensors[pattern] if isinstance(pattern,
+                                          int) else None if pattern is None else [restore(part, tensors)
+                                                                                  for part in pattern]
 
 
 class EncodedImages(BaseModelOutputWithPooling):
@@ -49,7 +51,8 @@ def encode(
     batch: dict[str, Tensor],  # from `training_batch`
 ) -> tuple[list[Tensor], Any]:  # features, and their pattern
     "Compute the image features of a batch on the side of the encoder."
-    output, tensors = model.get_image_features(**{name: value for name, value in batch.items() if name not in LANGUAGE}), []
+    output, tensors = model.get_image_features(**{name: value
+                                                  for name, value in batch.items() if name not in LANGUAGE}), []
     pattern = flatten([output.pooler_output, getattr(output, "deepstack_features", None)], tensors)
     return tensors, pattern
 
@@ -89,7 +92,8 @@ class LanguageSide:
         with MemoryProbe() as probe:
             found = torch.autograd.grad(total, self.leaves, total.new_tensor(scale), allow_unused=True)
         self.peak = max(self.peak, probe.peak)
-        return [torch.zeros_like(leaf) if gradient is None else gradient for leaf, gradient in zip(self.leaves, found, strict=True)]
+        return [torch.zeros_like(leaf) if gradient is None else gradient
+                for leaf, gradient in zip(self.leaves, found, strict=True)]
 
     def memory(self) -> dict[str, int]:
         "Return the bytes of the weights of this side, and the most that other tensors took at once."
@@ -149,7 +153,8 @@ def measured_step(
         total, targets = side.loss({name: batch[name] for name in LANGUAGE}, features, pattern)
         received = side.gradients(float(torch.ones(()) / targets))
         with probe:
-            torch.autograd.backward(features, [gradient.to(own) for gradient, own in zip(received, features, strict=True)])
+            torch.autograd.backward(features,
+                                    [gradient.to(own) for gradient, own in zip(received, features, strict=True)])
         held = {"vision": dict(weights=held_bytes(vision), learning=learning, peak=probe.peak),
                 "language": side.memory() | dict(learning=0)}
     gradients = {name: weight.grad.clone() for name, weight in parameters.items()}

@@ -20,11 +20,12 @@ FREE_ON_RESUME = ("checkpoint_every", "keep", "log_every")  # do not change what
 
 @dataclass(frozen=True)
 class LoopConfig:
-    "Say how long, how fast and how carefully to train."
+    "Return how long, how fast and how carefully to train."
 
     steps: int  # optimiser steps of the whole run
     learning_rate: float = 1e-3  # peak rate
-    group_rates: tuple[tuple[str, float], ...] = ()  # (part of a parameter's name, its own peak rate); the first match counts
+    # (part of a parameter's name, its own peak rate); the first match counts
+    group_rates: tuple[tuple[str, float], ...] = ()
     warmup: float = 0.05  # share of the steps in which the rate rises, 0..1
     decay: str = "cosine"  # what the rate does afterwards: cosine, linear or constant
     final_rate: float = 0.0  # share of the peak rate that is left at the end, 0..1
@@ -40,7 +41,8 @@ class LoopConfig:
     seed: int = 0  # dropout and other draws; the order of the data is batch_at's
 
     def __post_init__(self):
-        for name, least in dict(steps=1, accumulation=1, checkpoint_every=0, keep=1, log_every=1, max_bad_steps=1).items():
+        for name, least in dict(steps=1, accumulation=1, checkpoint_every=0, keep=1, log_every=1,
+                                max_bad_steps=1).items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} is {value!r}; a whole number of at least {least} is expected")
@@ -58,7 +60,7 @@ def rate_share(
     step: int,  # steps already taken
     config: LoopConfig,
 ) -> float:  # share of the peak rate for the next step, 0..1
-    "Give the learning rate of a step as a share of its peak: linear warm-up, then the decay of the configuration."
+    "Return the learning rate of a step as a share of its peak: linear warm-up, then the decay of the configuration."
     warmup = round(config.warmup * config.steps)
     if step < warmup:
         return (step + 1) / warmup
@@ -68,11 +70,14 @@ def rate_share(
 
 # %% ../../notebooks/library/09_training/15_schedule.ipynb #31d751df
 def make_optimizer(parameters: dict[str, Parameter], config: LoopConfig) -> torch.optim.AdamW:
-    "Build AdamW with one group per peak rate and decay, and for weights spread over processes; a group's `peak` is its rate at the end of the warm-up."
+    """Build AdamW with one group per peak rate and decay, and for weights spread over processes; a group's `peak`
+    is its rate at the end of the warm-up."""
     groups = {}
     for name, parameter in parameters.items():
         peak = next((rate for part, rate in config.group_rates if part in name), config.learning_rate)
         decays = parameter.ndim >= 2 and not any(part in name for part in config.undecayed)
-        groups.setdefault((peak, config.weight_decay if decays else 0.0, isinstance(parameter, DTensor)), []).append(parameter)
-    members = [dict(params=members, lr=peak, peak=peak, weight_decay=decay) for (peak, decay, _), members in groups.items()]
+        groups.setdefault((peak, config.weight_decay if decays else 0.0, isinstance(parameter, DTensor)),
+                          []).append(parameter)
+    members = [dict(params=members, lr=peak, peak=peak, weight_decay=decay)
+               for (peak, decay, _), members in groups.items()]
     return torch.optim.AdamW(members, betas=tuple(config.betas))

@@ -35,7 +35,10 @@ def on_uniform_grid(control: TokenControl) -> Iterator[None]:
     before, attentions = {name: getattr(control, name) for name in names}, control.family.attentions_of(control.model)
     places = [(getattr(getattr(each, CHILD, None), "geometry", None), getattr(each, AREA, None)) for each in attentions]
     plan = uniform_plan(control.grid)
-    control.patches, control.seen = PatchConfig((PATCH,), embedding=control.patches.embedding), {key: (plan, known[1]) for key, known in control.seen.items()}
+    control.patches, control.seen = (
+        PatchConfig((PATCH,), embedding=control.patches.embedding),
+        {key: (plan, known[1]) for key, known in control.seen.items()},
+    )
     try:
         yield
     finally:
@@ -50,7 +53,7 @@ def on_uniform_grid(control: TokenControl) -> Iterator[None]:
 
 @contextmanager
 def on_another_grid(bundle: Bundle, grid: tuple[int, int], density: Tensor | None) -> Iterator[None]:
-    "Give the structural bias, where there is one, the places of another uniform grid; afterwards they are as before."
+    "Return the structural bias, where there is one, the places of another uniform grid; afterwards they are as before."
     attentions = bundle.family.attentions_of(bundle.model)
     biases = [getattr(each, CHILD) for each in attentions if hasattr(each, CHILD)]
     before = [bias.geometry for bias in biases]
@@ -72,19 +75,24 @@ def second_view(
     pixels: Tensor,  # (B, 3, Y, X) normalised tiles
     scale: float = 1.5,
 ) -> Tensor:  # (B, h * w, D) on the encoder's own grid
-    "Encode tiles again: on the uniform grid where patches are adaptive, else at another size; ValueError where positions cannot be interpolated."
+    """Encode tiles again: on the uniform grid where patches are adaptive, else at another size; ValueError where
+    positions cannot be interpolated."""
     tower, grid = bundle.family.tower_of(bundle.model), bundle.family.grid(bundle.model)
     control, special = getattr(tower, CONTROL, None), int(grid.special.sum())
     if control is not None and control.patches is not None:
         with on_uniform_grid(control):
             return tower(pixel_values=pixels).last_hidden_state[:, special:]
     if bundle.family.name != "internvl":
-        raise ValueError(f"{bundle.name} is of family {bundle.family.name}; another size expects internvl, whose encoder interpolates its positions")
+        raise ValueError(f"{bundle.name} is of family {bundle.family.name}; another size expects internvl, whose "
+                         f"encoder interpolates its positions")
     merge = bundle.family.merge(bundle.model.config)
     cells = tuple(max(1, round(side * scale / merge)) * merge for side in (grid.height, grid.width))
-    sides = tuple(round(cell * side / own) for cell, side, own in zip(cells, pixels.shape[-2:], (grid.height, grid.width)))
+    sides = tuple(round(cell * side / own)
+                  for cell, side, own in zip(cells, pixels.shape[-2:], (grid.height, grid.width)))
     density = control.read(pixels)[1].to(pixels) if control is not None else None
     with on_another_grid(bundle, cells, density):
-        hidden = type(tower).forward(tower, pixel_values=interpolate(pixels, sides, mode="bicubic", align_corners=False)).last_hidden_state
+        hidden = type(tower).forward(tower,
+                                     pixel_values=interpolate(pixels, sides, mode="bicubic",
+                                                              align_corners=False)).last_hidden_state
     raster = hidden[:, special:].mT.unflatten(-1, cells)
     return adaptive_avg_pool2d(raster, (grid.height, grid.width)).flatten(2).mT

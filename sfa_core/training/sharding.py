@@ -33,13 +33,16 @@ def layers_of(model: nn.Module, family: Family) -> list[nn.Module]:
 def shard(
     bundle: Bundle,  # the same in all processes
 ) -> Bundle:
-    "Spread the weights of a model over all processes, for good; ValueError for a quantised model, RuntimeError in a process that was started alone."
+    """Spread the weights of a model over all processes, for good; ValueError for a quantised model, RuntimeError in
+    a process that was started alone."""
     model, family = bundle.model, bundle.family
     if quantized := quantized_layers(model):
         raise ValueError(f"layer {quantized[0]} is quantised; unquantised weights are expected to be spread")
     if not dist.is_initialized():
-        raise RuntimeError("weights are spread over the processes of torchrun or accelerate launch; this process was started alone")
-    whole_ones = {weight for module in model.modules() if isinstance(module, StructuralBias) for weight in module.parameters()}
+        raise RuntimeError("weights are spread over the processes of torchrun or accelerate launch; this process was "
+                           "started alone")
+    whole_ones = {weight for module in model.modules() if isinstance(module, StructuralBias)
+                  for weight in module.parameters()}
     device = next(model.parameters()).device.type
     mesh = init_device_mesh(device, (dist.get_world_size(),))
     for module in [*layers_of(model, family), family.tower_of(model), family.projector_of(model), model]:
@@ -52,7 +55,7 @@ def shard(
 
 
 def is_sharded(tensors: Iterable[Tensor]) -> bool:
-    "Tell whether any of some tensors is spread over processes."
+    "Return whether any of some tensors is spread over processes."
     return any(isinstance(tensor, DTensor) for tensor in tensors)
 
 
@@ -64,7 +67,8 @@ def whole(tensor: Tensor) -> Tensor:
 def like(value: Tensor, other: Tensor) -> Tensor:
     "Bring a whole tensor to device and dtype of another, and spread it as that one is."
     value = value.to(other.device, other.dtype)
-    return distribute_tensor(value, other.device_mesh, other.placements, src_data_rank=None) if isinstance(other, DTensor) else value
+    return distribute_tensor(value, other.device_mesh, other.placements,
+                             src_data_rank=None) if isinstance(other, DTensor) else value
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], limit: float) -> float:  # norm before

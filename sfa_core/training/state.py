@@ -48,14 +48,16 @@ class Run:
         "Describe everything that must be the same when the run is resumed."
         config = {name: value for name, value in asdict(self.config).items() if name not in FREE_ON_RESUME}
         shapes = {name: f"{p.dtype} {tuple(p.shape)}" for name, p in self.parameters.items()}
-        return json.loads(json.dumps(dict(config=config, identity=self.identity, parameters=shapes, processes=self.accelerator.num_processes)))
+        return json.loads(json.dumps(dict(config=config, identity=self.identity, parameters=shapes,
+                                          processes=self.accelerator.num_processes)))
 
 # %% ../../notebooks/library/09_training/27_state.ipynb #1f0d588d
 def first_difference(there: object, here: object, name: str = "") -> str:  # empty when equal
     "Name the first value in which two nested dictionaries differ, and both values."
     if isinstance(there, dict) and isinstance(here, dict):
         pairs = ((key, there.get(key, "absent"), here.get(key, "absent")) for key in sorted({*there, *here}))
-        return next((found for key, a, b in pairs if (found := first_difference(a, b, f"{name}.{key}" if name else key))), "")
+        return next((found for key, a, b in pairs
+                     if (found := first_difference(a, b, f"{name}.{key}" if name else key))), "")
     return "" if there == here else f"{name} is {there!r} there and {here!r} here"
 
 
@@ -84,7 +86,9 @@ def load_run(run: Run, path: Path) -> None:
     for key, value in tensors["optimizer"].items():
         kind, name = key.split("/", 1)
         parameter = run.parameters[name]
-        run.optimizer.state[parameter][kind] = value.clone() if kind == "step" else like(value, parameter.detach()).clone()
+        run.optimizer.state[parameter][kind] = (
+            value.clone() if kind == "step" else like(value, parameter.detach()).clone()
+        )
     run.position = Position(**notes["position"])
     set_random_state(notes["random"][run.accelerator.process_index])
 

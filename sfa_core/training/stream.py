@@ -30,7 +30,7 @@ def visited(
     count: int,
     size: int,  # documents in the set
 ) -> list[int]:  # indices of documents
-    "Give the documents at some positions of the stream; the same for every arm."
+    "Return the documents at some positions of the stream; the same for every arm."
     return [int(passage(data_seed, at // size, size)[at % size]) for at in range(start, start + count)]
 
 
@@ -46,7 +46,8 @@ class DocumentSet:
         if isinstance(data, Dataset):
             missing = {"id", "image", "questions"} - set(data.column_names)
             if missing:
-                raise ValueError(f"the dataset has no column {sorted(missing)[0]!r}; rows with id, image and questions are expected")
+                raise ValueError(f"the dataset has no column {sorted(missing)[0]!r}; rows with id, image and questions "
+                                 f"are expected")
             columns = ["id", "image", "questions"] + ["texts"] * ("texts" in data.column_names)
             self.units = data.cast_column("image", Image(decode=False)).select_columns(columns)
             self.asked = data
@@ -65,11 +66,11 @@ class DocumentSet:
         return len(self.units)
 
     def visit(self, data_seed: int, start: int, count: int) -> list[tuple["DocumentSet", int]]:  # set and index of each
-        "Give the documents at some positions of the stream."
+        "Return the documents at some positions of the stream."
         return [(self, index) for index in visited(data_seed, start, count, len(self))]
 
     def ask(self, index: int, questions: int, draw: list[int]) -> list:  # rows or samples
-        "Give one document with some of its questions, 0 for all; `draw` seeds the choice."
+        "Return one document with some of its questions, 0 for all; `draw` seeds the choice."
         unit = self.units[index]
         asked = unit["questions"] if isinstance(unit, dict) else unit
         if not asked:
@@ -86,7 +87,7 @@ def batches(
     questions: int = 0,  # asked of a document at each visit, drawn anew; 0: all
     data_seed: int = 0,
 ) -> Callable[[int, int], list]:  # (step, micro) -> documents, each a list of rows or samples
-    "Give the function that finds the documents of a step's micro-batch."
+    "Return the function that finds the documents of a step's micro-batch."
     size = batch_size // accumulation
 
     def batch_at(step, micro):
@@ -123,7 +124,8 @@ class Mixture:
     ):
         weights = dict.fromkeys(sources, 1.0) if weights is None else weights
         if not sources or set(weights) != set(sources) or not all(weight > 0 for weight in weights.values()):
-            raise ValueError(f"a mixture of {sorted(sources)} has the weights {dict(weights)}; a weight above 0 for each is expected")
+            raise ValueError(f"a mixture of {sorted(sources)} has the weights {dict(weights)}; a weight above 0 for "
+                             f"each is expected")
         self.names, self.weights = tuple(sources), tuple(float(weights[name]) for name in sources)
         self.sets = [DocumentSet(data) for data in sources.values()]
 
@@ -136,7 +138,7 @@ class Mixture:
         return sum(map(len, self.sets))
 
     def visit(self, data_seed: int, start: int, count: int) -> list[tuple[DocumentSet, int]]:  # set and index of each
-        "Give the documents at some positions of the stream."
+        "Return the documents at some positions of the stream."
         found = []
         for at in range(start, start + count):
             number, place = divmod(at, STRETCH)

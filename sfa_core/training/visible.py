@@ -38,7 +38,8 @@ class NumberPage:
     size: tuple[int, int]  # width and height, pixels
     values: list[float]  # V
     boxes: np.ndarray  # (V, 4) pixels
-    asked: list[tuple[str, list[int]]]  # of each question: answer, and its evidence among the numbers, empty when not visible
+    # of each question: answer, and its evidence among the numbers, empty when not visible
+    asked: list[tuple[str, list[int]]]
 
 
 def number_page(
@@ -52,7 +53,8 @@ def number_page(
     order = {at: place for place, at in enumerate(numbers)}
     boxes = np.array([texts[at][1] for at in numbers], dtype=np.float64).reshape(-1, 4)
     wanted = [number_in(answer) for answer, _ in asked]
-    places = [[order[at] for at in seen if at in order and read[at] == value] for value, (_, seen) in zip(wanted, asked)]
+    places = [[order[at] for at in seen if at in order and read[at] == value]
+              for value, (_, seen) in zip(wanted, asked)]
     answers = [(answer, place) for (answer, _), place in zip(asked, places)]
     return NumberPage(decode(source, "page").size, [read[at] for at in numbers], boxes, answers)
 
@@ -66,10 +68,12 @@ def number_pages(
         if isinstance(row, dict):
             image, texts = row["image"], [(text["text"], text["box"]) for text in row.get("texts", ())]
             source = (image["bytes"] or image["path"]) if isinstance(image, dict) else image
-            pages.append((row, source, texts, [(part["answers"][0], part.get("evidence", ())) for part in row["questions"]]))
+            pages.append((row, source, texts,
+                          [(part["answers"][0], part.get("evidence", ())) for part in row["questions"]]))
             continue
         texts = [(text.text, text.box) for text in row.evidence.texts] if row.evidence else []
-        if not (pages and isinstance(pages[-1][0], Sample) and pages[-1][0].document == row.document and pages[-1][0].source is row.source):
+        if not (pages and isinstance(pages[-1][0], Sample) and pages[-1][0].document == row.document
+                and pages[-1][0].source is row.source):
             pages.append((row, row.source, texts, []))
         pages[-1][3].append((row.answers[0], row.evidence.answer if row.evidence else ()))
     return [number_page(*page[1:]) for page in pages]
@@ -97,7 +101,8 @@ def touches(
 ) -> np.ndarray:  # (A, V) bool
     "Return which tokens share area with which boxes."
     with np.errstate(invalid="ignore"):
-        low, high = np.maximum(tokens[:, None, :2], boxes[None, :, :2]), np.minimum(tokens[:, None, 2:], boxes[None, :, 2:])
+        low, high = np.maximum(tokens[:, None, :2], boxes[None, :, :2]), np.minimum(tokens[:, None, 2:],
+                                                                                    boxes[None, :, 2:])
         return (high > low).all(-1)
 
 
