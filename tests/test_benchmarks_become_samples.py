@@ -9,14 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as PILImage
 
-from sfa_core.documents.benchmarks import (
-    BENCHMARKS,
-    benchmark_table,
-    choices_of,
-    load_benchmark,
-    option_answer,
-    with_choices,
-)
+from sfa_core.documents.benchmarks import choices_of, load_benchmark, option_answer, with_choices
+from sfa_core.documents.catalogue import BENCHMARKS, benchmark_table
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ import sfa_core.models.load
 from sfa_core.structure.inject import inject, structures_of
 from sfa_core.structure.store import save_structure
 from sfa_core.models.embedded import IMAGE_TOKENS, EmbeddedConfig, build_processor, new_model, train_tokenizer
-from sfa_core.models.load import find_model, load_model, new_bundle, place, save_model
+from sfa_core.models.load import find_model, folder_revision, load_model, new_bundle, place, save_model
 from sfa_core.models.quantization import quantized_layers
 
 TEXTS = ["What is the value of red in 2015?", "How much are cat and sun together?", "List all values.", "elm 9, cat 31"]
@@ -268,6 +268,72 @@ def test_a_configuration_of_wrong_types_is_refused_in_one_line(folder, change):
     refused(folder, "config.json")
 
 
+@pytest.fixture
+def sharded(folder):
+    """The same model in several weight files with an index."""
+    load_model(folder, placement="cpu").model.save_pretrained(folder.parent / "shards", max_shard_size="100KB")
+    (folder / "model.safetensors").unlink()
+    for path in (folder.parent / "shards").glob("model*"):
+        shutil.move(path, folder)
+    return folder
+
+
+def test_weights_in_several_files_are_read_and_exactly_these_make_the_revision(saved, sharded):
+    whole, parts = load_model(saved, placement="cpu"), load_model(sharded, placement="cpu")
+    files = sorted(sharded.glob("*.safetensors"))
+    assert len(files) > 2 and all(
+        torch.equal(parts.model.state_dict()[n], w) for n, w in whole.model.state_dict().items()
+    )
+    shutil.copy2(files[0], sharded / "consolidated.safetensors")
+    (sharded / "training_args.bin").write_bytes(b"settings of whoever trained it")
+    (sharded / "folder.json").mkdir()
+    os.mkfifo(sharded / "pipe.txt")
+    assert load_model(sharded,
+                      placement="cpu").revision == parts.revision, "what is not loaded has no part in the revision"
+    for file in files:
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert folder_revision(sharded) != parts.revision, file.name
+        file.write_bytes(content)
+    assert folder_revision(sharded) == parts.revision
+    files[0].unlink()
+    refused(sharded, files[0].name, "missing", error=FileNotFoundError)
+
+
+@pytest.mark.parametrize("name", [
+    "pytorch_model.bin", "../{0}", "./{0}", "inner/{0}", "/{0}", "{0}.bin", "..", "", "..\\{0}", "{0}\0.safetensors", 7,
+    None, ["{0}"],
+])
+def test_an_index_names_weight_files_of_its_folder_only(sharded, monkeypatch, name):
+    index = json.loads((sharded / "model.safetensors.index.json").read_text())
+    weight, shard = sorted(index["weight_map"].items())[0]
+    for elsewhere in (sharded.parent, sharded / "inner"):
+        elsewhere.mkdir(exist_ok=True)
+        shutil.copy2(sharded / shard, elsewhere)
+    shutil.copy2(sharded / shard, sharded / f"{shard}.bin")
+    torch.save(load_file(sharded / shard), sharded / "pytorch_model.bin")
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle was opened"))
+    index["weight_map"][weight] = name.format(shard) if isinstance(name, str) else name
+    (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(sharded, "model.safetensors.index.json", weight, "plain name")
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', "{", "[" * 100_000])
+def test_an_index_that_is_none_is_refused(sharded, content):
+    (sharded / "model.safetensors.index.json").write_text(content)
+    refused(sharded, "model.safetensors.index.json")
+
+
+def test_weights_that_lie_elsewhere_by_another_way_are_refused(folder):
+    shutil.copy2(folder / "model.safetensors", folder / "other.safetensors")
+    for name in ("other.safetensors", "../other.safetensors", "adapter_model.bin"):
+        edit(folder / "config.json", transformers_weights=name)
+        refused(folder, "transformers_weights")
+    edit(folder / "config.json", transformers_weights=None)
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/some/other/model"}))
+    refused(folder, "adapter_config.json")
+
+
 @pytest.mark.parametrize("options, word", [
     (dict(precision="fp8"), "bfloat16"), (dict(language_bits=3), "expected None, 4 or 8"),
     (dict(placement="gpu"), "'gpu'"),
@@ -313,8 +379,10 @@ def test_saving_replaces_a_model_but_nothing_else(saved, folder, tmp_path, monke
     def fail(*_):
         raise OSError("disk full")
 
-    def fail_when_done(source, target):
-        if str(target) == str(folder) and not str(source).endswith(".replaced"):
+    # the first time only, so that the model that was there can be put back
+    def fail_when_done(source, target, failed=[]):  # noqa: B006
+        if str(target) == str(folder) and not failed:
+            failed.append(source)
             fail()
         return replace(source, target)
 

@@ -9,7 +9,7 @@ __all__ = ['named_benchmark', 'source_weights', 'data_version']
 from ..core.hub import hub_commit
 from ..core.identity import folder_digest
 from ..core.reading import is_folder, is_hub_id
-from .benchmarks import find_benchmark
+from .catalogue import find_benchmark
 from .generate import generator_version
 from .questions import DOCUMENT_KINDS
 

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from .benchmarks import REFERENCES, Benchmark, find_benchmark
+from .catalogue import REFERENCES, Benchmark, find_benchmark
 
 TOLERANCE = 1.5  # points between a published score and a reproduced one
 FURTHER_WORDS = {  # what the authors' own repositories have in their names besides

@@ -15,7 +15,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from ..documents.benchmarks import find_benchmark
+from ..documents.catalogue import find_benchmark
 from ..documents.samples import Sample, data_digest, samples
 from .answers import Answer, answer
 from .images import most_tiles

@@ -17,7 +17,8 @@ import pandas as pd
 from datasets import Dataset
 
 from ..core.paths import exports_root
-from ..documents.benchmarks import BENCHMARKS, choose, load_benchmark
+from ..documents.benchmarks import choose, load_benchmark
+from ..documents.catalogue import BENCHMARKS
 from ..documents.named import named_benchmark, source_weights
 from ..documents.generate import documents
 from ..documents.samples import Sample, data_digest
