@@ -93,7 +93,8 @@ def local_model(
 def weight_files(
     folder: Path,  # of a model
 ) -> list[Path]:  # in the order of their names; empty where there are none
-    "List the files that a model's weights are loaded from; ValueError for one that is no safetensors file of the folder."
+    """List the files that a model's weights are loaded from; ValueError for one that is no safetensors file of the
+    folder."""
     if (folder / WHOLE).is_file() or not (folder / INDEX).is_file():
         return [folder / WHOLE] if (folder / WHOLE).is_file() else []
     index = read_json(folder / INDEX, "the index of a model's weight files")
@@ -104,7 +105,9 @@ def weight_files(
         plain = isinstance(name, str) and Path(name).name == name and not set(name) & {"\\", "\0"}
         if not plain or not name.endswith(".safetensors"):
             expected = f"the plain name of a *.safetensors file in {folder}"
-            raise ValueError(f"{folder / INDEX} has weight {weight[:100]!r} in {str(name)[:100]!r}; expected {expected}")
+            raise ValueError(
+                f"{folder / INDEX} has weight {weight[:100]!r} in {str(name)[:100]!r}; expected {expected}"
+            )
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} is missing; {INDEX} names it")
     return sorted({folder / name for name in shards.values()})
