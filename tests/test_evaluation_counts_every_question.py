@@ -158,7 +158,8 @@ def test_settings_that_decide_the_score_stand_beside_it(model):
     assert summary["settings"].pop("packages").keys() == {"torch", "transformers"}
     assert summary["settings"] == dict(
         benchmark="chartqa", scorer="relaxed", profile="pix2struct", suffix=SHORT, tiles=12, max_new_tokens=16, batch_size=32, bootstrap_seed=0,
-        bootstrap_draws=10_000, model="some/model", revision="abc", precision="float32", quantisation=None, intervention=None, data=data_digest(asked))
+        bootstrap_draws=10_000, model="some/model", revision="abc", precision="float32", quantisation=None, intervention=None, data=data_digest(asked),
+        generation_ignored={})
     evaluate(model(max_patches=1, prompt_suffix=""), asked, "chartqa")
     assert model.calls[-1]["suffix"] == "" and model.calls[-1]["tiles"] == 1, "the model's own suffix, and one tile for a model of one tile"
     _, summary = parts(evaluate(model(max_patches=12), asked, "docvqa", suffix=" !", tiles=3, scorer="exact"))

@@ -282,9 +282,9 @@ def test_weights_in_several_files_are_read_and_exactly_these_make_the_revision(s
 def test_an_index_names_weight_files_of_its_folder_only(sharded, monkeypatch, name):
     index = json.loads((sharded / "model.safetensors.index.json").read_text())
     weight, shard = sorted(index["weight_map"].items())[0]
-    for place in (sharded.parent, sharded / "inner"):
-        place.mkdir(exist_ok=True)
-        shutil.copy2(sharded / shard, place)
+    for elsewhere in (sharded.parent, sharded / "inner"):
+        elsewhere.mkdir(exist_ok=True)
+        shutil.copy2(sharded / shard, elsewhere)
     shutil.copy2(sharded / shard, sharded / f"{shard}.bin")
     torch.save(load_file(sharded / shard), sharded / "pytorch_model.bin")
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle was opened"))
@@ -307,6 +307,16 @@ def test_weights_that_lie_elsewhere_by_another_way_are_refused(folder):
     edit(folder / "config.json", transformers_weights=None)
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/some/other/model"}))
     refused(folder, "adapter_config.json")
+
+
+@pytest.mark.parametrize("content", ["[]", "7", "{", '"text"', "null", '{"watermarking_config": {"bias": "x"}}', '{"num_beams": "x"}',
+                                     '{"max_new_tokens": -1}', '{"compile_config": 3}', '{"cache_implementation": 3}'])
+def test_generation_settings_of_wrong_types_are_left_out_or_named(folder, content):
+    (folder / "generation_config.json").write_text(content)
+    try:
+        assert load_model(folder, placement="cpu").model.generation_config is not None
+    except ValueError as error:
+        assert "copy" in str(error) and "\n" not in str(error)
 
 
 @pytest.mark.parametrize("options, word", [
@@ -350,7 +360,9 @@ def test_saving_replaces_a_model_but_nothing_else(saved, folder, tmp_path, monke
     def fail(*_):
         raise OSError("disk full")
 
-    def fail_when_done(source, target, failed=[]):  # the first time only, so that the model that was there can be put back
+    failed = []
+
+    def fail_when_done(source, target):  # the first time only, so that the model that was there can be put back
         if str(target) == str(folder) and not failed:
             failed.append(source)
             fail()
