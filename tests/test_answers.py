@@ -1,6 +1,7 @@
 """Answers: training and evaluation use the same prompt, packing and batching change nothing, a broken image costs
 one answer."""
 
+import copy
 import io
 from dataclasses import replace
 
@@ -10,9 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from transformers import GenerationConfig, WatermarkingConfig
 
 from sfa_core.models import answers
-from sfa_core.models.answers import answer
+from sfa_core.models.answers import answer, ignored_settings
+from sfa_core.models.evaluate import evaluate
 from sfa_core.models.sequences import (
     IGNORE,
     SUFFIX,
@@ -289,12 +292,71 @@ def test_answers_with_tiles_are_those_of_the_stock_pipeline():
         assert tuple(token for token in out if token != end_token(bundle)) == reply.tokens
 
 
-def test_settings_of_a_checkpoint_do_not_change_greedy_answers():
+# Values of generation_config.json that change replies, or end the generation, where a field is left to the checkpoint.
+HOSTILE = dict(
+    max_length=[1], max_new_tokens=[1], min_length=[400], min_new_tokens=[7], early_stopping=[True], max_time=[0.0],
+    stop_strings=[["a", "e", "1"]], do_sample=[True], num_beams=[3], use_mtp=[True], use_cache=[False],
+    cache_implementation=["static", "offloaded", "quantized"], cache_config=[{"backend": "quanto"}], max_cache_len=[1],
+    temperature=[50.0], top_k=[1], top_p=[0.01], min_p=[0.9], top_h=[0.1], typical_p=[0.1], epsilon_cutoff=[0.5],
+    eta_cutoff=[0.5], repetition_penalty=[5.0], encoder_repetition_penalty=[5.0], length_penalty=[-9.0],
+    no_repeat_ngram_size=[1], bad_words_ids=[[[token] for token in range(10, 200)]], renormalize_logits=[True],
+    forced_bos_token_id=[11], forced_eos_token_id=[12], remove_invalid_values=[True],
+    exponential_decay_length_penalty=[(1, 9.0)], suppress_tokens=[list(range(10, 200))],
+    begin_suppress_tokens=[list(range(10, 300))], sequence_bias=[[[[20], 90.0]]], token_healing=[True],
+    guidance_scale=[3.0], watermarking_config=[WatermarkingConfig(bias=50.0)], num_return_sequences=[2],
+    output_attentions=[True], output_hidden_states=[True], output_scores=[True], output_logits=[True],
+    return_dict_in_generate=[True], pad_token_id=[9, -1], bos_token_id=[9], encoder_no_repeat_ngram_size=[1],
+    decoder_start_token_id=[9], is_assistant=[True], num_assistant_tokens=[3],
+    num_assistant_tokens_schedule=["constant"],
+    assistant_confidence_threshold=[0.9], prompt_lookup_num_tokens=[3], max_matching_ngram_size=[2],
+    assistant_early_exit=[1], assistant_lookbehind=[3], target_lookbehind=[3], assistant_ensemble_weight=[0.5],
+    speculation_type=["dflash"], compile_config=[{"fullgraph": True}], disable_compile=[True],
+)
+FIELDS = sorted({name
+                 for name in vars(GenerationConfig())
+                 if not name.startswith("_")} - {"transformers_version", "eos_token_id"})
+
+
+@pytest.fixture(scope="module")
+def greedy():
+    "A model that says long things, its questions, and its replies without settings of its own."
     bundle, samples = small(5), asked([page(0, 4)])
-    plain = answer(bundle, samples, max_new_tokens=8)
-    stored = bundle.model.generation_config
-    stored.do_sample, stored.temperature, stored.repetition_penalty, stored.top_p = True, 0.01, 1.5, 0.1
-    assert [reply.tokens for reply in answer(bundle, samples, max_new_tokens=8)] == [reply.tokens for reply in plain]
+    return bundle, samples, [reply.tokens for reply in answer(bundle, samples, max_new_tokens=8)]
+
+
+@pytest.mark.parametrize("field", [*FIELDS, "a_field_of_its_own"])
+def test_no_setting_of_a_checkpoint_changes_greedy_answers(greedy, monkeypatch, field):
+    bundle, samples, plain = greedy
+    for value in HOSTILE.get(field, [True, 3, 0.5, "static", [3]]):
+        stored = copy.deepcopy(bundle.model.generation_config)
+        setattr(stored, field, value)
+        monkeypatch.setattr(bundle.model, "generation_config", stored)
+        assert [reply.tokens for reply in answer(bundle, samples, max_new_tokens=8)] == plain, value
+        assert bundle.model.generation_config is stored, "the model keeps its own"
+        if not field.endswith("token_id") and value is not False:
+            assert ignored_settings(bundle)[field] == stored.to_dict()[field], "and a summary lists them"
+
+
+def test_several_settings_together_change_nothing_and_are_listed(greedy, monkeypatch):
+    bundle, samples, plain = greedy
+    own = dict(do_sample=True, temperature=0.01, repetition_penalty=1.5, top_p=0.1, no_repeat_ngram_size=1)
+    monkeypatch.setattr(bundle.model, "generation_config", GenerationConfig(**own))
+    found = evaluate(bundle, samples, benchmark="synthetic", max_new_tokens=8)
+    assert [reply.tokens for reply in answer(bundle, samples, max_new_tokens=8)] == plain
+    assert found.summary["settings"]["generation_ignored"] == own
+
+
+def test_end_tokens_of_a_checkpoint_end_its_answers_and_must_be_tokens(greedy, monkeypatch):
+    bundle, samples, plain = greedy
+    monkeypatch.setattr(bundle.model, "generation_config",
+                        GenerationConfig(eos_token_id=[plain[0][2], end_token(bundle)]))
+    reply = answer(bundle, samples[:1], max_new_tokens=8)[0]
+    assert reply.tokens == plain[0][: plain[0].index(plain[0][2])] and not reply.truncated
+    for wrong in ("end", ["end"], 3.5, True, -1, 10**9, [[3]], {"id": 3}):
+        monkeypatch.setattr(bundle.model, "generation_config", GenerationConfig())
+        bundle.model.generation_config.eos_token_id = wrong
+        with pytest.raises(ValueError, match="eos_token_id"):
+            answer(bundle, samples[:1], max_new_tokens=8)
 
 
 def test_a_broken_image_costs_one_answer(tmp_path):

@@ -15,8 +15,7 @@ from PIL import Image
 from scipy import stats
 
 from sfa_core.core.families import FAMILIES
-from sfa_core.documents.benchmarks import with_choices
-from sfa_core.documents.catalogue import BENCHMARKS, SHORT
+from sfa_core.documents.benchmarks import BENCHMARKS, SHORT, with_choices
 from sfa_core.documents.samples import Sample, data_digest
 from sfa_core.scores.compare import compare, compare_seeds
 from sfa_core.scores.records import COLUMNS, SCORERS, kind_table, make_records, summarise, summary_table
@@ -181,7 +180,8 @@ def test_settings_that_decide_the_score_stand_beside_it(model):
         benchmark="chartqa", scorer="relaxed", profile="pix2struct", suffix=SHORT, tiles=12, max_new_tokens=16,
         batch_size=32, bootstrap_seed=0,
         bootstrap_draws=10_000, model="some/model", revision="abc", precision="float32", quantisation=None,
-        intervention=None, data=data_digest(asked))
+        intervention=None, data=data_digest(asked),
+        generation_ignored={})
     evaluate(model(max_patches=1, prompt_suffix=""), asked, "chartqa")
     assert model.calls[-1]["suffix"] == "" and model.calls[-1]["tiles"] == 1, (
         "the model's own suffix, and one tile for a model of one tile"

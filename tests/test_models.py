@@ -334,6 +334,18 @@ def test_weights_that_lie_elsewhere_by_another_way_are_refused(folder):
     refused(folder, "adapter_config.json")
 
 
+@pytest.mark.parametrize("content",
+                         ["[]", "7", "{", '"text"', "null", '{"watermarking_config": {"bias": "x"}}',
+                          '{"num_beams": "x"}',
+                                     '{"max_new_tokens": -1}', '{"compile_config": 3}', '{"cache_implementation": 3}'])
+def test_generation_settings_of_wrong_types_are_left_out_or_named(folder, content):
+    (folder / "generation_config.json").write_text(content)
+    try:
+        assert load_model(folder, placement="cpu").model.generation_config is not None
+    except ValueError as error:
+        assert "copy" in str(error) and "\n" not in str(error)
+
+
 @pytest.mark.parametrize("options, word", [
     (dict(precision="fp8"), "bfloat16"), (dict(language_bits=3), "expected None, 4 or 8"),
     (dict(placement="gpu"), "'gpu'"),
@@ -379,8 +391,9 @@ def test_saving_replaces_a_model_but_nothing_else(saved, folder, tmp_path, monke
     def fail(*_):
         raise OSError("disk full")
 
-    # the first time only, so that the model that was there can be put back
-    def fail_when_done(source, target, failed=[]):  # noqa: B006
+    failed = []
+
+    def fail_when_done(source, target):  # the first time only, so that the model that was there can be put back
         if str(target) == str(folder) and not failed:
             failed.append(source)
             fail()

@@ -178,7 +178,7 @@ def test_pages_fit_the_screen_and_search_finds(site, browser, width, dark):
     page.goto((html / "search.html").as_uri() + "?q=wilson")
     page.locator("#search-results li a").first.wait_for(timeout=30_000)
     assert (
-        any("10_metrics" in link.get_attribute("href") for link in page.locator("#search-results li a").all())
+        any("15_intervals" in link.get_attribute("href") for link in page.locator("#search-results li a").all())
         and errors == []
     )
     page.close()

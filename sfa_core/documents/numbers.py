@@ -86,7 +86,8 @@ KOREAN = {"십": 10, "백": 100, "천": 1_000, "만": 10_000, "억": 10**8, "조
           "亿": 10**8, "億": 10**8, "兆": 10**12}  # and the Chinese characters
 UNITS = "(?>(?:[십백천만억十百千万萬亿億兆]|조(?!각|건|사|치))+)"
 RUN = r"(?>\d+(?:[.,]\d+)*|\.\d+)(?>e[-+]?\d{1,3}(?!\d))?(?!\d|_\w|e[-+]?\d)"  # one number, or a list without blanks
-NUMBER = re.compile(rf"""
+NUMBER = re.compile(
+    rf"""
     (?<![A-Za-z0-9])(?<![A-Za-z0-9]_)(?<!\d[.,])(?<![A-Za-z]-)
     (?P<sign>(?<![\w)\]%])[-+])?\s?(?:(?:USD|EUR|GBP|KRW|JPY|CNY|CHF|INR)\s?|(?:[A-Z]{{1,3}})?[$€£¥₩₹]\s?)?(?P<inner>(?<=[$€£¥₩₹])-)?
     (?: (?<!/)(?:(?P<whole>\d{{1,3}})\s)?(?P<top>\d{{1,3}})/(?P<bottom>[1-9]\d{{0,2}})(?![\d/])
@@ -95,7 +96,9 @@ NUMBER = re.compile(rf"""
       | (?P<digits>{RUN})(?!(?:st|nd|rd|th)\b)
         (?: (?P<percent>\s?(?:%|percent\b|per\ cent\b|percentage\b|pct\b|퍼센트|프로(?!그램|젝트)))
           | (?P<scale>(?:(?:\s{{0,2}}|-)(?:{SCALE})s?\b)+) | (?P<letter>[kmbt])(?![A-Za-z]) | \s(?P<apart>[kmbt])(?![A-Za-z])
-          | \s?[x×*·]\s?10\s?\^\s?\{{?(?P<power>[-+]?\d{{1,3}})(?!\d)\}}? )? )""", flags=re.VERBOSE | re.IGNORECASE)  # noqa: E501
+          | \s?[x×*·]\s?10\s?\^\s?\{{?(?P<power>[-+]?\d{{1,3}})(?!\d)\}}? )? )""",
+    flags=re.VERBOSE | re.IGNORECASE,
+)  # noqa: E501
 BRACKETED = re.compile(r"\(\s*[$€£¥₩]?\s*[\d.,]+\s*%?\s*\)")  # a whole text in brackets is a loss
 PART = re.compile(rf"({RUN})\s?({UNITS})", flags=re.IGNORECASE)
 GROUPS = re.compile(

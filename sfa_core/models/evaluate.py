@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 
 from ..documents.catalogue import find_benchmark
 from ..documents.samples import Sample, data_digest, samples
-from .answers import Answer, answer
+from .answers import Answer, answer, ignored_settings
 from .images import most_tiles
 from ..core.bundle import Bundle
 from .quantization import stored_as
@@ -48,6 +48,7 @@ def settings_of(bundle: Any, asked: Sequence[Sample], **given: Any) -> dict[str,
     return given | {
         "model": bundle.name, "revision": bundle.revision, "precision": str(bundle.model.dtype).removeprefix("torch."),
         "quantisation": stored_as(getattr(bundle.model.config, "quantization_config", None)),
+        "generation_ignored": ignored_settings(bundle),
         "data": data_digest(asked), "packages": {name: version(name) for name in ("torch", "transformers")}}
 
 # %% ../../notebooks/library/06_models/80_evaluate.ipynb #0a4cd97e

@@ -182,7 +182,7 @@ def read_weights(
             model, report = AutoModelForImageTextToText.from_pretrained(
                 folder, config=config, attn_implementation="sdpa", trust_remote_code=False, **options
             )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"weights of {folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if report[what]:
