@@ -15,7 +15,8 @@ from PIL import Image
 from scipy import stats
 
 from sfa_core.core.families import FAMILIES
-from sfa_core.documents.benchmarks import BENCHMARKS, SHORT, with_choices
+from sfa_core.documents.benchmarks import with_choices
+from sfa_core.documents.catalogue import BENCHMARKS, SHORT
 from sfa_core.documents.samples import Sample, data_digest
 from sfa_core.scores.compare import compare, compare_seeds
 from sfa_core.scores.records import COLUMNS, SCORERS, kind_table, make_records, summarise, summary_table

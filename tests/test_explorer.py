@@ -210,10 +210,11 @@ def shown(page):
     "What the browser's own copy of the figure holds: the map of the arm, the square, the title, the pages."
     return json.loads(
         page.evaluate(f"""() => {{ const p = {PLOT}, d = p._fullData;
-        return JSON.stringify({{z: d[2].z.map(row => Array.from(row)), x: Array.from(d[1].x || []), title: p._fullLayout.title.text,
+        return JSON.stringify({{z: d[2].z.map(row => Array.from(row)), x: Array.from(d[1].x || []),
+                                title: p._fullLayout.title.text,
                                 pages: p._fullLayout.images.map(image => [image.source, image.sizex, image.sizey]),
                                 right: p._fullLayout.xaxis2.range[1], bottom: p._fullLayout.yaxis2.range[0]}}) }}""")
-    )  # noqa: E501
+    )
 
 
 def wait_for_title(page, text):

@@ -19,8 +19,7 @@ from sfa_core.runs.runs import run_table
 from sfa_core.runs.workers import on_this_machine, slots
 from toy_study import CODE, SFA, everything, wait_for, write_study
 
-# noqa: E501
-CARD = CODE + "\nwith open(os.environ['DRAW_LOG'] + '.card', 'a') as stream: print(os.environ['CUDA_VISIBLE_DEVICES'], file=stream)"
+CARD = CODE + "\nwith open(os.environ['DRAW_LOG'] + '.card', 'a') as stream: print(os.environ['CUDA_VISIBLE_DEVICES'], file=stream)"  # noqa: E501
 KILLER = "import os, signal, time\nif size == 1: os.kill(os.getppid(), signal.SIGKILL); time.sleep(60)\n" + CODE
 RECORDS = CODE.replace('{"value": values}', '{"id": [str(i) for i in range(size)], "correct": values < rate, "error": '
                                             '""}')

@@ -41,8 +41,9 @@ def in_use():
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
 
 
+@pytest.mark.parametrize("arm", ["sfa", "control"])  # with the encoder as stored, and in float32 while it learns
 @pytest.mark.parametrize("stored, mixed, expected", PRECISIONS)
-def test_training_computes_as_accelerate_says(charts, tmp_path, stored, mixed, expected):
+def test_training_computes_as_accelerate_says(charts, tmp_path, stored, mixed, expected, arm):
     bundle, seen = miniature("internvl"), []
     bundle.model.to(stored)
 
@@ -50,7 +51,7 @@ def test_training_computes_as_accelerate_says(charts, tmp_path, stored, mixed, e
         seen.append(in_use())
         return answer_loss(model, batch)
 
-    config = FinetuneConfig("sfa", steps=1, batch_size=2, warmup=0)
+    config = FinetuneConfig(arm, steps=1, batch_size=2, warmup=0)
     finetune(bundle, charts, config, tmp_path, accelerator=accelerator(mixed), loss=loss, progress=False)
     assert seen == [expected]
 

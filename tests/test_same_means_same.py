@@ -138,8 +138,7 @@ def test_one_byte_in_the_middle_of_a_large_file_is_seen_whatever_its_time_says(t
 
 
 CODE = "from sfa_core.core.paths import DATA\n\ndef f():\n    return DATA"
-# noqa: E501
-PROSE = '"What it is."\n# a comment\nfrom sfa_core.core.paths import DATA\n\n\ndef f():\n    "Say more."\n    return DATA  # here'
+PROSE = '"What it is."\n# a comment\nfrom sfa_core.core.paths import DATA\n\n\ndef f():\n    "Say more."\n    return DATA  # here'  # noqa: E501
 
 
 def test_prose_in_a_study_is_free_and_statements_are_not():

@@ -213,12 +213,10 @@ def test_strips_equal_the_dense_oracle(monkeypatch, strip, special, kind, terms)
         assert may_strip(geometry, tensors[0], None, 0.0)
 
         def dense(query, key, value):
-            # noqa: B023
-            return scaled_dot_product_attention(query, key, value, attn_mask=bias.dense(geometry).expand(3, -1, -1, -1),
+            return scaled_dot_product_attention(query, key, value, attn_mask=bias.dense(geometry).expand(3, -1, -1, -1),  # noqa: B023
                                                 scale=0.3)
 
-        # noqa: B023
-        ours = outputs_and_gradients(lambda q, k, v: grid_attention(q, k, v, bias, geometry, 0.3), bias, tensors,
+        ours = outputs_and_gradients(lambda q, k, v: grid_attention(q, k, v, bias, geometry, 0.3), bias, tensors,  # noqa: B023
                                      projection)
         for mine, theirs in zip(ours, outputs_and_gradients(dense, bias, tensors, projection), strict=True):
             assert error_of(mine, theirs) < CLOSE[dtype]

@@ -96,9 +96,9 @@ NUMBER = re.compile(
       | (?P<digits>{RUN})(?!(?:st|nd|rd|th)\b)
         (?: (?P<percent>\s?(?:%|percent\b|per\ cent\b|percentage\b|pct\b|퍼센트|프로(?!그램|젝트)))
           | (?P<scale>(?:(?:\s{{0,2}}|-)(?:{SCALE})s?\b)+) | (?P<letter>[kmbt])(?![A-Za-z]) | \s(?P<apart>[kmbt])(?![A-Za-z])
-          | \s?[x×*·]\s?10\s?\^\s?\{{?(?P<power>[-+]?\d{{1,3}})(?!\d)\}}? )? )""",
+          | \s?[x×*·]\s?10\s?\^\s?\{{?(?P<power>[-+]?\d{{1,3}})(?!\d)\}}? )? )""",  # noqa: E501
     flags=re.VERBOSE | re.IGNORECASE,
-)  # noqa: E501
+)
 BRACKETED = re.compile(r"\(\s*[$€£¥₩]?\s*[\d.,]+\s*%?\s*\)")  # a whole text in brackets is a loss
 PART = re.compile(rf"({RUN})\s?({UNITS})", flags=re.IGNORECASE)
 GROUPS = re.compile(

@@ -12,13 +12,11 @@ SHORT_WORDS = tuple("oak elm ash fir yew bay fig nut tea rye oat pea ham egg jam
 WORDS = {
     "en": tuple("Apples Bread Coffee Dairy Eggs Flour Garlic Honey Juice Lemons Milk Noodles Olives Pasta Rice Sugar "
                 "Tea Wheat Berlin Cairo Delhi Lagos "
-                # noqa: E501
-                "Lima London Madrid Oslo Paris Rome Seoul Sydney Tokyo Vienna Books Games Health Music Rent Retail Sales Sports Taxes Travel Wages".split()),
+                "Lima London Madrid Oslo Paris Rome Seoul Sydney Tokyo Vienna Books Games Health Music Rent Retail Sales Sports Taxes Travel Wages".split()),  # noqa: E501
     "ko": tuple("사과 빵 커피 우유 달걀 꿀 주스 쌀 설탕 차 서울 부산 대구 인천 광주 대전 울산 세종 수원 제주 "
                 "책 게임 음악 건강 여행 교육 교통 주거 식비 통신".split()),
 }
 SERIES = {"en": tuple("2019 2020 2021 2022 2023 2024 Q1 Q2 Q3 Q4 North South East West Men Women Urban Rural".split()),
           "ko": tuple("2019 2020 2021 2022 2023 2024 상반기 하반기 북부 남부 동부 서부 남성 여성 도시 농촌".split())}
-# noqa: E501
-TITLES = {"en": tuple("Revenue by group|Monthly totals|Survey results|Units sold|Annual report|Members per region|Costs|Key figures".split("|")),
+TITLES = {"en": tuple("Revenue by group|Monthly totals|Survey results|Units sold|Annual report|Members per region|Costs|Key figures".split("|")),  # noqa: E501
           "ko": tuple("매출 현황|월별 합계|설문 결과|판매량|연간 보고서|지역별 회원|비용|주요 지표".split("|"))}

@@ -44,8 +44,7 @@ def label_audit(
     return f"the {place.source} prints {hundredfold}, the label is its hundredth" if place else ""
 
 # %% ../../notebooks/library/04_scores/55_claims.ipynb #794cfc7b
-# noqa: E501
-FILLERS = frozenset("the a an answer is are was it its value of in about approximately around roughly 답은 입니다 약".split())
+FILLERS = frozenset("the a an answer is are was it its value of in about approximately around roughly 답은 입니다 약".split())  # noqa: E501
 
 
 def same_text(reply: str, answer: str) -> bool:

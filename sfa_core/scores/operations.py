@@ -20,8 +20,7 @@ from ..documents.numbers import Number, rounds_to
 MORE = "more|less|fewer|higher|lower|larger|smaller|greater|bigger"
 MOVES = "increase|decrease|change|rise|grow|growth|decline|drop|fall"
 NAMES = {
-    # noqa: E501
-    "sum": r"\b(?:sum|total|together|altogether|combined|add(?:ed|ing)?|plus|in all)\b|합계|총합|총액|합(?:은|이|을|의)\b|더하|더한",
+    "sum": r"\b(?:sum|total|together|altogether|combined|add(?:ed|ing)?|plus|in all)\b|합계|총합|총액|합(?:은|이|을|의)\b|더하|더한",  # noqa: E501
     "difference": r"\bdiffer(?:ence|ences|s)?\b|far apart|\bminus\b|\bsubtract|\bgap\b"
     rf"|\bhow (?:much|many) (?:{MORE})\b|\bhow much (?:did|does|has|have) .*\b(?:{MOVES})|\b(?:{MOVES}) "
     rf"(?:between|from)\b|차이",

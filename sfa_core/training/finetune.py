@@ -91,8 +91,9 @@ def prepared(bundle: Bundle, config: FinetuneConfig) -> Iterator[dict[str, Param
 # %% ../../notebooks/library/09_training/55_finetune.ipynb #10d56e07
 def model_autocast(model: torch.nn.Module, device: torch.device) -> AbstractContextManager:
     """Compute in bfloat16 where the model is stored in it; any other model is left to the mixed precision around
-    it, such as accelerate's."""
-    return torch.autocast(device.type, dtype=model.dtype) if model.dtype == torch.bfloat16 else nullcontext()
+    it, such as accelerate's. The frozen embeddings tell, since what is trained is kept in float32 meanwhile."""
+    stored = model.get_input_embeddings().weight.dtype
+    return torch.autocast(device.type, dtype=stored) if stored == torch.bfloat16 else nullcontext()
 
 
 @dataclass(frozen=True)
