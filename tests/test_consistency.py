@@ -13,14 +13,8 @@ from sfa_core.tokens.adaptive import attach_tokens, detach_tokens
 from sfa_core.models.sequences import IGNORE, answer_loss, training_batch
 from sfa_core.structure.inject import eject, inject
 from sfa_core.training.checkpoints import TIMING
-from sfa_core.training.consistency import (
-    SCRConfig,
-    consistency_table,
-    dense_queries,
-    entropy_loss,
-    tile_density,
-    with_consistency,
-)
+from sfa_core.training.consistency import SCRConfig, consistency_table, with_consistency
+from sfa_core.training.entropy import Placed, dense_queries, entropy_loss, tile_density
 from sfa_core.tokens.density import load_density
 from sfa_core.documents.generate import documents
 from sfa_core.documents.samples import samples
@@ -259,18 +253,33 @@ def test_padding_and_special_tokens_are_never_dense(bundle, charts):
     attached(bundle, ("structure", "patches"))
     seen = []
     control = bundle.family.tower_of(bundle.model).token_control
-    from sfa_core.training.consistency import Placed
-
     rows = list(charts)[:4]
     batch = training_batch(bundle, rows)
     with catching(bundle.model, bundle.family.attentions_of(bundle.model)[-1:],
                   lambda at, call: seen.append(Placed.now(call, control))):
         answer_loss(bundle.model, batch)
-    tiles = {id(plan): [at] for at, plan in enumerate(control.last)}
     for placed in seen:
-        dense = dense_queries(placed, np.ones((4, 8, 8)), tiles, 1, 0.3)
+        dense = dense_queries(placed, np.ones((4, 8, 8)), 1, 0.3)
         assert dense.sum(1).tolist() == [len(plan) for plan in placed.plans] and not dense[:, 0].any()
     assert entropy_loss([])[0] == 0
+
+
+def test_each_tile_has_its_own_density_also_where_two_share_a_plan(bundle, charts):
+    attached(bundle, ("patches",))
+    control, seen = bundle.family.tower_of(bundle.model).token_control, []
+    rows = [charts[at] for at in (0, 1, 0, 2)]
+    with catching(bundle.model, bundle.family.attentions_of(bundle.model)[-1:],
+                  lambda at, call: seen.append(Placed.now(call, control))):
+        answer_loss(bundle.model, training_batch(bundle, rows))
+    assert control.last[0] is control.last[2] and len(seen) > 1, "two tiles share a plan, and lengths run apart"
+    assert sorted(tile for placed in seen for tile in placed.tiles) == [0, 1, 2, 3]
+    assert all(plan is control.last[tile] for placed in seen
+               for plan, tile in zip(placed.plans, placed.tiles, strict=True))
+    density = np.zeros((4, 8, 8))
+    density[2] = 1.0
+    for placed in seen:
+        dense = dense_queries(placed, density, 1, 0.3).sum(1).tolist()
+        assert dense == [len(plan) * (tile == 2) for plan, tile in zip(placed.plans, placed.tiles)]
 
 
 @pytest.mark.parametrize("wrong",

@@ -162,8 +162,7 @@ def finetune(
         batch = training_batch(bundle, rows, tiles=config.tiles)
         with model_autocast(bundle.model, bundle.devices[1]):
             forward = lambda: (loss or answer_loss)(bundle.model, batch)
-            (total, targets), more, counts = with_consistency(bundle, rows, batch, scr, forward,
-                                                              config.tiles) if scr.names else (forward(), {}, {})
+            (total, targets), more, counts = with_consistency(bundle, rows, batch, scr, forward, tiles=config.tiles)
         return {"answer": total / max(targets, 1)} | more, targets, counts
 
     order = batches(documents, config.batch_size, config.accumulation, config.questions, config.data_seed)
