@@ -29,7 +29,7 @@ from sfa_core.models.miniatures import miniature
 from sfa_core.models.load import new_bundle
 from sfa_core.attention.capture import attention_chunks, measure_layer, place_tokens
 from sfa_core.core.hooks import AttentionCall
-from sfa_core.attention.places import box_means, coverage, language_boxes, spread, token_boxes
+from sfa_core.attention.places import box_means, coverage, language_boxes, expand_to_image, token_boxes
 from sfa_core.attention.probes import record
 from sfa_core.attention.records import STORED, UNITS
 from sfa_core.structure.bias import StructuralBias, uniform_geometry
@@ -333,7 +333,7 @@ def test_the_thumbnail_and_the_tiles_add_up_on_the_page(bundle, tokenizer, size,
     assert len(boxes) == 64 * tiles == len(token_boxes(bundle.family.language_grid(bundle.model),
                                                        tile_regions(tiled, size)))
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    picture = spread(area, boxes, (0, 0, *size), (16, 24))
+    picture = expand_to_image(area, boxes, (0, 0, *size), (16, 24))
     assert np.allclose(picture, picture.mean(), rtol=1e-5) and np.isclose(picture.sum(), area.sum())
 
 
@@ -368,7 +368,7 @@ def test_box_means_and_spread_agree_with_counting_pixels(height, width, seed):
         y = (np.floor(np.linspace(box[1], box[3], fine, endpoint=False) + (box[3] - box[1]) / fine / 2)).astype(int)
         assert np.isclose(mean, picture[np.ix_(y, x)].mean(), atol=0.03)
     values = draw.random(5)
-    laid = spread(values, boxes.astype(np.float32), (0, 0, width, height), (height, width))
+    laid = expand_to_image(values, boxes.astype(np.float32), (0, 0, width, height), (height, width))
     assert np.isclose(laid.sum(), values.sum(), rtol=1e-4) and (laid >= 0).all()
     # one is the transpose of the other
     assert np.isclose((laid * picture).sum(), (values * box_means(picture, boxes)).sum(), rtol=1e-3)

@@ -20,7 +20,7 @@ from test_finetune_arms import tiny
 from sfa_core.models.answers import answer
 from sfa_core.training.checkpoints import read_log
 from sfa_core.documents.generate import documents
-from sfa_core.models.evaluate import evaluate, merge, share
+from sfa_core.models.evaluate import evaluate, merge_replies, deal_batches
 from sfa_core.training.finetune import finetune
 from sfa_core.training.arms import load_arm
 from sfa_core.training.sharding import shard
@@ -79,23 +79,23 @@ def test_questions_are_answered_once_whatever_their_number(folder):
 
 @given(st.integers(0, 60), st.integers(1, 9), st.integers(1, 7), st.randoms())
 def test_shares_are_everything_once(count, batch_size, processes, chance):
-    shares = [share(count, batch_size, index, processes) for index in range(processes)]
+    shares = [deal_batches(count, batch_size, index, processes) for index in range(processes)]
     parts = [(place, str(place)) for places in shares for place in places]
     chance.shuffle(parts)
-    assert merge(parts, count) == [str(place) for place in range(count)]
+    assert merge_replies(parts, count) == [str(place) for place in range(count)]
     batches = {tuple(range(start, min(start + batch_size, count))) for start in range(0, count, batch_size)}
     assert {tuple(places[i : i + batch_size]) for places in shares
             for i in range(0, len(places), batch_size)} == batches
     if count:
         with pytest.raises(RuntimeError, match="missing"):
-            merge(parts[1:], count)
+            merge_replies(parts[1:], count)
         with pytest.raises(RuntimeError, match="twice"):
-            merge([*parts, parts[0]], count)
+            merge_replies([*parts, parts[0]], count)
 
 
 def test_what_cannot_be_shared_is_refused():
     with pytest.raises(ValueError, match="process 2 of 2"):
-        share(5, 2, 2, 2)
+        deal_batches(5, 2, 2, 2)
     bundle = tiny()
     with pytest.raises(RuntimeError, match="this process was started alone"):
         shard(bundle)

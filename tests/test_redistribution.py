@@ -12,7 +12,7 @@ from transformers.masking_utils import eager_mask
 
 from sfa_core.attention.capture import row_probabilities
 from sfa_core.core.hooks import HOOKS, AttentionCall
-from sfa_core.interventions.prompts import attending, decoder_layers, following
+from sfa_core.interventions.prompts import attention_edit, decoder_layers, following
 from sfa_core.interventions.redistribution import (LEAST, TARGETS, VARConfig, correction, prompt_columns, redistribute,
                                                    redistributed_attention, visual_redistribution)
 from sfa_core.interventions.sinks import sink_threshold, sink_values
@@ -327,7 +327,7 @@ def test_a_second_edit_a_window_and_another_kernel_are_refused(one, monkeypatch)
         pass
     monkeypatch.undo()
     monkeypatch.setattr(config, "_attn_implementation", "eager")
-    with pytest.raises(ValueError, match="attends by 'eager', expected 'sdpa'"), attending(one.bundle, {}):
+    with pytest.raises(ValueError, match="attends by 'eager', expected 'sdpa'"), attention_edit(one.bundle, {}):
         pass
     monkeypatch.undo()
     untouched(one)

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.families import TokenGrid
-from .places import spread
+from .places import expand_to_image
 
 # %% ../../notebooks/library/07_attention/20_records.ipynb #dad08d9d
 STORED = ("entropy", "same_row", "same_column", "special_mass", "distance", "evidence_mass", "pointing")
@@ -147,7 +147,7 @@ class AttentionRecord:
         tile: int = 0,  # index on axis B
     ) -> np.ndarray:  # (h, w)
         """Lay the values of the keys out on the row's part of the image."""
-        return spread(values, self.boxes[tile], self.region[tile], self.cells[tile])
+        return expand_to_image(values, self.boxes[tile], self.region[tile], self.cells[tile])
 
     def token_at(
         self,

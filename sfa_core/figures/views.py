@@ -23,7 +23,7 @@ from ..structure.inject import CHILD, structures_of
 from ..documents.samples import Sample
 from ..training.arms import load_arm
 from ..core.bundle import Bundle
-from ..attention.places import cells_of, spread
+from ..attention.places import cells_of, expand_to_image
 from ..attention.probes import record
 from ..attention.records import AttentionRecord
 from .style import INK, SCALES, arm_look, colour_bar, in_style, png_source, see_through
@@ -197,7 +197,7 @@ def look(
 def page_map(page: Page, seen: AttentionRecord, tile: int, values: np.ndarray) -> np.ndarray:
     """Lay the values of a tile's keys on the whole page."""
     whole = (0, 0, *page.image.size)
-    return spread(values, seen.boxes[tile], whole, cells_of(seen.boxes.reshape(-1, 4), whole))
+    return expand_to_image(values, seen.boxes[tile], whole, cells_of(seen.boxes.reshape(-1, 4), whole))
 
 # %% ../../notebooks/library/11_figures/70_views.ipynb #c45e3045
 def trace_values(

@@ -25,7 +25,7 @@ from ..attention.capture import row_probabilities, widened
 from sfa_core.interventions.prompts import (
     Prompt,
     aside_inputs,
-    attending,
+    attention_edit,
     decoder_layers,
     following,
     read_prompts,
@@ -222,7 +222,7 @@ def head_table(
 
     with head_hooks(bundle, range(depth),
                     seen.__setitem__), following(bundle,
-                                                 compare) as prompt, attending(bundle,
+                                                 compare) as prompt, attention_edit(bundle,
                                                                                dict.fromkeys(range(depth), look)):
         for start in tqdm(range(0, len(asked), batch_size), desc="heads", disable=not progress):
             batch = asked[start : start + batch_size]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EDIT', 'decoder_layers', 'middle_layers', 'Prompt', 'PromptHooks', 'following', 'aside_inputs', 'text_inputs',
-           'attending', 'read_prompts']
+           'attention_edit', 'read_prompts']
 
 # %% ../../notebooks/library/08_interventions/10_prompts.ipynb #b751c31c
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -182,7 +182,7 @@ EDIT = "edit"  # name of the hooks of `attending`
 
 
 @contextmanager
-def attending(
+def attention_edit(
     bundle: Bundle,
     edits: Mapping[int, Hook],  # layer -> what happens after its kernel
 ) -> Iterator[None]:

@@ -23,7 +23,14 @@ from ..documents.samples import Sample
 from ..core.bundle import Bundle
 from ..attention.capture import row_probabilities, watching, widened
 from ..core.hooks import AttentionCall
-from .prompts import Prompt, attending, decoder_layers, following, middle_layers, read_prompts
+from sfa_core.interventions.prompts import (
+    Prompt,
+    attention_edit,
+    decoder_layers,
+    following,
+    middle_layers,
+    read_prompts,
+)
 from .sinks import SHARE, check_layers, sink_threshold, sink_values
 
 # %% ../../notebooks/library/08_interventions/40_redistribution.ipynb #509a88b8
@@ -238,7 +245,7 @@ def visual_redistribution(
         edits = {layer: LayerEdit(prompt, config) for layer in layers}
         for layer, edit in edits.items():
             stack.callback(decoder_layers(bundle)[layer].register_forward_pre_hook(edit.look, with_kwargs=True).remove)
-        stack.enter_context(attending(bundle, {layer: edit.after for layer, edit in edits.items()}))
+        stack.enter_context(attention_edit(bundle, {layer: edit.after for layer, edit in edits.items()}))
         yield edits
 
 
@@ -293,7 +300,8 @@ def redistribution_view(
         if not prompt.decoding:
             seen["before"] = row_probabilities(call, slice(call.query.shape[2] - 1, None))
 
-    with following(bundle) as prompt, watching([decoder_layers(bundle)[layer]], look), attending(bundle, {layer: keep}):
+    with following(bundle) as prompt, watching([decoder_layers(bundle)[layer]],
+                                               look), attention_edit(bundle, {layer: keep}):
         read_prompts(bundle, [sample], tiles)
     before, visual, grid = seen["before"], seen["visual"][0], bundle.family.language_grid(bundle.model)
     after = redistributed_attention(before, seen["sinks"], seen["visual"], config)

@@ -25,7 +25,7 @@ from ..attention.places import coverage
 from sfa_core.interventions.prompts import (
     Prompt,
     aside_inputs,
-    attending,
+    attention_edit,
     decoder_layers,
     following,
     middle_layers,
@@ -106,7 +106,7 @@ def measuring(
             seen[call.layer] |= {"attention": chance.mean(1), "contribution": (chance * size).mean(1)}
 
     with following(bundle) as prompt, watching([stack[layer] for layer in layers],
-                                               look), attending(bundle, dict.fromkeys(layers, measure)):
+                                               look), attention_edit(bundle, dict.fromkeys(layers, measure)):
         yield seen
 
 # %% ../../notebooks/library/08_interventions/30_sink_places.ipynb #1b3795d2

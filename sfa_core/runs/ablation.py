@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ENTROPY', 'GROUNDING', 'STABILITY', 'TABLE_1', 'TABLE_3', 'PER_DOCUMENT', 'MADE_BY', 'Row', 'source_documents',
-           'mixture_of', 'kept_folder', 'run_cell', 'run_rows', 'of_kinds', 'rate_cells', 'against', 'difference_text',
-           'ablation_table']
+           'mixture_of', 'kept_folder', 'run_cell', 'run_rows', 'of_kinds', 'rate_cells', 'compare_arms',
+           'difference_text', 'ablation_table']
 
 # %% ../../notebooks/library/12_runs/60_ablation.ipynb #019229d3
 from collections.abc import Mapping, Sequence
@@ -184,7 +184,7 @@ def rate_cells(parts: Sequence[pd.DataFrame], draws: int = 10_000, seed: int = 0
     ) | ({"image errors": errors} if errors else {})
 
 
-def against(a: Sequence[pd.DataFrame], b: Sequence[pd.DataFrame], names: tuple[str, str], draws: int = 10_000,
+def compare_arms(a: Sequence[pd.DataFrame], b: Sequence[pd.DataFrame], names: tuple[str, str], draws: int = 10_000,
             seed: int = 0) -> Comparison:
     "Compare two rows seed by seed; a baseline has one table of records for all seeds."
     return compare_seeds(list(zip(a * len(b) if len(a) == 1 else a, b, strict=True)), names, draws=draws, seed=seed)
@@ -214,7 +214,7 @@ def ablation_table(
         row = rows.get(name, Row("", "the model as it is"))
         line = dict(arm=name, meaning=row.meaning) | rate_cells(records[name], draws, seed) | {"against": "—"}
         if row.against in records:
-            found[name] = against(records[row.against], records[name], (row.against, name), draws, seed)
+            found[name] = compare_arms(records[row.against], records[name], (row.against, name), draws, seed)
             line |= {"against": row.against} | difference_text(found[name])
         table.append(line)
     shown = pd.DataFrame(table).round({"right": 3}).astype(object)

@@ -41,7 +41,7 @@ from .checkpoints import checkpoints, read_log
 from .loop import train
 from .state import Position, first_difference
 from .schedule import FREE_ON_RESUME
-from .sharding import is_sharded, shard, whole
+from .sharding import is_sharded, shard, gather_tensor
 from .stream import DocumentSet, Mixture, batches
 
 # %% ../../notebooks/library/09_training/55_finetune.ipynb #d967d97e
@@ -185,7 +185,7 @@ def finetune(
             norms_every=scr.norms_every,
         )
         finished = result.position.step == config.steps
-        kept = {name: whole(parameter.detach()) for name, parameter in parameters.items()} if finished else {}
+        kept = {name: gather_tensor(parameter.detach()) for name, parameter in parameters.items()} if finished else {}
         if finished and not arm.exists() and accelerator.is_main_process:
             training = dict(steps=config.steps, skipped=result.position.skipped, data=documents.digest,
                             documents=len(documents))

@@ -19,7 +19,7 @@ from ..core.files import remove_folder
 from .checkpoints import checkpoints, random_state, read_folder, set_random_state
 from .checkpoints import write_checkpoint
 from .schedule import FREE_ON_RESUME, LoopConfig
-from .sharding import like, whole
+from .sharding import distribute_like, gather_tensor
 
 # %% ../../notebooks/library/09_training/27_state.ipynb #0dbfa015
 @dataclass
@@ -64,8 +64,8 @@ def first_difference(there: object, here: object, name: str = "") -> str:  # emp
 def save_run(run: Run) -> Path:
     "Write a checkpoint of a run: weights, optimiser, random states of all processes, position and description."
     states = {name: run.optimizer.state[p] for name, p in run.parameters.items() if p in run.optimizer.state}
-    weights = {name: whole(p.detach()) for name, p in run.parameters.items()}
-    averages = {f"{key}/{name}": whole(value) for name, state in states.items() for key, value in state.items()}
+    weights = {name: gather_tensor(p.detach()) for name, p in run.parameters.items()}
+    averages = {f"{key}/{name}": gather_tensor(value) for name, state in states.items() for key, value in state.items()}
     chance, folder = gather_object([random_state()]), run.folder / "checkpoints"
     if run.accelerator.is_main_process:
         notes = dict(run=run.description(), position=asdict(run.position), random=chance)
@@ -82,12 +82,12 @@ def load_run(run: Run, path: Path) -> None:
         raise ValueError(f"{path} is refused: it belongs to another run, {difference}")
     with torch.no_grad():
         for name, parameter in run.parameters.items():
-            parameter.copy_(like(tensors["weights"][name], parameter))
+            parameter.copy_(distribute_like(tensors["weights"][name], parameter))
     for key, value in tensors["optimizer"].items():
         kind, name = key.split("/", 1)
         parameter = run.parameters[name]
         run.optimizer.state[parameter][kind] = (
-            value.clone() if kind == "step" else like(value, parameter.detach()).clone()
+            value.clone() if kind == "step" else distribute_like(value, parameter.detach()).clone()
         )
     run.position = Position(**notes["position"])
     set_random_state(notes["random"][run.accelerator.process_index])
