@@ -9,10 +9,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
 import sfa_core.training.arms as arms_module
 import sfa_core.training.finetune as finetune_module
+import sfa_core.training.loop as loop_module
+from sfa_core.core.identity import read_digest
 from sfa_core.models.sequences import answer_loss, training_batch
 from sfa_core.structure.inject import eject, inject
 from sfa_core.structure.store import load_structure
@@ -434,3 +437,58 @@ def test_data_that_cannot_be_trained_on_is_refused_and_the_model_given_back(bund
     assert not (tmp_path / "image" / "arm").exists()
     with pytest.raises(ValueError, match="trains structural weights"):
         trainable(tiny(), "vision")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("arm", ["sfa", "projector", "vision"])
+def test_a_training_that_ends_without_numbers_leaves_no_arm(bundle, charts, tmp_path, monkeypatch, arm, value):
+    """The last step breaks a weight after a finite loss: nothing of it may look like a trained arm or a checkpoint."""
+    make = loop_module.make_optimizer
+
+    def breaking(*given):
+        optimizer, steps = make(*given), []
+
+        def after(*_):
+            steps.append(1)
+            if len(steps) == 4:
+                optimizer.param_groups[-1]["params"][-1].data.view(-1)[-1] = value
+        optimizer.register_step_post_hook(after)
+        return optimizer
+
+    monkeypatch.setattr(loop_module, "make_optimizer", breaking)
+    with pytest.raises(ValueError, match="step 4 .*NaN or infinity"):
+        run(bundle, charts, arm, tmp_path)
+    assert not (tmp_path / "arm").exists()
+    assert [path.name for path in (tmp_path / "checkpoints").glob("step-*")] == ["step-00000002"]
+    monkeypatch.undo()
+    assert run(bundle, charts, arm, tmp_path).position.step == 4, "and it goes on from the last good checkpoint"
+
+
+def test_the_whole_weights_are_checked_when_a_training_of_parts_ends(bundle, charts, tmp_path, monkeypatch):
+    """Weights spread over processes are checked when they are put together, in all processes."""
+    monkeypatch.setattr(finetune_module, "gather_tensor", lambda weight: torch.full_like(weight, float("nan")))
+    with pytest.raises(ValueError, match="projector.* NaN or infinity"):
+        run(bundle, charts, "projector", tmp_path, steps=1)
+    assert not (tmp_path / "arm").exists()
+
+
+@pytest.mark.parametrize("change", [
+    lambda weight: torch.full_like(weight, float("nan")), lambda weight: torch.full_like(weight, float("inf")),
+    lambda weight: weight.long(), lambda weight: weight.bool(),
+], ids=["nan", "inf", "int64", "bool"])
+@pytest.mark.parametrize("file", ["weights", "structure"])
+def test_an_arm_whose_weights_are_no_numbers_is_refused_and_changes_nothing(bundle, charts, tmp_path, file, change):
+    arm = run(bundle, charts, "vision", tmp_path, steps=1).arm
+    weights = load_file(arm / f"{file}.safetensors")
+    name = sorted(weights)[0]
+    save_file(weights | {name: change(weights[name])}, arm / f"{file}.safetensors")
+    if file == "structure":
+        card = json.loads((arm / "structure.json").read_text())
+        (arm / "structure.json").write_text(json.dumps(card | {"sha256": read_digest(arm / "structure.safetensors")}))
+    files = sorted(path for path in arm.iterdir() if path.name != "SHA256SUMS")
+    (arm / "SHA256SUMS").write_text("".join(f"{read_digest(path)}  {path.name}\n" for path in files))
+    with pytest.raises(ValueError, match=f"{file}.safetensors: {name} holds"):
+        load_arm(bundle, arm)
+    if file == "structure":
+        with pytest.raises(ValueError, match=f"{name} holds"):
+            load_structure(bundle, arm)

@@ -346,6 +346,45 @@ def test_generation_settings_of_wrong_types_are_left_out_or_named(folder, conten
         assert "copy" in str(error) and "\n" not in str(error)
 
 
+NOT_NUMBERS = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}
+
+
+@pytest.mark.parametrize("bits", [None, 4, 8])
+@pytest.mark.parametrize("value", NOT_NUMBERS)
+@pytest.mark.parametrize("name", ["vision_tower.embeddings.cls_token", "layers.1.self_attn.q_proj.weight"])
+def test_a_weight_that_is_no_number_is_refused(folder, name, value, bits):
+    weights = load_file(folder / "model.safetensors")
+    found = next(key for key in weights if key.endswith(name))
+    weights[found].view(-1)[5] = NOT_NUMBERS[value]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    refused(folder, "NaN or infinity", name, language_bits=bits)
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.bool, torch.uint8])
+def test_weights_that_are_whole_numbers_are_refused(folder, kind):
+    weights = load_file(folder / "model.safetensors")
+    found = next(key for key in weights if key.endswith("layers.0.mlp.up_proj.weight"))
+    weights[found] = weights[found].to(kind)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    refused(folder, "up_proj.weight", "floating-point")
+
+
+def test_a_precision_that_cannot_hold_the_weights_is_refused(folder):
+    weights = load_file(folder / "model.safetensors")
+    next(value for key, value in weights.items() if key.endswith("layers.0.mlp.up_proj.weight"))[0, 0] = 1e5
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert load_model(folder, placement="cpu", precision="bfloat16").model.dtype == torch.bfloat16
+    refused(folder, "float16", "up_proj.weight", "NaN or infinity", precision="float16")
+
+
+def test_a_model_that_is_no_numbers_does_not_replace_a_good_one(folder):
+    bundle, before = new_bundle(SMALL, TOKENIZER, seed=5), folder_revision(folder)
+    next(bundle.model.parameters()).data.view(-1)[0] = float("nan")
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        save_model(bundle, folder)
+    assert folder_revision(folder) == before
+
+
 @pytest.mark.parametrize("options, word", [
     (dict(precision="fp8"), "bfloat16"), (dict(language_bits=3), "expected None, 4 or 8"),
     (dict(placement="gpu"), "'gpu'"),

@@ -25,12 +25,13 @@ from transformers.utils import is_torchvision_available, logging as transformers
 
 from ..core.bundle import Bundle
 from ..core.families import family_of
+from ..core.finite import check_finite
 from ..core.files import new_folder
 from ..core.hub import PATTERNS, SHIPPED_MODELS, cached_commit, folder_revision, local_model, weight_files
 from ..core.reading import check_cache
 from .embedded import EmbeddedConfig, build_processor, image_only, new_model
 from .quantization import keep_differentiable, quantization, quantized_layers
-from .weights import check_folder, read_config
+from .weights import check_folder, check_stored, read_config
 from ..structure.bias import StructuralBias
 from ..structure.store import load_structure
 
@@ -91,6 +92,8 @@ def save_model(
         and not (folder / "config.json").is_file()
     ):
         raise ValueError(f"{folder} exists and holds no model; expected a new or empty folder, or a model to replace")
+    floating = {name: value for name, value in bundle.model.named_parameters() if value.is_floating_point()}
+    check_finite(floating, f"{bundle.name}, which is not written to {folder}")
     own = {name: getattr(bundle.processor, name) for name in PROCESSOR_FIELDS if hasattr(bundle.processor, name)}
     own |= {"processor_class": type(bundle.processor).__name__}
     with new_folder(folder, replace=True) as unfinished:
@@ -188,6 +191,10 @@ def read_weights(
         if report[what]:
             keys = f"{len(report[what])} {what.replace('_', ' ')}, such as {min(map(str, report[what]))}"
             raise ValueError(f"weights of {folder} do not fit its config.json: {keys}")
+    if "quantization_config" in options:
+        check_stored(folder)
+    floating = {name: value for name, value in model.named_parameters() if value.is_floating_point()}
+    check_finite(floating, f"weights of {folder} in {str(model.dtype).removeprefix('torch.')}")
     return model.eval()
 
 

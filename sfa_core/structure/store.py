@@ -17,6 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ..core.bundle import Bundle
+from ..core.finite import check_finite
 from ..core.files import write_atomic
 from .bias import StructuralBias, check_terms
 from .inject import CHILD, inject, structures_of
@@ -81,6 +82,7 @@ def read_structure(
     if wrong:
         raise ValueError(f"{folder / WEIGHTS_FILE}: {len(wrong)} weights missing, unexpected or not of the shape in "
                          f"{CARD_FILE}, the first is {wrong[0]}")
+    check_finite(tensors, str(folder / WEIGHTS_FILE))
     return card, tensors
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..core.bundle import Bundle
+from ..core.finite import check_finite
 from ..structure.bias import TERMS, StructuralBias, check_terms
 from ..structure.inject import CHILD, eject
 from ..structure.store import load_structure, save_structure
@@ -229,6 +230,8 @@ def read_arm(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
         raise FileNotFoundError(f"no trained arm at {folder}: arm.json is missing")
     tensors, notes = read_folder(folder)
     find_arm(notes["arm"]["arm"])
+    for name, weights in tensors.items():
+        check_finite(weights, str(folder / f"{name}.safetensors"))
     return notes["arm"], tensors.get("weights", {})
 
 

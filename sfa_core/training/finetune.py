@@ -23,6 +23,7 @@ from torch.nn import Parameter
 from ..documents.generate import documents
 from ..models.sequences import answer_loss, training_batch
 from ..core.bundle import Bundle
+from ..core.finite import check_finite
 from ..structure.inject import eject, inject
 from ..tokens.adaptive import CONTROL, detach_tokens
 from sfa_core.training.arms import (
@@ -186,6 +187,7 @@ def finetune(
         )
         finished = result.position.step == config.steps
         kept = {name: gather_tensor(parameter.detach()) for name, parameter in parameters.items()} if finished else {}
+        check_finite(kept, f"training of {config.arm} in {folder} ended with weights that are no numbers")
         if finished and not arm.exists() and accelerator.is_main_process:
             training = dict(steps=config.steps, skipped=result.position.skipped, data=documents.digest,
                             documents=len(documents))

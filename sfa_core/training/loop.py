@@ -22,6 +22,7 @@ from torch.nn import Parameter
 from tqdm import tqdm
 
 from ..core.files import remove_folder
+from ..core.finite import check_finite
 from .checkpoints import Recorder, checkpoints, random_kept, random_state, read_log
 from .checkpoints import set_random_state
 from .schedule import LoopConfig, make_optimizer, rate_share
@@ -256,6 +257,8 @@ def train(
                         f"last good checkpoint: {good or 'none yet'}"
                     )
                 if position.step == last or config.checkpoint_every and position.step % config.checkpoint_every == 0:
+                    if not is_sharded(run.parameters.values()):
+                        check_finite(run.parameters, f"weights after step {position.step} in {run.folder}")
                     os.fsync(recorder.file.fileno())
                     path = save_run(run)
         return LoopResult(read_log(run.folder), position, path)
