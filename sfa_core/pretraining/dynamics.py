@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
+from ..core.finite import check_finite
 from ..structure.inject import inject, structures_of
 from ..core.files import locked, write_atomic
 from sfa_core.pretraining.dense import (
@@ -137,6 +138,7 @@ def load_encoder(
         raise FileNotFoundError(f"no encoder at {path}; expected a file written by learn_dense")
     with safe_open(path, "pt") as file:
         about, weights = json.loads(file.metadata()["about"]), {name: file.get_tensor(name) for name in file.keys()}
+    check_finite(weights, str(path))
     bundle = new_bundle(EmbeddedConfig(**about["architecture"]), tokenizer, about["dense"]["seed"],
                         name=Path(path).parent.name)
     if about["dense"]["terms"]:

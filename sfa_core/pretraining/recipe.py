@@ -21,6 +21,7 @@ from datasets import Dataset
 from datasets import Image as ImageFeature
 from safetensors.torch import load_file, save_file
 
+from ..core.finite import check_finite
 from ..models.sequences import answer_loss, answer_tokens, pack, prompt_tokens, training_batch
 from .dense import DenseHeads, dense_losses, dense_targets, heads_of_size, patch_features
 from ..documents.generate import documents, generator_version
@@ -302,6 +303,7 @@ def load_heads(folder: str | Path) -> DenseHeads:
     if not path.is_file():
         raise FileNotFoundError(f"no linear heads at {path}; expected a folder written by the study 05_embedded_model")
     weights = load_file(path)
+    check_finite(weights, str(path))
     heads = DenseHeads(weights["read.weight"].shape[1], heads_of_size(len(weights["read.weight"])))
     heads.load_state_dict(weights)
     return heads.eval()

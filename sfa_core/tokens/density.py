@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy, interpolate
 from tqdm import tqdm
 
+from ..core.finite import check_finite
 from ..core.paths import DATA
 from ..core.files import write_atomic
 
@@ -276,6 +277,7 @@ def load_density(
     lost = [name for name in missing if not name.endswith("num_batches_tracked")] + list(unexpected)
     if lost:
         raise ValueError(f"{folder / WEIGHTS_FILE}: {len(lost)} weights missing or unexpected, the first is {lost[0]}")
+    check_finite(load(data), str(folder / WEIGHTS_FILE))
     return estimator.eval().requires_grad_(False), card
 
 # %% ../../notebooks/library/05_tokens/10_density.ipynb #b334f30e
