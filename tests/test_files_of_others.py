@@ -334,6 +334,7 @@ def test_any_damaged_picture_is_decoded_or_refused_with_its_name(kind, changes, 
                                   "/a/b", "a\\b/c"])
 def test_a_path_or_a_text_is_never_asked_of_the_hub(name, monkeypatch):
     import datasets
+    import sfa_core.core.hub
     import sfa_core.models.load
     from sfa_core.models.load import find_model
 
@@ -341,7 +342,7 @@ def test_a_path_or_a_text_is_never_asked_of_the_hub(name, monkeypatch):
         raise AssertionError(f"the hub was asked for {given_}")
     monkeypatch.chdir(ROOT)
     for library, function in ((sfa_core.models.load, "snapshot_download"),
-                              (sfa_core.models.load, "try_to_load_from_cache"), (datasets, "load_dataset")):
+                              (sfa_core.core.hub, "HfApi"), (datasets, "load_dataset")):
         monkeypatch.setattr(library, function, asked)
     assert not is_hub_id(name)
     with pytest.raises(FileNotFoundError, match="no model folder") as error:
