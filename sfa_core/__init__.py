@@ -12,6 +12,7 @@ from typing import Any
 
 # %% ../notebooks/library/99_sfa_core.ipynb #f0000007
 PLACES = {  # module: names it offers here
+    "documents.questions": "DOCUMENT_KINDS",
     "documents.samples": "samples Sample",
     "documents.generate": "make_document",
     "documents.benchmarks": "load_benchmark",
