@@ -130,6 +130,13 @@ def test_no_link_is_broken(site):
     assert seen > 500 and broken == []
 
 
+def test_the_side_bar_lists_modules_under_their_folders(site):
+    html, _ = site
+    bar = BeautifulSoup((html / "index.html").read_text(), "html.parser").select("nav.bd-links .caption-text")
+    captions = [caption.text for caption in bar]
+    assert captions == ["Studies", *build_site.flow.FLOW, "the package", "Reference"]
+
+
 def test_index_shows_the_pipeline_and_the_api_lists_every_function(site):
     html, pages = site
     index = BeautifulSoup((html / "index.html").read_text(), "html.parser")
