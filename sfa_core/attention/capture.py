@@ -253,7 +253,7 @@ def measure_layer(
 
 
 def followed(
-    tables: Sequence[np.ndarray],  # of L layers, (B, N, N) mean attention over heads
+    tables: Sequence[np.ndarray],  # tables of L layers, (B, N, N) mean attention over heads
     queries: np.ndarray,  # (M,)
 ) -> np.ndarray:  # (B, M, N) float32, rows sum to 1
     """Follow the attention of some queries from the last layer down to the first: their rows of the rollout."""
@@ -265,7 +265,7 @@ def followed(
 
 # %% ../../notebooks/library/07_attention/30_capture.ipynb #2ddd8d5c
 def measure_word(
-    call: AttentionCall,  # of a layer of the language model
+    call: AttentionCall,  # call of a layer of the language model
     images: Tensor,  # (B, K) places of the image tokens among the keys, -1 where an image has fewer
     evidence: Tensor,  # (B, K) share of each image token inside the evidence, nan for a sample without
 ) -> dict[str, np.ndarray]:  # measures (B, H), maps (B, H, K) float32, and visible (B,), the keys the word could see

@@ -17,8 +17,8 @@ from ..core.bundle import Bundle
 
 # %% ../../notebooks/library/07_attention/10_places.ipynb #6c104eb3
 def token_boxes(
-    grid: TokenGrid,  # of one tile
-    regions: Sequence[Box],  # of T tiles
+    grid: TokenGrid,  # grid of one tile
+    regions: Sequence[Box],  # regions of T tiles
 ) -> np.ndarray:  # (T * N, 4) float32
     """Return the boxes of the tokens of several tiles, tile after tile."""
     return np.concatenate([grid.boxes(tuple(region)) for region in regions])

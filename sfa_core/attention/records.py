@@ -63,7 +63,7 @@ class AttentionRecord:
     queries: np.ndarray = field(repr=False)  # (M,) queries whose maps were kept
     maps: np.ndarray = field(repr=False)  # (B, L, H, M, K) probabilities
     tower: str = "vision"
-    words: tuple[tuple[str, ...], ...] = ()  # of each row, the words of the answer; none in the encoder
+    words: tuple[tuple[str, ...], ...] = ()  # words of each row, the words of the answer; none in the encoder
     rollout: np.ndarray | None = field(default=None, repr=False)  # (B, M, K) attention followed through all layers
 
     @property

@@ -41,7 +41,7 @@ def token_regions(
 
 # %% ../../notebooks/library/07_attention/50_regions.ipynb #f3f411a6
 def by_region(
-    seen: AttentionRecord,  # of the encoder
+    seen: AttentionRecord,  # seen of the encoder
     densities: Mapping[str, np.ndarray],  # sample -> (Y, X) density of text, 0..1, in pixels of the image
     name: str = "entropy",  # one of UNITS
     threshold: float = DENSE,

@@ -129,7 +129,7 @@ def cropped_layout(
 def native_layout(
     model: Any,
     special: int,
-    size: Size | None = None,  # of the image, in patches
+    size: Size | None = None,  # size of the image, in patches
 ) -> TokenGrid:  # in merge order
     """Lay out an image of any size, the patches of one language token together; ValueError without a size or for
     one that cannot be merged."""

@@ -47,7 +47,7 @@ class AttentionHook:
     layer: int  # shown to the hook
     before: Hook | None = None  # the kernel
     after: Hook | None = None
-    name: str = ""  # of whoever attached it
+    name: str = ""  # name of whoever attached it
 
 # %% ../../notebooks/library/01_core/60_hooks.ipynb #b51a28e1
 # attribute of an attention module; in front of the name of the replaced kernel
@@ -55,14 +55,14 @@ HOOKS, PREFIX = "attention_hooks", "hooked_"
 
 
 def replaced_name(
-    name: str,  # of an attention implementation
+    name: str,  # name of an attention implementation
 ) -> str:
     """Return the name of the kernel: that of the replaced one where hooks are attached."""
     return name.removeprefix(PREFIX)
 
 
 def kernel_of(
-    name: str,  # of a kernel
+    name: str,  # name of a kernel
     module: nn.Module,  # the attention module that calls it
 ) -> Callable:
     """Return the function of a kernel; the eager one is that of the file in which the module is defined."""
@@ -132,7 +132,7 @@ def attach_hooks(
     *,
     before: Hook | None = None,
     after: Hook | None = None,
-    name: str = "",  # of the hooks
+    name: str = "",  # name of the hooks
 ) -> list[tuple[nn.Module, AttentionHook]]:  # for `remove_hooks`
     """Attach a hook to some attention modules, behind those that they have."""
     attached = []
@@ -182,7 +182,7 @@ def attention_hooks(
 
 @contextmanager
 def without_hooks(
-    config: Any,  # of the modules
+    config: Any,  # config of the modules
 ) -> Iterator[None]:
     """Let modules call their kernel alone for as long as the context lasts; their hooks stay attached."""
     current = config._attn_implementation

@@ -91,7 +91,7 @@ def local_model(
 
 
 def weight_files(
-    folder: Path,  # of a model
+    folder: Path,  # folder of a model
 ) -> list[Path]:  # in the order of their names; empty where there are none
     """List the files that a model's weights are loaded from; ValueError for one that is no safetensors file of the
     folder."""
@@ -114,7 +114,7 @@ def weight_files(
 
 
 def folder_revision(
-    folder: Path,  # of a model, or of structural weights
+    folder: Path,  # folder of a model, or of structural weights
 ) -> str:  # commit of a hub snapshot, else the first 12 hex digits of a sha256
     "Identify the weights and settings that are loaded from a folder; digests of large files are remembered."
     place = Path(folder).resolve()

@@ -66,7 +66,7 @@ def saved_bytes(
 # %% ../../notebooks/library/01_core/70_memory.ipynb #4afb2d0f
 def held_bytes(
     parts: Iterable[nn.Module],
-    gradients: bool = False,  # of the parameters that learn, with the two averages of AdamW
+    gradients: bool = False,  # gradients of the parameters that learn, with the two averages of AdamW
 ) -> int:
     """Count the bytes of the parameters and buffers of some modules, shared ones once; what is on the meta device
     takes none."""

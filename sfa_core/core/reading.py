@@ -80,7 +80,7 @@ def json_lines(
 def text_value(
     value: Any,
     what: str,  # what it is, for the error
-    where: str,  # of which file and line, or row
+    where: str,  # where of which file and line, or row
 ) -> str:
     """Return a text, or a number as it is written; ValueError for null, objects, lists, bytes, numbers that are not
     finite and text with half a character."""
@@ -137,7 +137,7 @@ def is_folder(
 def inside(
     folder: str | Path,  # as the user named it
     name: str,  # as a data set names a file
-    where: str,  # of which file and line, or row
+    where: str,  # where of which file and line, or row
     below: str = "",  # folder inside of `folder` that the file must be in
 ) -> Path:
     """Return a file that a data set names; ValueError when it lies outside of the folder, FileNotFoundError when it
@@ -176,7 +176,7 @@ def is_hub_id(
 
 
 def check_cache(
-    folder: str | Path,  # of the hub or of datasets
+    folder: str | Path,  # folder of the hub or of datasets
     error: Exception | None = None,  # why it is asked
 ) -> None:
     "Raise a ValueError that names HF_HOME when a cache cannot be written."

@@ -52,9 +52,10 @@ def choices_of(question: str) -> dict[str, str]:
 def sample_of(
     benchmark: Benchmark,
     row: dict,             # with "image" as {"bytes", "path"}, a path or a PIL image
-    name: str,             # of the row, used unless the source numbers its questions
+    name: str,             # name of the row, used unless the source numbers its questions
     images: dict[str, bytes],  # hash -> file, so that questions about one image share it
-    folder: Path | None = None,  # of a local copy: the only place where an image may lie that is not in the row itself
+    # folder of a local copy: the only place where an image may lie that is not in the row itself
+    folder: Path | None = None,
 ) -> Sample:
     "Turn one row into a sample; ValueError names a missing column or answer, or one that is no text."
     columns = benchmark.fields
@@ -228,7 +229,7 @@ def load_benchmark(
     # local folder or other hub id; for "synthetic" the generator's preset, with a language as in "rich-ko"
     source: str | Path | None = None,
     limit: int | None = None,          # most questions; None: all (for "synthetic" those of 200 documents)
-    seed: int | None = None,           # of the random choice under `limit`, or of the generated documents
+    seed: int | None = None,           # seed of the random choice under `limit`, or of the generated documents
 ) -> list[Sample]:
     """Load a benchmark as samples, one per question; ValueError or FileNotFoundError say what is missing and how to
     get it."""

@@ -85,8 +85,8 @@ def chart_texts(path: Path) -> tuple[TextBox, ...]:
 
 
 def chart_evidence(
-    folder: Path,  # of a split
-    name: str,  # of the chart, without ending
+    folder: Path,  # folder of a split
+    name: str,  # name of the chart, without ending
 ) -> Evidence | None:  # None when the release has neither table nor annotation of it
     "Return what is known to stand on a chart."
     table, texts = folder / "tables" / f"{name}.csv", folder / "annotations" / f"{name}.json"

@@ -28,7 +28,7 @@ class Number(NamedTuple):
     "A number in a text."
     text: str                   # as printed
     value: float                # scale words multiplied in; a percentage counts in percent
-    unit: float                 # of the last digit shown, 0 for a fraction such as 1/3
+    unit: float                 # unit of the last digit shown, 0 for a fraction such as 1/3
     readings: tuple[float, ...]  # every value it may claim, `value` first
     face: float                 # the digits without scale word
     percent: bool = False

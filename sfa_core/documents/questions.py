@@ -52,7 +52,7 @@ class Content:
     columns: tuple[str, ...]  # series or column headers; ("",) where there is only one
     values: tuple[tuple[int, ...], ...]  # rows x columns, in units of the last digit
     number: NumberFormat = NumberFormat()
-    colours: tuple[str, ...] = ()  # of the rows (bar, pie), of the columns (grouped_bar, line), or none
+    colours: tuple[str, ...] = ()  # colours of the rows (bar, pie), of the columns (grouped_bar, line), or none
     printed: bool = True  # values stand on the page
     language: str = "en"
 

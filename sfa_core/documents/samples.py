@@ -93,7 +93,7 @@ def known_digest(
 
 
 def row_facts(
-    row: dict,  # of a data set of documents, its image not decoded
+    row: dict,  # row of a data set of documents, its image not decoded
 ) -> Iterator[tuple]:
     "List what the questions of a document are; of one without questions its name and picture."
     picture = image_digest(row["image"]["bytes"] or row["image"]["path"])

@@ -74,7 +74,7 @@ def density_gallery(
     images: Sequence[Any],  # (Y, X, 3) uint8 or PIL images
     labels: Sequence[np.ndarray],  # (h, w) 0..1
     predictions: Sequence[np.ndarray],  # (h, w) 0..1
-    names: Sequence[str] = (),  # of the pages
+    names: Sequence[str] = (),  # names of the pages
     title: str = "Density of text: pseudo label and prediction",
     subtitle: str = "",
 ) -> go.Figure:

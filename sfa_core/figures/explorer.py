@@ -51,7 +51,7 @@ class AttentionExplorer:
         data: Any,  # a dataset of documents, or samples
         # name -> folder of a trained arm, None for the model as it is; one or two
         arms: Mapping[str, str | Path | None] | None = None,
-        folder: str | Path | None = None,  # of saved pictures; None: exports/explorer
+        folder: str | Path | None = None,  # folder of saved pictures; None: exports/explorer
         tiles: int | None = None,  # most tiles per image
         max_new_tokens: int = 32,
     ):

@@ -47,7 +47,7 @@ def boxes_of(
 
 def marked_page(
     sample: Sample,
-    places: Sequence[Place] = (),  # of the verdict
+    places: Sequence[Place] = (),  # places of the verdict
     edge: int = 448,               # pixels of the longer edge of the picture; small pages are enlarged
 ) -> Image.Image:
     "Draw the page with green boxes where the answer stands and red ones where the reply's number stands."

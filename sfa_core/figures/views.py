@@ -108,7 +108,7 @@ class Choice:
     layer: int = 0
     head: int | None = None  # None: mean over heads
     place: tuple[float, float] | None = None  # x and y in pixels: the patch that looks; None: the middle of the page
-    word: int = 0  # of the answer: the word that reads
+    word: int = 0  # word of the answer: the word that reads
     sinks: bool = True  # show them
     thumbnail: bool = False  # the patch of the thumbnail, where there is one
 

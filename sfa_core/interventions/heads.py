@@ -75,7 +75,7 @@ def both_outputs(
     layers: Sequence[int],
     seen: dict[int, Tensor],  # filled by `head_hooks`: layer -> (B, N, H, D) of the last pass
     prompt: Prompt,
-    inputs: dict,  # of the language model
+    inputs: dict,  # inputs of the language model
 ) -> tuple[Tensor, Tensor]:  # (B, L, H) divergence, (B, L, H) norm of the text-only output; float32
     """Compare what heads give at the last position with and without the image."""
     language, last = bundle.family.language_of(bundle.model), last_places(prompt)

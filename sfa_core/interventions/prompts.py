@@ -161,7 +161,7 @@ def following(
 
 
 def aside_inputs(
-    inputs: dict,  # of the language model
+    inputs: dict,  # inputs of the language model
 ) -> dict:
     """Return the inputs of a pass that leaves no trace in the cache."""
     return {**inputs, "past_key_values": None, "use_cache": False}

@@ -47,7 +47,7 @@ class VARConfig:
     # vision-centric tasks
     ratio: float = 0.8
     mass: float = 0.2  # least attention on the image
-    share: float = SHARE  # of the energy, which makes a token a sink
+    share: float = SHARE  # share of the energy, which makes a token a sink
     choose_heads: bool = True  # False: the two conditions above are not asked
     target: str = "visual"  # who gets what moves: visual, text or both
     layers: tuple[int, ...] | None = None  # 0-based; None: min(2, L // 4) to L - 2

@@ -117,7 +117,7 @@ def sink_table(
     bundle: Bundle,
     data: Sequence[Sample],  # questions, or a dataset of documents
     dimensions: Sequence[int],
-    share: float = SHARE,  # of the energy, which makes a token a sink
+    share: float = SHARE,  # share of the energy, which makes a token a sink
     layers: Sequence[int] | None = None,  # None: min(2, L // 4) to L - 2
     batch_size: int = 8,
     tiles: int | None = None,
@@ -191,9 +191,9 @@ class KnockoutConfig:
     """Hide the visual sinks of every prompt, or as many other image tokens."""
 
     dimensions: tuple[int, ...]  # that give sinks away
-    share: float = SHARE  # of the energy, which makes a token a sink
+    share: float = SHARE  # share of the energy, which makes a token a sink
     control: bool = False  # random image tokens instead
-    seed: int = 0  # of the control
+    seed: int = 0  # seed of the control
     layers: tuple[int, ...] | None = None  # in which a token may be a sink; None: min(2, L // 4) to L - 2
 
     def attach(self, bundle: Bundle):
@@ -204,7 +204,7 @@ class KnockoutConfig:
 def visual_sinks(
     bundle: Bundle,
     prompt: Prompt,
-    inputs: dict,  # of the language model
+    inputs: dict,  # inputs of the language model
     config: KnockoutConfig,
 ) -> Tensor:  # (B, N) bool
     """Look at a prompt aside, and return the image tokens that are sinks in any of the layers."""

@@ -36,7 +36,7 @@ KNOWN_DIMENSIONS = {
 
 def sink_threshold(
     width: int,  # channels of the hidden state, D
-    share: float = SHARE,  # of the energy, 0..1
+    share: float = SHARE,  # share of the energy, 0..1
 ) -> float:
     """Return tau, the sink value that a share of energy means at some width."""
     if width < 1 or not 0 < share < 1:
@@ -175,7 +175,7 @@ def find_sink_dimensions(
     layers: Sequence[int] | None = None,  # None: min(2, L // 4) to L - 2
     batch_size: int = 8,
     tiles: int | None = None,
-    share: float = SHARE,  # of the energy, which makes a token a sink
+    share: float = SHARE,  # share of the energy, which makes a token a sink
 ) -> SinkDimensions:
     """Find the dimensions of attention sinks; warns when there are none, or when more than a tenth of the image
     tokens would be sinks."""
@@ -264,7 +264,7 @@ def planted_sinks(
     bundle: Bundle,
     dimension: int,
     tokens: Sequence[int],  # which image tokens of each sample, counted from 0
-    size: float = 30.0,  # of the entry, in norms of the token
+    size: float = 30.0,  # size of the entry, in norms of the token
     layer: int = 0,  # at whose input
     start: bool = True,  # the first token of the text as well, as language models have it
 ) -> Iterator[None]:

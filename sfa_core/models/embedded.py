@@ -83,14 +83,14 @@ class EmbeddedConfig:
     language_layers: int = 3
     language_heads: int = 4
     language_kv_heads: int = 2  # grouped-query attention
-    head_dim: int = 32  # of a language head
+    head_dim: int = 32  # head dim of a language head
     language_hidden: int = 384  # width of the gated MLP
     # pixel shuffle: 0.5 would make 2 x 2 patches one language token; narrow bars need each patch
     downsample_ratio: float = 1.0
     layer_scale: float = 1.0  # initial lambda_1, lambda_2 of the encoder
     # standard deviation of the initial weights; 0.02, made for widths of thousands, stalls at 128
     initializer_range: float = 0.05
-    position_range: float = 0.5  # of the position embeddings; small ones drown in the patch embedding
+    position_range: float = 0.5  # position range of the position embeddings; small ones drown in the patch embedding
     pixel_mean: float = 0.9  # documents are white: centred there, empty paper is almost zero
     pixel_std: float = 0.25
     max_positions: int = 4096  # tokens

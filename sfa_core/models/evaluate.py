@@ -55,7 +55,7 @@ def settings_of(bundle: Any, asked: Sequence[Sample], **given: Any) -> dict[str,
 def deal_batches(
     count: int,  # questions
     batch_size: int,
-    index: int,  # of this process
+    index: int,  # index of this process
     processes: int,
 ) -> list[int]:  # places of this process's questions, batch by batch
     "Deal batches out to processes in turn; ValueError for an index that is none of theirs."
@@ -107,10 +107,10 @@ def evaluate(
     suffix: str | None = None,      # None: the model's own, or else the benchmark's
     tiles: int | None = None,       # None: the benchmark's, or 1 for a model of one tile
     scorer: str | None = None,      # None: the benchmark's
-    profile: str = "pix2struct",    # of relaxed accuracy
+    profile: str = "pix2struct",    # profile of relaxed accuracy
     draws: int = 10_000,            # bootstrap replicates
     level: float = 0.95,
-    seed: int = 0,                  # of the bootstrap; answers are greedy
+    seed: int = 0,                  # seed of the bootstrap; answers are greedy
     progress: bool = False,
     intervention: Any = None,       # a VARConfig, VHRConfig or KnockoutConfig, at work while the model answers
     # accelerate.Accelerator whose processes share the questions; all get the same records

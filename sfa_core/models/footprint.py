@@ -60,11 +60,11 @@ def patches_at_once(
 class Footprint:
     "What answering takes at its peak, in bytes."
     questions: int  # that are answered together
-    encoder_weights: int  # of encoder and projector
-    language_weights: int  # of language model and head
-    pixels: int  # of all images of the batch, where they wait in the same memory
-    encoding: int  # of the patches that are encoded together
-    features: int  # of all images
+    encoder_weights: int  # encoder weights of encoder and projector
+    language_weights: int  # language weights of language model and head
+    pixels: int  # pixels of all images of the batch, where they wait in the same memory
+    encoding: int  # encoding of the patches that are encoded together
+    features: int  # features of all images
     prompts: int  # hidden states and mask in one layer
     keys_and_values: int
     logits: int
@@ -110,11 +110,11 @@ def answering_footprint(
     config: Any,  # configuration of a model
     questions: int,  # that are answered together, each about an image of its own
     *,
-    patches: int,  # of an image, in the encoder
-    tokens: int,  # of an image, in the language model
+    patches: int,  # patches of an image, in the encoder
+    tokens: int,  # tokens of an image, in the language model
     text: int = 128,  # other tokens of a prompt
     reply: int = 100,  # most tokens of a reply
-    dtype: torch.dtype = torch.bfloat16,  # of everything that is computed
+    dtype: torch.dtype = torch.bfloat16,  # dtype of everything that is computed
     weights: tuple[int, int] | None = None,  # bytes of encoder with projector, and of the rest; None: all in `dtype`
     together: int | None = None,  # patches that are encoded together at most; None: by ENCODER_BYTES
     host: bool = False,  # the memory is that of the processor, where all pixels wait
@@ -144,7 +144,7 @@ USABLE = 0.9  # share of the free memory that a computed peak may take
 
 
 def largest_fit(
-    footprint: Callable[[int], Footprint],  # of a number of questions
+    footprint: Callable[[int], Footprint],  # footprint of a number of questions
     most: int,  # questions
     fits: Callable[[Footprint], bool],
 ) -> Footprint:

@@ -40,7 +40,7 @@ def pixel_table(
 
 def image_tokens(
     bundle: Bundle,
-    tiles: int,  # of one image
+    tiles: int,  # tiles of one image
     kept: int | None = None,  # language tokens left of them where patches are adaptive; None: all
 ) -> list[int]:
     "Return the token ids that stand for an image of so many tiles."
@@ -72,7 +72,7 @@ def image_blocks(
 
 
 def most_tiles(
-    bundle: Bundle,  # of a family that tiles
+    bundle: Bundle,  # bundle of a family that tiles
     tiles: int | None = None,  # most tiles per image; None: as many as the family's own processor cuts
 ) -> int:
     """Return how many tiles an image is cut into at most; ValueError for a limit below 1.
@@ -154,7 +154,7 @@ def tile_regions(
 def check_shape(
     bundle: Bundle,
     size: tuple[int, int],  # width and height of an image, pixels
-    name: str,  # of the image
+    name: str,  # name of the image
     tiles: int | None = None,  # most tiles per image, as it will be asked for
 ) -> None:
     "Refuse an image of a shape that the family cannot take, with a ValueError that names it."
@@ -272,10 +272,10 @@ def placeholder(bundle: Bundle, text: str) -> list[int]:
 @dataclass(frozen=True, eq=False)
 class ImageFeatures:
     "The features of some images, to be used by any number of questions."
-    kind: type  # of what `get_image_features` returns
+    kind: type  # kind of what `get_image_features` returns
     stacked: bool  # whether it has the features of all images in one tensor
     images: list[Tensor]  # (N, D) of each image
-    deeper: list[Sequence[Tensor]] = field(default_factory=list)  # of each injected layer: (N, D) of each image
+    deeper: list[Sequence[Tensor]] = field(default_factory=list)  # deeper of each injected layer: (N, D) of each image
 
     def choose(
         self,

@@ -217,7 +217,7 @@ def check_bundle(
 
 
 def load_processor(
-    folder: str | Path,  # of a model
+    folder: str | Path,  # folder of a model
     config: Any,  # the model's configuration
 ) -> Any:
     "Load the processor of a model folder, with the PIL image processor where torchvision is missing."

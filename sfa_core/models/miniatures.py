@@ -187,9 +187,9 @@ def miniature(
     family: str,  # a key of FAMILIES
     # the tokenizer is trained on them
     texts: Iterable[str] = ("What is the value of red in 2015?", "List all values.", "elm 9, cat 31"),
-    seed: int = 0,  # of the weights
+    seed: int = 0,  # seed of the weights
     width: int = 64,  # channels of encoder and language model, a multiple of 8; 4 bit needs 64
-    layers: int = 2,  # of each
+    layers: int = 2,  # layers of each
     tile: int = 56,  # pixels of a side, a multiple of 28
     spread: float = 0.1,  # standard deviation of the weights; a larger one makes it tell images and questions apart
 ) -> Bundle:

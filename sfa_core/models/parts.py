@@ -113,10 +113,10 @@ def memory_table(
 @torch.no_grad()
 def structural_maps(
     bundle: Bundle,  # with structural attention
-    layer: int,  # of the encoder
+    layer: int,  # layer of the encoder
     query: int,  # token
     head: int | None = None,  # None: mean over heads
-    image: int = 0,  # of the batch, where blocks are set per image
+    image: int = 0,  # image of the batch, where blocks are set per image
 ) -> dict[str, np.ndarray]:  # term -> (h, w) float32 logits; the last one, "combined", is their sum
     """Return the structural bias of one query, term by term; ValueError for a model without structure or a place
     that does not exist."""

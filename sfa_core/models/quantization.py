@@ -29,7 +29,7 @@ def narrow_layers(
 def quantization(
     family: Family,
     bits: int | None,  # None, 4 or 8
-    dtype: torch.dtype,  # of the computation
+    dtype: torch.dtype,  # dtype of the computation
     *,
     config: Any = None,  # the model's configuration; with it, layers narrower than a block stay out of 4 bit
 ) -> BitsAndBytesConfig | None:

@@ -109,7 +109,7 @@ def pack(
     # of each sequence: (prompt ids, target ids) per branch
     branches: Sequence[Sequence[tuple[Sequence[int], Sequence[int]]]],
     padding: int = 0,  # token id
-    dtype: torch.dtype = torch.float32,  # of the mask
+    dtype: torch.dtype = torch.float32,  # dtype of the mask
 ) -> dict[str, torch.Tensor]:  # input_ids, labels, position_ids (B, N) and attention_mask (B, 1, N, N), additive
     """Pack branches behind shared prefixes, with labels on the target ids only; the prefixes may be text as well as
     images."""
@@ -155,7 +155,7 @@ def grouped(
 
 
 def spatial_positions(
-    bundle: Bundle,  # of a family whose language model knows rows and columns of an image
+    bundle: Bundle,  # bundle of a family whose language model knows rows and columns of an image
     position: torch.Tensor,  # (B, N) from `pack`
     prefixes: Sequence[Sequence[int]],
     sizes: torch.Tensor,  # (B, 3): frames, rows and columns of patches of the one image of each prefix

@@ -19,7 +19,7 @@ from ..core.reading import read_json
 
 # %% ../../notebooks/library/06_models/18_weights.ipynb #bab7fbe6
 def read_config(
-    folder: Path,  # of a model
+    folder: Path,  # folder of a model
 ) -> Any:  # configuration of transformers
     "Read a model's configuration, with PyTorch's attention in all parts; ValueError for one that transformers refuses."
     try:
@@ -35,7 +35,7 @@ FLOATING = ("F64", "F32", "F16", "BF16")  # in the headers of safetensors
 
 
 def check_folder(
-    folder: Path,  # of a model
+    folder: Path,  # folder of a model
 ) -> None:
     """Check configuration and weight files of a folder; the error names what is missing, damaged, pickled or
     unsupported."""
@@ -77,7 +77,7 @@ def check_folder(
 
 
 def check_stored(
-    folder: Path,  # of a model
+    folder: Path,  # folder of a model
 ) -> None:
     "Check that the weights in a model's files are finite, which few bits would hide; ValueError names one that is not."
     for shard in weight_files(folder):

@@ -50,7 +50,7 @@ class DenseConfig:
     learning_rate: float = 1.5e-3  # peak rate of encoder and heads
     structure_rate: float = 1.5e-2  # peak rate of the structural weights
     every: int = 25  # steps between measurements
-    seed: int = 0  # of the weights and the order of the documents
+    seed: int = 0  # seed of the weights and the order of the documents
 
     def __post_init__(self):
         object.__setattr__(self, "terms", check_terms(self.terms) if self.terms else ())
@@ -79,7 +79,7 @@ class FreshPages:
     kinds: tuple[str, ...] = ()  # document kinds in turn; none: all of the preset
     size: int | None = None  # edge in pixels; None: the preset's
     patch: int = 14  # pixels per edge
-    seed: int = 0  # of the pages, beside the seed of the training
+    seed: int = 0  # seed of the pages, beside the seed of the training
 
     def __post_init__(self):
         if self.preset not in PRESETS:
@@ -92,7 +92,7 @@ class FreshPages:
 
 def draw_batch(
     data: TrainingSet | FreshPages,
-    seed: int,  # of the training
+    seed: int,  # seed of the training
     step: int,  # from 0
     count: int,  # pages
 ) -> dict[str, np.ndarray | torch.Tensor]:  # pixels (B, Y, X, 3) uint8 and the dense targets
@@ -131,7 +131,7 @@ def save_encoder(
 
 def load_encoder(
     path: str | Path,  # as written by `learn_dense`
-    tokenizer: object,  # of a model that is built around the encoder
+    tokenizer: object,  # tokenizer of a model that is built around the encoder
 ) -> tuple[Bundle, DenseHeads, dict]:  # what else is known: `dense`, the configuration, and `architecture`
     "Read an encoder trained from nothing: a model whose other parts are random, and the encoder's dense heads."
     if not Path(path).is_file():
@@ -166,7 +166,7 @@ def learn_dense(
     data: TrainingSet | FreshPages,  # pages it learns from
     # pages it is asked about; of several sets, the measures of all but "" bear their set's name
     held_out: TrainingSet | dict[str, TrainingSet],
-    tokenizer: object,  # of a model that is built around the encoder
+    tokenizer: object,  # tokenizer of a model that is built around the encoder
     config: DenseConfig,
     # checkpoints, curve.parquet, encoder.safetensors; what was cut off goes on, what is finished is read
     folder: str | Path,
@@ -231,7 +231,7 @@ def learn_dense(
 
 
 def fresh_encoder(
-    bundle: Bundle,  # of the shipped architecture
+    bundle: Bundle,  # bundle of the shipped architecture
     seed: int,
 ) -> Bundle:  # a copy, whose encoder and projector know nothing; its language model is the same
     "Take a model's encoder and projector back to random weights; ValueError for another architecture."

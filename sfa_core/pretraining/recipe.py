@@ -53,7 +53,7 @@ class Recipe:
     questions: int = 8  # or names, drawn anew for every visit to a document
     learning_rate: float = 1.5e-3  # peak, encoder
     joint_rate: float = 1e-3  # peak, lookup and joint; half of it afterwards
-    dense_weight: float = 0.1  # of the dense losses from the joint stage on
+    dense_weight: float = 0.1  # dense weight of the dense losses from the joint stage on
     vocabulary: int = 640  # tokens at most
     checkpoint_every: int = 200  # steps
 
@@ -67,7 +67,7 @@ NAMES = ("label_name", "colour_name", "cell_name")
 
 
 def named_values(
-    row: dict,  # of a dataset of documents
+    row: dict,  # row of a dataset of documents
 ) -> list[tuple[str, dict[str, str], str]]:  # wording of a question about it, what fills the wording, the value
     "Return every value of a document once for each way to name it."
     header, *lines = row["table"]

@@ -74,7 +74,7 @@ PER_DOCUMENT = 32  # most questions of a benchmark that are read for each docume
 def source_documents(
     name: str,  # a kind of document, or a benchmark as `named_benchmark` reads it
     count: int,  # documents
-    seed: int,  # of generated documents, and of the choice among others
+    seed: int,  # seed of generated documents, and of the choice among others
 ) -> Dataset | list[Sample]:
     "Return documents to learn from; ValueError for what is neither a kind nor a benchmark."
     if name in DOCUMENT_KINDS:
@@ -143,7 +143,7 @@ def run_rows(
     asked: Sequence[Sample],
     base: FinetuneConfig,  # what all rows share
     rows: Mapping[str, Row],
-    seeds: Sequence[int],  # of the weights and of the order of the documents
+    seeds: Sequence[int],  # seeds of the weights and of the order of the documents
     max_new_tokens: int = 48,
     benchmark: str = "synthetic",  # whose prompt and scorer count
 ) -> tuple[dict[str, list[pd.DataFrame]], dict[str, list[pd.DataFrame]]]:  # row -> records of each seed, row -> logs

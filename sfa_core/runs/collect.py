@@ -309,7 +309,7 @@ def configuration_name(arm: str, meaning: str) -> str:
 
 
 def printed_table(
-    table: pd.DataFrame,  # of `ablation_table`, or as `write_table` wrote it
+    table: pd.DataFrame,  # result of `ablation_table`, or as `write_table` wrote it
 ) -> pd.DataFrame:  # one row per configuration, two rows of headings
     """Lay an ablation out for reading: the configuration, its difference with intervals and verdict, then its
     accuracy; another table stays as it is."""

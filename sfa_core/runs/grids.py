@@ -30,13 +30,13 @@ from .workers import Event, Task, on_cluster, on_this_machine, slots
 class Grid:
     "What a grid file says."
 
-    name: str  # of the file
+    name: str  # name of the file
     study: str
     parameters: dict[str, list]  # name -> values, one or more
     cases: tuple[dict[str, Any], ...] = ({},)  # values that belong together
     seeds: tuple[int, ...] = ()  # none: the study's own
     timeout: float | None = None  # seconds for one run
-    gpus: int = 0  # of one run
+    gpus: int = 0  # gpus of one run
 
 
 def grid_path(grid: str | Path) -> Path:

@@ -140,7 +140,7 @@ def path_version(
 def named_versions(
     tag: str,  # one of TAGS
     text: str,  # value of a parameter
-    source: str = "",  # of the data of the study
+    source: str = "",  # source of the data of the study
 ) -> dict[str, str]:  # name -> version
     "Return the versions of everything that the value of a parameter names; FileNotFoundError for what is not there."
     from sfa_core.documents.named import data_version, source_weights  # seconds that a list of studies has not

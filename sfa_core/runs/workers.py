@@ -35,7 +35,7 @@ class Event:
     identity: str
     # running, again (its worker died, another takes it up), finished, failed (with a traceback) or unfinished
     state: str
-    folder: str = ""  # of the run, where there is one
+    folder: str = ""  # folder of the run, where there is one
     reason: str = ""  # in one line
 
 
@@ -85,7 +85,7 @@ def slots(
 # %% ../../notebooks/library/12_runs/40_workers.ipynb #b022dbe9
 def event_of(
     task: Task,
-    future: Any,  # of Dask, done
+    future: Any,  # future of Dask, done
     ending: Callable[[str], str],  # address of a worker that is gone -> how it ended
 ) -> Event:  # finished, failed or unfinished
     "Return what became of a task."
@@ -99,10 +99,10 @@ def event_of(
 
 
 def events(
-    client: Any,  # of Dask
+    client: Any,  # client of Dask
     tasks: list[Task],
     *,
-    resources: dict[str, int] | None = None,  # of a worker, that one task takes
+    resources: dict[str, int] | None = None,  # resources of a worker, that one task takes
     ending: Callable[[str], str] = lambda worker: "",  # address of a worker that is gone -> how it ended, where known
 ) -> Iterator[Event]:
     "Hand tasks to a Dask cluster and yield what becomes of each."
@@ -146,8 +146,8 @@ def on_this_machine(
 # %% ../../notebooks/library/12_runs/40_workers.ipynb #c0bb3aee
 def on_cluster(
     tasks: list[Task],
-    address: str,  # of the scheduler, as tcp://HOST:8786
-    gpus: int = 0,  # of the resource GPU, per task
+    address: str,  # address of the scheduler, as tcp://HOST:8786
+    gpus: int = 0,  # gpus of the resource GPU, per task
     patience: float = 10.0,  # seconds to wait for the scheduler
 ) -> Iterator[Event]:
     """Make runs on a Dask cluster and yield what becomes of each.

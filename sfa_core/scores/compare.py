@@ -52,13 +52,13 @@ class Comparison:
     "Two models on the same questions, the second against the first; its text is the verdict."
 
     names: tuple[str, str]
-    level: float  # of the intervals, such as 0.95
+    level: float  # level of the intervals, such as 0.95
     n: int  # questions answered by both
     documents: int
     left_out: int  # questions with an error on either side
     rate_a: float  # share of right answers of the first
     rate_b: float
-    difference: float  # of the scores
+    difference: float  # difference of the scores
     low: float | None  # interval of the difference: over documents, or over seeds where there are several
     high: float | None
     changes: McNemar | None = None  # questions both had right, lost, won, neither; exact p. None over several seeds

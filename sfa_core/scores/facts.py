@@ -76,7 +76,7 @@ class Facts:
 
     level: str  # A table and text, B table, C text, D neither
     numbers: tuple[tuple[Number, Place], ...]
-    printed: tuple[tuple[Number, Place], ...]  # of texts that may label a value
+    printed: tuple[tuple[Number, Place], ...]  # printed of texts that may label a value
     operands: tuple[tuple[Number, Place], ...]
     lines: tuple[tuple[int, ...], ...]  # rows, columns and tables, as indices of operands
     things: int  # that can be counted: data cells, or texts without a table

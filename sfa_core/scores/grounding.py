@@ -38,7 +38,7 @@ class Verdict(NamedTuple):
     reason: str                 # one sentence
     places: tuple[Place, ...]   # numbers of the evidence that decided it
     support: str                # visible, derived, counted, estimated, answer (its digits), none; empty: not judged
-    level: str                  # of the evidence, A to D
+    level: str                  # level of the evidence, A to D
     numeric: bool               # the reply is a number
     covered: bool               # the evidence is good enough to call a number ungrounded
     right: bool                 # right by the scorer, and as a number
@@ -60,8 +60,8 @@ def possible_count(numbers: Sequence[Number], things: int) -> bool:
 
 def find_support(
     question: str,
-    stated: Sequence[Number],   # of the reply
-    answer: Sequence[Number],   # of the expected answer, for counting only
+    stated: Sequence[Number],   # stated of the reply
+    answer: Sequence[Number],   # answer of the expected answer, for counting only
     known: Facts,
 ) -> Support:
     "Look for the numbers of a reply in a document: visible, a possible count, or derived as the question asks."
@@ -165,7 +165,7 @@ def classify(
     question: str,
     answers: str | Sequence[str],  # expected; the first is the one that is audited
     prediction: str,
-    known: Facts,  # of the document
+    known: Facts,  # known of the document
     correct: bool | None = None,  # the scorer's mark; None: relaxed accuracy
     *,
     scorer: str = "relaxed",  # that gave the mark; it declares how far a number may be off
@@ -210,7 +210,7 @@ def facts_by_document(asked: Sequence[Sample]) -> dict[str, Facts]:  # document 
 
 
 def categorise(
-    found: Evaluation | pd.DataFrame,  # of `models.evaluate`, or its records
+    found: Evaluation | pd.DataFrame,  # result of `models.evaluate`, or its records
     asked: Sequence[Sample],  # the questions, with their evidence
     *,
     scorer: str | None = None,  # that gave the marks; None: of the evaluation, relaxed for records alone
@@ -240,7 +240,7 @@ def categorise(
 
 # %% ../../notebooks/library/04_scores/60_grounding.ipynb #9af89f5f
 def chance_floor(
-    verdicts: pd.DataFrame,   # of `categorise`
+    verdicts: pd.DataFrame,   # result of `categorise`
     asked: Sequence[Sample],
     others: int = 20,         # other documents each reply is judged against
     seed: int = 0,
@@ -276,8 +276,8 @@ def share_with_intervals(hits: pd.Series, documents: pd.Series, draws: int, leve
 
 
 def grounding_report(
-    verdicts: pd.DataFrame,  # of `categorise`
-    floor: pd.Series | None = None,  # of `chance_floor`
+    verdicts: pd.DataFrame,  # result of `categorise`
+    floor: pd.Series | None = None,  # result of `chance_floor`
     draws: int = 10_000,
     level: float = 0.95,
     seed: int = 0,

@@ -63,7 +63,7 @@ def make_records(
     asked: Sequence[Sample],
     replies: Sequence[Any],         # one per sample, with prediction, truncated, seconds and error (None or text)
     scorer: str = "relaxed",        # a key of SCORERS
-    profile: str = "pix2struct",    # of relaxed accuracy, a key of metrics.PROFILES
+    profile: str = "pix2struct",    # profile of relaxed accuracy, a key of metrics.PROFILES
 ) -> pd.DataFrame:                  # COLUMNS, one row per question, in the order asked
     "Score replies into records; ValueError when questions share an id, replies are missing, or a name is unknown."
     score, right = SCORERS[validate_choice("scorer", scorer, SCORERS)], GRADED.get(scorer, 1.0)

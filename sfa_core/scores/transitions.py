@@ -51,7 +51,7 @@ def taxonomy_table(
 
 # %% ../../notebooks/library/04_scores/70_transitions.ipynb #a5e0de2c
 def grounding_change(
-    verdicts_a: pd.DataFrame,  # of `categorise`, of the reference
+    verdicts_a: pd.DataFrame,  # result of `categorise`, of the reference
     verdicts_b: pd.DataFrame,  # on the same questions
     names: tuple[str, str] = ("a", "b"),
     draws: int = 10_000,
@@ -95,7 +95,7 @@ def grounding_change(
 
 
 def change_sentence(
-    change: Mapping[str, Any],  # of `grounding_change`
+    change: Mapping[str, Any],  # result of `grounding_change`
 ) -> str:
     "Write what changed in the ungrounded numbers; fewer or more only when the interval excludes zero."
     first, second = change["names"]

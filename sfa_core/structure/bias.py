@@ -184,7 +184,7 @@ class StructuralBias(nn.Module):
         heads: int,  # H
         blocks: int = 16,  # K, size of the block table
         terms: Sequence[str] = TERMS,  # parts of phi; absent ones have no parameters
-        seed: int = 0,  # of the initial weights, N(0, 0.02)
+        seed: int = 0,  # seed of the initial weights, N(0, 0.02)
     ):
         super().__init__()
         if heads < 1 or blocks < 1:

@@ -22,7 +22,7 @@ def low_rank_attention(
     key: Tensor,  # (B, H, N, D)
     value: Tensor,  # (B, H, N, D)
     factors: tuple[Tensor, Tensor],  # query and key factors, each (H, N, R) or (B, H, N, R)
-    scaling: float,  # of the original width, D ** -0.5
+    scaling: float,  # scaling of the original width, D ** -0.5
     mask: Tensor | None = None,  # (B or 1, 1 or H, N, N) added to the logits, or bool
     dropout: float = 0.0,
 ) -> Tensor:  # (B, H, N, D)

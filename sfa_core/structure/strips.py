@@ -80,8 +80,8 @@ class Strip:
     """The bias of some whole grid rows of queries, for some heads."""
 
     heads: slice
-    rows: slice  # of the grid
-    tokens: slice  # of the sequence; the special tokens go with the first rows
+    rows: slice  # rows of the grid
+    tokens: slice  # tokens of the sequence; the special tokens go with the first rows
     lead: int  # special tokens among them
     shared: Tensor  # (heads, tokens, N), without the blocks
 
@@ -149,7 +149,7 @@ class GridAttention(torch.autograd.Function):
 
 
 def grid_gradients(
-    gradient: Tensor,  # of the output, (B, H, N, D)
+    gradient: Tensor,  # gradient of the output, (B, H, N, D)
     query: Tensor, key: Tensor, value: Tensor, rows: Tensor, columns: Tensor, scalars: Tensor | None, output: Tensor,
     special: int, scaling: float,
 ) -> tuple[Tensor | None, ...]:  # of query, key, value, rows, columns, scalars

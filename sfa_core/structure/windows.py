@@ -72,7 +72,7 @@ class Followed:
     family: Family
     blocks: int  # size of the block table
     ids: tuple[Tensor, ...] | None = None  # (h * w,) block ids of each image of the next batches, row by row
-    handles: tuple = ()  # of the hooks
+    handles: tuple = ()  # handles of the hooks
 
 
 def call_lists(
@@ -137,7 +137,7 @@ def end_calls(module: nn.Module, args: tuple, output: object) -> None:
 
 
 def follow_sizes(
-    tower: nn.Module,  # of native resolution, with a structural bias in every layer
+    tower: nn.Module,  # tower of native resolution, with a structural bias in every layer
     attentions: Sequence[nn.Module],
     family: Family,
 ) -> None:

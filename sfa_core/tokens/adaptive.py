@@ -80,19 +80,20 @@ class TokenControl:
 
     model: PreTrainedModel = field(repr=False)
     family: Family = field(repr=False)
-    mean: tuple[float, ...]  # of the processor's normalisation, per channel
+    mean: tuple[float, ...]  # mean of the processor's normalisation, per channel
     std: tuple[float, ...]
     estimator: DensityEstimator | None = field(repr=False)  # None: patches by the guard alone
     patches: PatchConfig | None  # None: the uniform grid
     blocks: int  # size of the block table that density is quantised for; 0: one block
     current: TileGroup = field(default=TileGroup([], 0, []), repr=False)  # the tiles under way
-    base: Geometry | None = field(default=None, repr=False)  # of the uniform grid
+    base: Geometry | None = field(default=None, repr=False)  # base of the uniform grid
     replaced: str = ""  # the encoder's attention before
     keep_copies: CopyHook | None = field(default=None, repr=False)  # drops copies; None: all tokens stay
     last: list[PatchPlan] = field(default_factory=list, repr=False)  # plans of the tiles the tower ran on last
     seen: dict[str, tuple] = field(default_factory=dict, repr=False)
-    outputs: list[tuple] = field(default_factory=list, repr=False)  # of the pass under way: tiles, plans, output
-    handles: tuple = field(default=(), repr=False)  # of the hooks on the tower
+    # outputs of the pass under way: tiles, plans, output
+    outputs: list[tuple] = field(default_factory=list, repr=False)
+    handles: tuple = field(default=(), repr=False)  # handles of the hooks on the tower
 
     @property
     def bundle(self) -> Bundle:
@@ -242,7 +243,7 @@ def finish_tiles(control: TokenControl, output: Any) -> Any | None:  # the tower
 # %% ../../notebooks/library/05_tokens/40_adaptive.ipynb #77c1d7f2
 def language_tokens(
     bundle: Bundle,
-    images: Sequence[Tensor],  # of each image: (T, 3, Y, X) normalised tiles
+    images: Sequence[Tensor],  # images of each image: (T, 3, Y, X) normalised tiles
     sizes: Sequence[Sequence[int]] | None = None,  # height and width of each image, pixels; for packed tiles
 ) -> list[int] | None:  # language tokens of each image; None where all of them stay
     "Return how many tokens of each image the language model will see."

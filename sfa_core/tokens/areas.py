@@ -23,7 +23,7 @@ from .patches import PatchPlan
 
 # %% ../../notebooks/library/05_tokens/38_areas.ipynb #be22480a
 def plan_geometry(
-    base: Geometry,  # of the uniform grid: special tokens, then cells; blocks per tile or none
+    base: Geometry,  # base of the uniform grid: special tokens, then cells; blocks per tile or none
     plans: Sequence[PatchPlan],  # B
     length: int,  # tokens of the padded sequence, special ones included
 ) -> Geometry:  # (B, length) tokens with log areas

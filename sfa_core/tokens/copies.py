@@ -23,7 +23,7 @@ UNLIMITED = "anyres_max_1000000"  # a rule of packing that shrinks no picture
 
 def packed_origins(
     packer: Any,  # the part of a LLaVA-OneVision that packs, with its configuration
-    numbers: Sequence[np.ndarray],  # of each image: (T, N) int from 0, the same where tokens are equal
+    numbers: Sequence[np.ndarray],  # numbers of each image: (T, N) int from 0, the same where tokens are equal
     sizes: Sequence[Sequence[int]],  # height and width of each image, pixels
 ) -> list[np.ndarray]:  # of each image: (K,) int
     "Pack numbers as if they were features, and say of each token which is the first with its number."
@@ -42,7 +42,7 @@ def packed_origins(
 def token_origins(
     model: PreTrainedModel,
     family: Family,
-    plans: Sequence[PatchPlan],  # of the tiles of all images, in the order of the encoder
+    plans: Sequence[PatchPlan],  # plans of the tiles of all images, in the order of the encoder
     views: Sequence[int],  # tiles of each image
     sizes: Sequence[Sequence[int]] | None = None,  # height and width of each image, pixels; where tiles are packed
 ) -> list[np.ndarray]:  # of each image: (K,) int
@@ -74,7 +74,7 @@ def pack_once(
     model: PreTrainedModel,
     family: Family,
     plans: Sequence[PatchPlan],
-    image_features: Sequence[Tensor],  # of each image: (T, N, D)
+    image_features: Sequence[Tensor],  # image features of each image: (T, N, D)
     image_sizes: Tensor,  # (images, 2) height and width, pixels
     *arguments: Any,  # of the model's own packing
     **options: Any,

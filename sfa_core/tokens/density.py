@@ -99,7 +99,7 @@ def pseudo_label(
 
 
 def density_unit(
-    images: Sequence[Image.Image | np.ndarray],  # of a training set
+    images: Sequence[Image.Image | np.ndarray],  # images of a training set
     quantile: float = QUANTILE,
 ) -> float:
     "Return the quantile of the raw densities of all cells of some pages; ValueError when the pages are empty paper."
@@ -171,11 +171,11 @@ def estimate_density(
 class DensityConfig:
     "How the estimator is trained."
 
-    steps: int = 300  # of AdamW
+    steps: int = 300  # steps of AdamW
     batch_size: int = 16  # windows in a step
     learning_rate: float = 3e-3  # peak, one cycle
     window: int = 224  # pixels, a multiple of 16
-    seed: int = 0  # of the first weights and the windows
+    seed: int = 0  # seed of the first weights and the windows
 
     def __post_init__(self):
         if min(self.steps, self.batch_size) < 1 or self.window % 16 or not 16 <= self.window <= SIDE:

@@ -53,7 +53,7 @@ def place_level(
 def patch_level(
     pixels: Tensor,  # (B, C, Y, X) normalised, of the tile or twice as fine
     scale: int,  # 1 or 2: how much finer than the tile they are
-    convolution: nn.Conv2d,  # of the model's patches
+    convolution: nn.Conv2d,  # convolution of the model's patches
     size: int,  # pixels of a leaf
     embedding: str = "pyramid",  # one of EMBEDDINGS
 ) -> Tensor:  # (B, rows, columns, D)
@@ -69,7 +69,7 @@ def patch_level(
 
 def leaf_index(
     plan: PatchPlan,
-    sizes: Sequence[int],  # of the levels, in the order they are joined
+    sizes: Sequence[int],  # sizes of the levels, in the order they are joined
 ) -> np.ndarray:  # (N,) int
     "Find the place of each leaf in the joined maps of the levels."
     shapes = {size: (plan.grid[0] * PATCH // size, plan.grid[1] * PATCH // size) for size in sizes}
@@ -82,7 +82,7 @@ def leaf_index(
 def embed_patches(
     pixels: Tensor,  # (B, C, Y, X) normalised, of the tile or twice as fine
     plans: Sequence[PatchPlan],  # B, of one grid
-    convolution: nn.Conv2d,  # of the model's patches
+    convolution: nn.Conv2d,  # convolution of the model's patches
     positions: Tensor,  # (h, w, D) position table of the patches
     embedding: str = "pyramid",  # one of EMBEDDINGS
 ) -> Tensor:  # (B, longest N, D), zeros behind shorter plans

@@ -74,7 +74,7 @@ class FinetuneConfig:
     structure_rate: float = 1e-3  # peak rate of the structural weights
     warmup: float = 0.05  # share of the steps in which the rates rise, 0..1
     decay: str = "cosine"  # what the rates do afterwards: cosine, linear or constant
-    weight_decay: float = 0.0  # of encoder and projector matrices; structural weights never decay
+    weight_decay: float = 0.0  # weight decay of encoder and projector matrices; structural weights never decay
     clip_norm: float = 1.0  # largest gradient norm
     terms: tuple[str, ...] = TERMS  # structural terms
     blocks: int = 16  # size of the block table
@@ -181,7 +181,7 @@ def save_arm(
     training: dict,  # what is kept about the training
     folder: Path,
     *,
-    identity: str = "",  # of the plain base model
+    identity: str = "",  # identity of the plain base model
 ) -> Path:
     "Write what an arm trained and where it belongs, all of it or nothing."
     plain = {name: p for name, p in parameters.items() if f".{CHILD}." not in name}

@@ -166,7 +166,7 @@ class Recorder:
         folder: Path,  # log.jsonl goes here
         start: int,  # steps already taken
         stop: int,  # step at which this call ends
-        steps: int,  # of the whole run
+        steps: int,  # steps of the whole run
         every: int = 1,  # steps between lines
         main: bool = True,  # this process writes
         progress: bool = True,  # show a bar

@@ -40,11 +40,11 @@ class SCRConfig:
     layers: int | None = None  # last layers of the encoder whose entropy counts; None: the last quarter
     floor: float = 0.5  # nats below which entropy is not lowered further: exp(0.5), less than two tokens
     rows: int = 128  # queries whose attention is held at a time
-    temperature: float = 0.07  # of InfoNCE
+    temperature: float = 0.07  # temperature of InfoNCE
     # sides of the second view of an encoder on the uniform grid; one with adaptive patches gets the uniform grid
     # instead
     scale: float = 1.5
-    distance: str = "cosine"  # of two features: cosine, or l2 after normalisation
+    distance: str = "cosine"  # distance of two features: cosine, or l2 after normalisation
     both: bool = False  # let the second view learn too, which doubles the memory of the encoder
     norms_every: int = 20  # steps between lines of the log with the gradient norm of each loss; 0: none
 
@@ -111,11 +111,11 @@ def keeping(module: nn.Module, kept: list) -> Iterator[None]:
 class Caught:
     """What one pass of a model leaves behind for the consistency losses; empty where a loss is not asked for."""
 
-    result: Any  # of the pass itself
+    result: Any  # result of the pass itself
     calls: list[Placed]  # attention calls of the last layers of the encoder
     states: list[Tensor]  # (B, N, D) last states of the language model
     features: list[Tensor]  # (B, S + h * w, D) last states of the encoder, special tokens in front
-    plans: list[PatchPlan]  # of all tiles, empty on the uniform grid
+    plans: list[PatchPlan]  # plans of all tiles, empty on the uniform grid
     dropped: bool  # copies of language tokens were left out
 
 
@@ -200,8 +200,8 @@ def batch_stability(
 
 def with_consistency(
     bundle: Bundle,
-    rows: Sequence[dict | Sample],  # of the batch; numbers need documents with texts, or samples with evidence
-    batch: Mapping[str, Tensor],  # of `training_batch`
+    rows: Sequence[dict | Sample],  # rows of the batch; numbers need documents with texts, or samples with evidence
+    batch: Mapping[str, Tensor],  # result of `training_batch`
     config: SCRConfig,
     forward: Callable[[], Any],  # runs the model on the batch
     *,
@@ -233,7 +233,7 @@ def with_consistency(
 
 
 def consistency_table(
-    log: pd.DataFrame,  # of a training with consistency losses
+    log: pd.DataFrame,  # log of a training with consistency losses
 ) -> pd.DataFrame:  # one row per step
     """Turn the counts in a log into means: entropy in nats, in tokens (N_eff) and as share of ln N, rows at the
     floor, questions without a visible number."""

@@ -31,9 +31,9 @@ class Placed:
     "An attention call, and where its tokens were when it was made."
 
     call: AttentionCall
-    geometry: Any  # of the structural bias, None without
+    geometry: Any  # geometry of the structural bias, None without
     area: Tensor | None  # (B, K) log areas of adaptive patches in an encoder without structure
-    plans: tuple[PatchPlan, ...] = ()  # of its sequences, empty on the uniform grid
+    plans: tuple[PatchPlan, ...] = ()  # plans of its sequences, empty on the uniform grid
     tiles: tuple[int, ...] = ()  # which tile of the batch each plan cuts
 
     @classmethod

@@ -135,7 +135,7 @@ def measured_step(
     bundle: Bundle,
     parameters: dict[str, torch.nn.Parameter],  # what learns, from `finetune.prepared`
     batch: dict[str, Tensor],
-    side: LanguageSide | None = None,  # of a cut model; None: the model as a whole
+    side: LanguageSide | None = None,  # side of a cut model; None: the model as a whole
 ) -> tuple[float, dict[str, Tensor], dict[str, dict[str, int]]]:  # mean loss, gradients, bytes of each side
     "Take the gradients of one batch and count the memory of both sides of a cut, or of the whole."
     family, model = bundle.family, bundle.model

@@ -28,7 +28,7 @@ class Position:
 
     step: int = 0  # steps taken, skipped ones included
     skipped: int = 0  # steps without a finite loss so far
-    skipped_in_row: int = 0  # of those, the last ones without a good step between
+    skipped_in_row: int = 0  # skipped in row of those, the last ones without a good step between
     parts: int = 1  # pieces each micro-batch is cut into since memory ran out
 
 

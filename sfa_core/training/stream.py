@@ -105,7 +105,7 @@ STRETCH = 4096  # positions drawn together
 def stretch(
     data_seed: int,
     weights: tuple[float, ...],
-    number: int,  # of the stretch, from 0
+    number: int,  # number of the stretch, from 0
 ) -> tuple[np.ndarray, np.ndarray]:  # set at each position; how many of each set there are up to the end of the stretch
     "Draw the sets of a stretch of a mixture."
     before = stretch(data_seed, weights, number - 1)[1] if number else np.zeros(len(weights), dtype=np.int64)

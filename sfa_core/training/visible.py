@@ -83,7 +83,7 @@ def shown_boxes(
     bundle: Bundle,
     size: tuple[int, int],  # width and height of the image, pixels
     tiles: int | None = None,  # most tiles per image
-    plans: Sequence[PatchPlan] = (),  # of its tiles, where copies of tokens are dropped
+    plans: Sequence[PatchPlan] = (),  # plans of its tiles, where copies of tokens are dropped
 ) -> np.ndarray:  # (K, 4) pixels, nan where a token shows none
     "Return what each image token of the language model shows, patches of mixed size included."
     boxes = language_boxes(bundle, size, tiles)
@@ -160,8 +160,8 @@ def has_digit(bundle: Bundle, tokens: Tensor) -> Tensor:  # bool of the same sha
 
 def number_targets(
     bundle: Bundle,
-    batch: Mapping[str, Tensor],  # of `training_batch`
-    pages: Sequence[NumberPage],  # of the same rows
+    batch: Mapping[str, Tensor],  # result of `training_batch`
+    pages: Sequence[NumberPage],  # pages of the same rows
     shown: Sequence[np.ndarray],  # (K, 4) boxes of the image tokens of each page
 ) -> NumberTargets:  # on the CPU
     "Match digits of the answers with the image tokens that show their number."
