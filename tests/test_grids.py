@@ -249,7 +249,8 @@ def test_a_cluster_makes_a_grid_and_survives_its_workers_and_its_client(home, wr
     command = [*SFA, "grid", str(write_grid(parameters={"size": [-1, 2], "seconds": 40}, gpus=1)), "--scheduler",
                address]
     client = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_for(lambda: any(state.glob(".partial-*/checkpoint/state")), "the first checkpoint")
+    # one run is under way and the other has failed, so that what the second client finds does not depend on the clock
+    wait_for(lambda: any(state.glob(".partial-*/checkpoint/state")) and any(state.glob("failed-*")), "both beginnings")
     client.kill()
     client.communicate()
     victim = next(worker for worker in workers if worker.pid == parent_of(kernels(home)[-1]))
