@@ -1,6 +1,5 @@
 """Encoders from nothing that know their places in other ways: what is kept can be read, what is fixed does not learn,
 and the published terms compute what they did before there were others."""
-import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -10,8 +9,8 @@ from sfa_core.documents.generate import documents
 from sfa_core.models.embedded import train_tokenizer
 from sfa_core.models.load import new_bundle
 from sfa_core.pretraining.dense import patch_features
-from sfa_core.pretraining.dynamics import DenseConfig, FreshPages, learn_dense, load_encoder, measure_dense
-from sfa_core.pretraining.dynamics import place_patches
+from sfa_core.pretraining.dynamics import DenseConfig, FreshPages, learn_dense, measure_dense
+from sfa_core.pretraining.dynamics import place_patches, read_dense_encoder
 from sfa_core.pretraining.recipe import decode_documents, pixel_values
 from sfa_core.structure.inject import structures_of
 from sfa_core.structure.rivals import learned_positions
@@ -42,7 +41,7 @@ def placed(tokenizer, **arm):
 def test_what_is_kept_measures_as_it_did(arm, tokenizer, held_out, tmp_path):
     config = DenseConfig(**ARMS[arm], steps=3, batch_size=3, every=3, seed=1)
     curve, _ = learn_dense(FreshPages(), held_out, tokenizer, config, tmp_path, TINY)
-    bundle, heads, about = load_encoder(tmp_path / "encoder.safetensors", tokenizer)
+    bundle, heads, about = read_dense_encoder(tmp_path / "encoder.safetensors", tokenizer)
     assert DenseConfig(**about["dense"]) == config
     for measure, found in measure_dense(bundle, heads, held_out).items():
         assert curve.set_index("measure").loc[measure, ["rate", "n"]].tolist() == [found["rate"], found["n"]]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['POSITIONS', 'DenseConfig', 'structural_weights', 'FreshPages', 'draw_batch', 'classes_of', 'place_patches',
-           'save_encoder', 'load_encoder', 'measure_dense', 'learn_dense', 'fresh_encoder']
+           'save_encoder', 'read_dense_encoder', 'measure_dense', 'learn_dense', 'fresh_encoder']
 
 # %% ../../notebooks/library/10_pretraining/30_dynamics.ipynb #e1193fc3
 import copy
@@ -157,7 +157,7 @@ def save_encoder(
     write_atomic(path, save(tensors, {"about": json.dumps(about)}))
 
 
-def load_encoder(
+def read_dense_encoder(
     path: str | Path,  # as written by `learn_dense`
     tokenizer: object,  # tokenizer of a model that is built around the encoder
 ) -> tuple[Bundle, DenseHeads, dict]:  # what else is known: `dense`, the configuration, and `architecture`
