@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy, interpolate, scaled_dot_product_a
 
 from ..structure.bias import TERMS, Geometry, StructuralBias, check_terms, uniform_geometry
 
-# %% ../../notebooks/library/10_pretraining/40_token_tables.ipynb #a924ae4e
+# %% ../../notebooks/library/10_pretraining/40_token_tables.ipynb #624ca134
 WORDS = 48  # vocabulary
 TASKS = {"headers": ("row header", "column header"), "neighbours": ("word above", "word to the left")}
 
@@ -31,8 +31,8 @@ def draw_tables(
 ) -> Tensor:  # (B, rows + 1, columns + 1) words
     "Draw tables of random words, with different words as headers; ValueError when there are not enough words."
     if rows + columns > WORDS:
-        raise ValueError(f"{rows} rows and {columns} columns need {rows + columns} different headers; there are {WORDS} "
-                         f"words")
+        raise ValueError(f"{rows} rows and {columns} columns need {rows + columns} different headers; there are "
+                         f"{WORDS} words")
     headers = torch.rand(count, WORDS, generator=generator).argsort(-1)
     tables = torch.randint(0, WORDS, (count, rows + 1, columns + 1), generator=generator)
     tables[:, 1:, 0], tables[:, 0, 1:] = headers[:, :rows], headers[:, rows : rows + columns]
