@@ -7,7 +7,7 @@ __all__ = ['BINDING_KINDS', 'HELD_OUT', 'LARGER', 'PATCH', 'BINDING_ARMS', 'CURV
            'BindingArm', 'LearningCurve', 'asked_for', 'binding_config', 'learn_curve', 'encoder_folder', 'write_curve',
            'read_curves', 'curve_table', 'paired_differences', 'steps_to']
 
-# %% ../../notebooks/library/12_runs/65_curves.ipynb #6e347d6e
+# %% ../../notebooks/library/12_runs/65_curves.ipynb #dab3dcb5
 import json
 import time
 from collections.abc import Iterable, Mapping
@@ -28,7 +28,7 @@ from ..pretraining.recipe import TrainingSet, decode_documents
 from .ablation import kept_folder
 from .results import git_commit
 from ..scores.intervals import seed_interval
-from ..structure.bias import TERMS
+from ..structure.terms import TERMS
 
 # %% ../../notebooks/library/12_runs/65_curves.ipynb #9d4e0620
 BINDING_KINDS = ("bar", "grouped_bar", "table")
@@ -82,7 +82,7 @@ def binding_task(
     return BindingTask(f"{side} x {side}" + (f", {few:,} documents" if few else ""), pages, asked,
                        EmbeddedConfig(image_size=size))
 
-# %% ../../notebooks/library/12_runs/65_curves.ipynb #618fced9
+# %% ../../notebooks/library/12_runs/65_curves.ipynb #93facb78
 @dataclass(frozen=True)
 class BindingArm:
     "How one arm differs from the control."
@@ -95,6 +95,9 @@ BINDING_ARMS = {
     "control": BindingArm("learned positions", {}),
     "vision": BindingArm("+ SFA: row, column, distance, block", dict(terms=TERMS)),
     "column": BindingArm("+ same column only", dict(terms=("column",))),
+    "offset": BindingArm("+ offsets: free values for every row and column difference", dict(terms=("offset",))),
+    "shuffled": BindingArm("+ SFA on a fixed random permutation of the places", dict(terms=TERMS, shuffled=True)),
+    "rope": BindingArm("2-D rotary positions in place of learned ones", dict(positions="rope")),
 }
 
 # %% ../../notebooks/library/12_runs/65_curves.ipynb #30ab04ee
