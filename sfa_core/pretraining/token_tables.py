@@ -221,15 +221,14 @@ def ask_reader(
                  for i, question in enumerate(TASKS[task])]
     return pd.DataFrame(rows)
 
-# %% ../../notebooks/library/10_pretraining/40_token_tables.ipynb #d9efa4ed
+# %% ../../notebooks/library/10_pretraining/40_token_tables.ipynb #4b236b5d
 def train_and_ask(
     task: str,  # one of TASKS
     arm: str,  # name for the table
     config: TableConfig,
     count: int = 64,  # tables of each size
 ) -> pd.DataFrame:  # as `ask_reader`, with task, arm and seed
-    "Train a reader on one thread and ask it."
-    torch.set_num_threads(1)
+    "Train a reader and ask it."
     asked = ask_reader(train_reader(task, config), task, count=count)
     return asked.assign(task=task, arm=arm, seed=config.seed)
 
@@ -240,10 +239,12 @@ def ask_arms(
     tasks: Sequence[str] = tuple(TASKS),
     *,
     count: int = 64,  # tables of each size
-    workers: int = 2,  # processes
+    workers: int = 1,  # processes; 1: this one
 ) -> pd.DataFrame:  # task, arm, seed, side, question, rate, n, changed
     "Train every arm with every seed on every task and ask it."
     jobs = [(task, arm, replace(config, seed=seed), count)
             for task in tasks for arm, config in arms.items() for seed in seeds]
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    if workers == 1:
+        return pd.concat([train_and_ask(*job) for job in jobs], ignore_index=True)
+    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         return pd.concat(pool.map(train_and_ask, *zip(*jobs)), ignore_index=True)
