@@ -166,7 +166,7 @@ def verdict_sentence(comparison: Comparison) -> str:
     "Write the sentence of a comparison in the order of its outcomes."
     (first, second), outcome = comparison.names, comparison.outcome
     numbers = f"{difference_text(comparison)}; {design_text(comparison)})"
-    numbers += "" if comparison.adjusted is None else f", adjusted p {comparison.adjusted:.2g}"
+    numbers += "" if comparison.adjusted is None else f", adjusted p {comparison.adjusted:.3g}"
     margin = f"{100 * comparison.margin:g} point{'s' * (comparison.margin != 0.01)}"
     if outcome == "equivalent":
         around = points_text(*comparison.interval(2 * comparison.level - 1))
