@@ -18,7 +18,7 @@ import pandas as pd
 from statsmodels.stats.multitest import multipletests
 
 from ..documents.questions import READ_KINDS
-from .intervals import Effect, Interval, McNemar, clustered_effect, interval_text, mcnemar, points
+from .intervals import Effect, McNemar, clustered_effect, interval_text, mcnemar, points
 from .intervals import points_text
 from .power import design_of, least_detectable
 from .records import Evaluation
@@ -216,7 +216,7 @@ def compare_rows(
 
 
 def parts_of(rows: pd.DataFrame, trained: Collection[str]) -> dict[str, pd.Series]:
-    "Mark the questions about seen and unseen kinds of generated documents, reading, and arithmetic; empty ones left out."
+    "Mark questions about seen and unseen kinds of generated documents, reading, and the rest; no mark is empty."
     kinds = rows["document_a"].str.split("-").str[1]
     reading = rows["kind_a"].isin(READ_KINDS)
     marks = {"seen kinds": kinds.isin(trained), "unseen kinds": ~kinds.isin(trained), "reading": reading,

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from .compare import MIN_DOCUMENTS, paired
-from .intervals import clustered_effect, interval_text, mcnemar, points_text
+from .intervals import interval_text, mcnemar, paired_bootstrap, points_text
 from .grounding import CATEGORIES
 
 # %% ../../notebooks/library/04_scores/70_transitions.ipynb #1ea7ec8d
