@@ -58,7 +58,7 @@ def test_the_same_seed_gives_the_same_pages():
 @pytest.mark.parametrize("given, message", [
     (dict(n=0), "0 pages and edits .* expected at least 1"),
     (dict(edits=("colour",)), "expected at least 1 and some of number"),
-    (dict(kinds=("pie",), preset="rich"), "none of 60 documents of kind 'pie'"), (dict(preset="poster"), "poster")])
+    (dict(kinds=("pie",)), "none of 60 documents of kind 'pie'"), (dict(preset="poster"), "unknown preset 'poster'")])
 def test_impossible_pages_are_refused(given, message):
     with pytest.raises(ValueError, match=message):
         counterfactuals(**{"n": 1, "seed": 0} | given)

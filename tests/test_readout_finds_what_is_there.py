@@ -25,8 +25,8 @@ def planted(rng, count, width, strength=1.0):
     return numbers, strength * code + 0.3 * rng.normal(size=(count, width))
 
 
-@settings(max_examples=8)
-@given(seed=st.integers(0, 10**6), width=st.sampled_from((40, 64, 200)), shift=st.floats(-50, 50),
+@settings(max_examples=5)
+@given(seed=st.integers(0, 10**6), width=st.sampled_from((40, 64, 100)), shift=st.floats(-50, 50),
        scale=st.floats(1e-3, 1e3))
 def test_a_planted_code_is_found_wherever_it_lies(seed, width, shift, scale):
     rng = np.random.default_rng(seed)
@@ -58,11 +58,11 @@ def test_places_in_a_row_have_readers_of_their_own():
     rng = np.random.default_rng(0)
     numbers, inputs = planted(rng, 1000, 64)
     other = np.arange(1000) % 2 == 1
-    turned = np.where(other[:, None], inputs @ np.linalg.qr(rng.normal(size=(64, 64)))[0], inputs)
+    turned = np.where(other[:, None], -inputs, inputs)
     pages, config = np.arange(1000) // 4, ReadoutConfig(components=24)
     together = read_numbers_at(turned, numbers, pages, config=config)
     each = read_numbers_at(turned, numbers, pages, places=other, config=config)
-    assert each.hit.mean() > together.hit.mean() + 0.1
+    assert each.hit.mean() > together.hit.mean() + 0.5
 
 
 def test_what_cannot_be_read_is_nan_and_counted():

@@ -6,13 +6,13 @@
 __all__ = ['EDITS', 'DRAWS', 'set_value', 'swap_labels', 'remove_row', 'redraw', 'others_stay', 'edit_number', 'Pair',
            'sample_of', 'names_its_row', 'edited_pages', 'pairs_of', 'counterfactuals', 'pages_of']
 
-# %% ../../notebooks/library/02_documents/27_counterfactuals.ipynb #8e7da241
+# %% ../../notebooks/library/02_documents/27_counterfactuals.ipynb #29f4ff8a
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .generate import PRESET_KINDS, Document, make_document
+from .generate import EMBEDDED_KINDS, PRESET_KINDS, Document, make_document
 from .layout import LAYOUTS, Sheet
 from .questions import READ_KINDS, Content, Question
 from .samples import Evidence, Sample, evidence_of
@@ -131,7 +131,7 @@ def edited_pages(
             "absent": (redraw(document, remove_row(content, row)), silent),
             "blank": (replace(document, sheet=Sheet(document.sheet.style), questions=()), silent)}
 
-# %% ../../notebooks/library/02_documents/27_counterfactuals.ipynb #e777ff9b
+# %% ../../notebooks/library/02_documents/27_counterfactuals.ipynb #3d53558c
 DRAWS = 60  # pages that are drawn in search of one that serves
 
 
@@ -166,7 +166,8 @@ def counterfactuals(
     if n < 1 or not edits or set(edits) - set(EDITS):
         raise ValueError(f"{n} pages and edits {', '.join(edits) or 'none'}; expected at least 1 and some of "
                          f"{', '.join(EDITS)}")
-    kinds, pairs = tuple(kinds or [kind for kind in PRESET_KINDS.get(preset, ("",)) if kind != "pie"]), []
+    chosen = kinds or [kind for kind in PRESET_KINDS.get(preset, EMBEDDED_KINDS) if kind != "pie"]
+    kinds, pairs = tuple(chosen), []
     for page in range(n):
         kind = kinds[page % len(kinds)]
         for draw in range(DRAWS):

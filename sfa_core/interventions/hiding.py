@@ -6,8 +6,7 @@
 __all__ = ['MAP_SCORES', 'paper_colour', 'hidden_pages', 'CausalMap', 'cells_per_side', 'hide_patches', 'locate_evidence',
            'map_table']
 
-# %% ../../notebooks/library/08_interventions/65_hiding.ipynb #ec4f1357
-from collections.abc import Sequence
+# %% ../../notebooks/library/08_interventions/65_hiding.ipynb #5b967971
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -44,7 +43,7 @@ def hidden_pages(
         pages.append(page)
     return pages
 
-# %% ../../notebooks/library/08_interventions/65_hiding.ipynb #3ba4d40b
+# %% ../../notebooks/library/08_interventions/65_hiding.ipynb #95542365
 @dataclass(frozen=True, eq=False)
 class CausalMap:
     """What an answer loses when cells of its page are hidden."""
@@ -58,10 +57,11 @@ class CausalMap:
     def describe(self, sample: Sample) -> str:
         """Return one line about the map, with whether it finds the evidence where that is known."""
         found = locate_evidence(self.loss.ravel(), self.boxes, sample)
-        known = "" if found is None else (f"; the largest loss is {'' if found['pointing'] else 'not '}at the answer's text, "
-                                          f"IoU {found['iou']:.2f} (chance {found['iou_chance']:.2f})")
-        return (f"{self.answer!r} has {self.score:.2f} nats; one hidden patch takes up to {max(0, self.loss.max()):.2f} of "
-                f"them{known}")
+        known = "" if found is None else (
+            f"; the largest loss is {'' if found['pointing'] else 'not '}at the answer's text, IoU {found['iou']:.2f} "
+            f"(chance {found['iou_chance']:.2f})")
+        return (f"{self.answer!r} has a log-probability of {self.score:.2f} nats; one hidden patch lowers it by up to "
+                f"{max(0, self.loss.max()):.2f}{known}")
 
 
 def cells_per_side(bundle: Bundle) -> int:

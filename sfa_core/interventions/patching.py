@@ -130,7 +130,7 @@ def chosen_tokens(places: TokenPlaces, pairs: Sequence[Pair], which: str, seed: 
         found["prompt"].append(pair_tokens(places.boxes[at], pair, which, rng))
     return found
 
-# %% ../../notebooks/library/08_interventions/60_patching.ipynb #8e33738c
+# %% ../../notebooks/library/08_interventions/60_patching.ipynb #f9741334
 def apart(asked: Sequence[Sample]) -> list[Sample]:
     """Give every question a page of its own, so that two questions about one page can be treated differently."""
     return [replace(sample, document=f"{at}") for at, sample in enumerate(asked)]
@@ -159,7 +159,8 @@ class Patcher:
         self.bundle, self.tiles = bundle, tiles
         self.places, donors = (locate(bundle, apart([getattr(pair, name) for pair in pairs]), tiles)
                                for name in ("before", "after"))
-        if any(not np.array_equal(one, other) for one, other in zip(self.places.prompt, donors.prompt, strict=True)):
+        same = [np.array_equal(one, other) for one, other in zip(self.places.prompt, donors.prompt, strict=True)]
+        if not all(same) or [page.size for page in self.places.images] != [page.size for page in donors.images]:
             raise ValueError("the pages of a pair have different image tokens, expected pages of one size")
         keep = Keep(slots_of(donors, chosen_tokens(donors, pairs, tokens, seed)))
         with stage_hooks(bundle, stages(bundle), keep.see):

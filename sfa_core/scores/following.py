@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHANGES', 'OUTCOMES', 'RATES', 'strictly_right', 'printed_numbers', 'outcome', 'following', 'following_rates']
 
-# %% ../../notebooks/library/04_scores/65_following.ipynb #33625bc6
+# %% ../../notebooks/library/04_scores/65_following.ipynb #cf304daf
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
@@ -14,9 +14,9 @@ from ..documents.counterfactuals import Pair
 from ..documents.numbers import read_numbers
 from ..documents.samples import Sample
 from .intervals import wilson_interval
-from .metrics import relaxed_accuracy
+from .metrics import relaxed_match
 
-# %% ../../notebooks/library/04_scores/65_following.ipynb #0d963f03
+# %% ../../notebooks/library/04_scores/65_following.ipynb #f030bb18
 CHANGES = ("number", "labels", "row")  # edits with a right answer
 OUTCOMES = {  # edit -> what may become of an answer
     **dict.fromkeys(CHANGES, ("followed", "kept", "lost", "wrong before")),
@@ -27,7 +27,7 @@ OUTCOMES = {  # edit -> what may become of an answer
 
 def strictly_right(reply: str, answers: Sequence[str]) -> bool:
     "Check that a reply is an answer, not a number near it."
-    return bool(answers) and bool(relaxed_accuracy(reply, answers, "strict"))
+    return any(relaxed_match(reply.strip(), answer, 0.0) for answer in answers)
 
 
 def printed_numbers(sample: Sample) -> set:
