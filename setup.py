@@ -58,7 +58,7 @@ setup(
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["sfa_core", "sfa_core.*"]),
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require={"dev": cfg["dev_requirements"].split(), "real": cfg["real_requirements"].split()},
     cmdclass={"build_py": BuildPackage},
     entry_points={
         "console_scripts": ["sfa=sfa_core.runs.commands:main"],
