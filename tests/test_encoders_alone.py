@@ -21,7 +21,7 @@ from sfa_core.models.resolution import at_resolution
 from sfa_core.pretraining.dense import DenseHeads, dense_binding
 from sfa_core.pretraining.recipe import decode_documents, pixel_values, targets_at
 from sfa_core.structure.inject import eject, inject, set_blocks, set_geometry, structures_of, use_attention
-from sfa_core.structure.bias import uniform_geometry
+from sfa_core.structure.geometry import uniform_geometry
 from sfa_core.structure.store import load_structure, save_structure
 from sfa_core.tokens.adaptive import attach_tokens, detach_tokens
 from sfa_core.tokens.patches import PatchConfig

@@ -30,8 +30,8 @@ from .dense import DenseHeads, binding_counts, dense_losses, patch_features
 from .dynamics import FreshPages, classes_of, draw_batch, measure_dense, structural_weights
 from .recipe import TrainingSet, pixel_values, targets_at
 from ..scores.intervals import clustered_bootstrap
-from ..structure.bias import TERMS, check_terms
 from ..structure.inject import CHILD, inject, structures_of
+from ..structure.terms import TERMS, check_terms
 from ..training.loop import LoopConfig, train
 
 # %% ../../notebooks/library/10_pretraining/40_tuning.ipynb #21384409

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['sequence_geometry', 'block_geometry', 'Calls', 'Followed', 'call_lists', 'biases_in', 'place_calls', 'begin_calls',
-           'end_calls', 'follow_sizes', 'stop_following', 'set_image_blocks', 'same_geometry', 'tile_geometry',
-           'place_tile', 'follow_tiles']
+           'end_calls', 'follow_sizes', 'stop_following', 'set_image_blocks', 'same_geometry', 'place_tile',
+           'follow_tiles']
 
 # %% ../../notebooks/library/03_structure/30_windows.ipynb #e9e72778
 from collections.abc import Callable, Sequence
@@ -14,8 +14,9 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor, nn
 
-from ..core.families import Family, TokenGrid, pair, uniform_grid, vision_of
-from .bias import Geometry, StructuralBias, grid_geometry, with_blocks
+from ..core.families import Family, TokenGrid, pair, vision_of
+from .bias import StructuralBias
+from .geometry import Geometry, grid_geometry, uniform_geometry, with_blocks
 
 # %% ../../notebooks/library/03_structure/30_windows.ipynb #0b3900e1
 def sequence_geometry(
@@ -172,7 +173,7 @@ def set_image_blocks(
                              f"{followed.blocks - 1}")
     followed.ids = None if ids is None else tuple(ids)
 
-# %% ../../notebooks/library/03_structure/30_windows.ipynb #e6bfa523
+# %% ../../notebooks/library/03_structure/30_windows.ipynb #37629bfa
 def same_geometry(
     first: Geometry,
     second: Geometry,
@@ -184,25 +185,16 @@ def same_geometry(
                for one, other in pairs)
 
 
-def tile_geometry(
-    size: tuple[int, int],  # rows and columns of patches
-    special: int,  # special tokens in front
-) -> Geometry:
-    """Place the tokens of a tile on its plain grid."""
-    grid = uniform_grid(*size, special)
-    return grid_geometry(grid.row, grid.column, grid.special, *size)
-
-
 def place_tile(tower: nn.Module, args: tuple, kwargs: dict) -> None:
     """Before the tower: lay the plain grid anew over tiles of another size than those before."""
     pixels = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0]
     biases, special = biases_in(tower), tower.structure_followed.family.special
     size = tuple(side // step for side, step in zip(pixels.shape[-2:], pair(vision_of(tower).patch_size)))
     own = biases[0].geometry
-    if own is None or own.size == size or not same_geometry(own, tile_geometry(own.size, special)):
+    if own is None or own.size == size or not same_geometry(own, uniform_geometry(*own.size, special)):
         return
     weight = next(biases[0].parameters())
-    plain = tile_geometry(size, special).map(lambda tensor: tensor.to(weight))
+    plain = uniform_geometry(*size, special).map(lambda tensor: tensor.to(weight))
     for bias in biases:
         bias.geometry = plain
 
