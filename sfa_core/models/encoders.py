@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from ..core.bundle import Bundle
 from ..core.families import family_of, pair, vision_of
-from ..core.hub import folder_revision
+from ..core.hub import MADE_MODELS, folder_revision
 from ..core.reading import read_json
 from .load import PRECISIONS, find_model, parse_placement, read_weights
 from .weights import ALONE, check_folder, read_config
@@ -107,7 +107,7 @@ def read_normalisation(
 
 
 def load_encoder(
-    name: str | Path,  # a folder or a hub id, such as facebook/dinov2-small
+    name: str | Path,  # a folder, a hub id such as facebook/dinov2-small, or "dinov2_small", which `make real` brings
     size: int | tuple[int, int] | None = None,  # of every page, pixels; None: as the encoder was trained
     *,
     precision: str = "float32",  # dtype of the weights
@@ -122,6 +122,8 @@ def load_encoder(
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r}; expected one of {', '.join(PRECISIONS)}")
     device, folder = parse_placement(placement)[0], find_model(name)
+    if str(name) in MADE_MODELS and not folder.is_dir():
+        raise FileNotFoundError(f"{name} is not here: `make real` brings it, or `python -m sfa_core.models.real`")
     check_folder(folder, ALONE)
     config = vision_of(read_config(folder))
     config._attn_implementation = "sdpa"
