@@ -28,15 +28,9 @@ from sfa_core.core.families import FAMILIES, family_of
 from sfa_core.structure.kernels import MaskCache, chunked_attention, low_rank_attention, may_cache
 from sfa_core.structure.strips import grid_attention, may_strip
 from sfa_core.core.memory import MemoryProbe
-from sfa_core.structure.bias import (
-    PADDING,
-    TERMS,
-    StructuralBias,
-    grid_geometry,
-    merge_cells,
-    uniform_geometry,
-    with_blocks,
-)
+from sfa_core.structure.bias import StructuralBias
+from sfa_core.structure.geometry import PADDING, grid_geometry, merge_cells, uniform_geometry, with_blocks
+from sfa_core.structure.terms import TERMS
 
 INTERNVL = FAMILIES["internvl"]
 CLOSE = {torch.float64: 1e-10, torch.float32: 1e-5}

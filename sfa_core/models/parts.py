@@ -16,7 +16,6 @@ import torch
 from ..structure.inject import CHILD, structures_of
 from ..core.bundle import Bundle
 from .quantization import BLOCK, narrow_layers
-from ..structure.bias import StructuralBias
 
 # %% ../../notebooks/library/06_models/60_parts.ipynb #996d408d
 def describe(
@@ -126,10 +125,9 @@ def structural_maps(
         raise ValueError(f"no structural bias of layer {layer}, query {query}, head {head}: expected {limits}")
     bias, maps, patch = biases[layer], {}, ~grid.special
     for terms in (*((term,) for term in bias.terms), bias.terms):
-        part = StructuralBias(bias.heads, bias.blocks, terms).to(next(bias.parameters()))
-        part.load_state_dict({term: getattr(bias, term) for term in terms})
         # (H, N, R)
-        left, right = (factor if factor.ndim == 3 else factor[image] for factor in part.factors(bias.geometry))
+        left, right = (factor if factor.ndim == 3 else factor[image]
+                       for factor in bias.part(terms).factors(bias.geometry))
         values = torch.einsum("hr,hkr->hk", left[:, query], right)
         values = (values.mean(0) if head is None else values[head]).float().cpu().numpy()
         name = terms[0] if len(terms) == 1 and terms[0] not in maps else "combined"

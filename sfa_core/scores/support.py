@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Support', 'possible_count', 'is_count', 'derive', 'find_support', 'is_covered', 'is_estimate', 'find_slip']
 
-# %% ../../notebooks/library/04_scores/58_support.ipynb #83697128
+# %% ../../notebooks/library/04_scores/58_support.ipynb #5c246318
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from .audit import calculation, sum_shown
 from .cells import Place, name_key
 from .claims import is_name, is_slip, significant, within
 from .facts import Facts
-from .operations import asks_for_count, counts_marks, named_operations
+from .operations import MOST_OPERANDS, asks_for_count, counts_marks, named_operations
 
 # %% ../../notebooks/library/04_scores/58_support.ipynb #8cf688c7
 class Support(NamedTuple):
@@ -83,13 +83,16 @@ def find_support(
         )
     return Support("none", (), "")
 
-# %% ../../notebooks/library/04_scores/58_support.ipynb #9e05838d
+# %% ../../notebooks/library/04_scores/58_support.ipynb #77ff9064
 def is_covered(
     question: str,
     answers: Sequence[str],
     known: Facts,
 ) -> bool:
-    "Check that evidence may call a number ungrounded: level A, or B or C where an answer has support in it."
+    """Check that evidence may call a number ungrounded: level A, or B or C where an answer has support in it; never
+    where a calculation has too many operands."""
+    if named_operations(question) and len(known.operands) > MOST_OPERANDS:
+        return False
     if known.level in "AD":
         return known.level == "A"
     for answer in answers:

@@ -22,10 +22,12 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from ..core.bundle import Bundle
 from ..core.families import family_of
 from ..core.hooks import PREFIX, AttentionCall, attention_hooks, hooked_name, replaced_name
-from .bias import TERMS, Geometry, StructuralBias, check_terms, grid_geometry, with_blocks
+from .bias import StructuralBias
+from .geometry import Geometry, grid_geometry, with_blocks
 from .kernels import MASK_BYTES, WIDEST, MaskCache, chunked_attention, combine_masks, constant_mask
 from .kernels import low_rank_attention, may_cache
 from .strips import grid_attention, may_strip
+from .terms import TERMS, check_terms
 from .windows import Calls, follow_sizes, set_image_blocks, stop_following
 
 # %% ../../notebooks/library/03_structure/40_inject.ipynb #810a3c35
@@ -130,6 +132,8 @@ def inject(
     *,
     blocks: int = 16,  # size of the block table
     seed: int = 0,  # seed of the initial weights
+    distance_unit: str = "page",  # unit of the term distance: page (h + w patches, as published) or patch
+    absolute_distance: bool = False,  # -|w| in place of -w for the term distance, as in the published code
 ) -> list[StructuralBias]:  # one per encoder layer that the projector depends on, first to last
     """Attach structural attention to a model's encoder; ValueError for an unsupported model, unknown terms or one
     that has it already."""
@@ -141,7 +145,8 @@ def inject(
         raise ValueError("the model has structural attention already: call eject first")
     grid = None if family.native else family.grid(model)
     seeds = np.random.SeedSequence(seed).generate_state(len(attentions))
-    biases = [StructuralBias(attention.num_heads, blocks, terms, int(own))
+    settings = dict(distance_unit=distance_unit, absolute_distance=absolute_distance)
+    biases = [StructuralBias(attention.num_heads, blocks, terms, int(own), **settings)
               for attention, own in zip(attentions, seeds, strict=True)]
     replaced = vision_attention(model)
     for attention, bias in zip(attentions, biases, strict=True):

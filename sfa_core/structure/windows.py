@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.families import Family, TokenGrid
-from .bias import Geometry, StructuralBias, grid_geometry, with_blocks
+from .bias import StructuralBias
+from .geometry import Geometry, grid_geometry, with_blocks
 
 # %% ../../notebooks/library/03_structure/30_windows.ipynb #0b3900e1
 def sequence_geometry(

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from ..core.bundle import Bundle
 from ..core.families import Family
-from ..structure.bias import Geometry, grid_geometry, with_blocks
+from ..structure.geometry import Geometry, grid_geometry, with_blocks
 from ..structure.inject import CHILD, set_geometry, structures_of, use_attention, vision_attention
 from .areas import AREA, plan_geometry
 from .copies import CopyHook, drop_copies, token_origins

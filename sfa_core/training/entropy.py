@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from ..attention.capture import logits_of, normalised, structural_factors
 from ..core.bundle import Bundle
 from ..core.hooks import AttentionCall
-from ..structure.bias import PADDING
+from ..structure.geometry import PADDING
 from ..structure.inject import CHILD
 from ..tokens.adaptive import TokenControl
 from ..tokens.areas import AREA
