@@ -18,6 +18,9 @@ SHIPPED = (  # patterns of files
 cfg = ConfigParser(delimiters=["="])
 cfg.read(ROOT / "settings.ini", encoding="utf-8")
 cfg = cfg["DEFAULT"]
+# what few need; the checks need all of it
+EXTRAS = {name: cfg[f"{name}_requirements"].split() for name in ("ocr", "real")}
+EXTRAS["dev"] = cfg["dev_requirements"].split() + sum(EXTRAS.values(), [])
 
 
 def shipped_files():
@@ -58,7 +61,7 @@ setup(
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["sfa_core", "sfa_core.*"]),
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require=EXTRAS,
     cmdclass={"build_py": BuildPackage},
     entry_points={
         "console_scripts": ["sfa=sfa_core.runs.commands:main"],

@@ -14,7 +14,7 @@ from sfa_core.pretraining.dynamics import (
     classes_of,
     draw_batch,
     learn_dense,
-    load_encoder,
+    read_dense_encoder,
     measure_dense,
 )
 from sfa_core.models.embedded import EmbeddedConfig, train_tokenizer
@@ -68,14 +68,14 @@ def test_a_training_that_is_cut_off_between_and_within_measurements_ends_the_sam
 
 def test_the_encoder_that_is_kept_measures_as_it_did(trained, tokenizer, held_out):
     folder, curve, _ = trained
-    bundle, heads, about = load_encoder(folder / "encoder.safetensors", tokenizer)
+    bundle, heads, about = read_dense_encoder(folder / "encoder.safetensors", tokenizer)
     last = curve[curve["step"] == 5].set_index("measure")
     for name, part in held_out.items():
         for measure, found in measure_dense(bundle, heads, part).items():
             assert last.loc[f"{name} {measure}".strip(), ["rate", "n"]].tolist() == [found["rate"], found["n"]]
     assert about["dense"]["terms"] == ["row", "column"] and heads.classes == PAGE_HEADS
     with pytest.raises(FileNotFoundError, match="no encoder at"):
-        load_encoder(folder / "nothing.safetensors", tokenizer)
+        read_dense_encoder(folder / "nothing.safetensors", tokenizer)
 
 
 def test_arms_of_a_seed_see_the_same_pages_and_no_page_twice(tokenizer, held_out, tmp_path, monkeypatch):

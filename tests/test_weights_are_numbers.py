@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from sfa_core.core.finite import check_finite
 from sfa_core.models.load import EMBEDDED, load_model
-from sfa_core.pretraining.dynamics import load_encoder, save_encoder
+from sfa_core.pretraining.dynamics import read_dense_encoder, save_encoder
 from sfa_core.pretraining.recipe import load_heads
 from sfa_core.tokens.density import SHIPPED, load_density
 
@@ -60,7 +60,7 @@ def test_an_encoder_is_numbers(tmp_path, change):
     save_encoder(path, tower, load_heads(EMBEDDED), architecture={}, dense={"seed": 0, "terms": []})
     name = spoil(path, change)
     with pytest.raises(ValueError, match=f"encoder.safetensors: {name} holds"):
-        load_encoder(path, bundle.tokenizer)
+        read_dense_encoder(path, bundle.tokenizer)
 
 
 def test_the_first_weight_that_is_none_is_named():

@@ -17,7 +17,8 @@ from torch.nn import Parameter
 
 from ..core.bundle import Bundle
 from ..core.finite import check_finite
-from ..structure.bias import TERMS, StructuralBias, check_terms
+from ..structure.bias import StructuralBias
+from ..structure.terms import TERMS, check_terms
 from ..structure.inject import CHILD, eject
 from ..structure.store import load_structure, save_structure
 from ..tokens.adaptive import CONTROL, attach_tokens, detach_tokens
