@@ -22,9 +22,11 @@ import numpy as np
 from ..core.hub import cached_commit
 from ..core.reading import answers_of, check_cache, inside, is_folder, is_hub_id, read_json, text_value
 from .catalogue import Benchmark, find_benchmark
+from .charthal import charthal_rows
 from .chartqa import chartqa_rows, find_split
 from .folders import folder_rows
 from .generate import documents
+from .sroie import sroie_rows
 from .samples import Sample, samples
 
 # %% ../../notebooks/library/02_documents/55_benchmarks.ipynb #1a61cab9
@@ -188,6 +190,12 @@ def check_saved(folder: Path) -> None:
 # %% ../../notebooks/library/02_documents/55_benchmarks.ipynb #d20c2682
 def release_rows(benchmark: Benchmark, split: str, folder: Path) -> Iterator[dict]:
     "Read the questions of an original JSON release; FileNotFoundError names the file that is expected."
+    if benchmark.name == "sroie":
+        yield from sroie_rows(folder)
+        return
+    if benchmark.name == "charthal":
+        yield from charthal_rows(folder, split)
+        return
     choices = {"dvqa": [f"{split}_qa.json"], "figureqa": [f"{split}/qa_pairs.json"],
                "plotqa": [f"{split}/qa_pairs_V2.json", f"{split}/qa_pairs_V1.json"]}
     files = [file for name in choices[benchmark.name] for file in sorted(folder.rglob(name))]
