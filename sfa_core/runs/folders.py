@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['LONGEST', 'HIDDEN_KINDS', 'SafeYaml', 'FINISHED', 'PROMISED', 'PARTIAL', 'FAILED', 'visible', 'one_line', 'written',
            'component', 'RunState', 'read_mapping', 'check_ends', 'started_at', 'first_line', 'read_run', 'run_states',
-           'finished_runs', 'aliases_of', 'find_run', 'arm_folder', 'alias_name', 'check_alias', 'set_alias']
+           'reference_folder', 'finished_runs', 'aliases_of', 'find_run', 'arm_folder', 'alias_name', 'check_alias',
+           'set_alias']
 
 # %% ../../notebooks/library/12_runs/05_folders.ipynb #6dbe95bb
 import os
@@ -182,6 +183,17 @@ def run_states(study: str = "*") -> list[RunState]:
         newest[place] = max(newest.get(place, ""), state.started)
         order.append((newest[place], state.path.parent, state.identity, state.number, state))
     return [entry[-1] for entry in sorted(order, key=lambda entry: entry[:-1])]
+
+# %% ../../notebooks/library/12_runs/05_folders.ipynb #e99dff10
+def reference_folder(
+    name: str,  # folder below exports/reference
+) -> Path:
+    "Find a committed result, among one's own exports or in the repository; FileNotFoundError when there is none."
+    places = [root / "reference" / component(name, "reference") for root in (exports_root(), REPOSITORY / "exports")]
+    found = [place for place in places if place.is_dir()]
+    if not found:
+        raise FileNotFoundError(f"no reference {name!r}; expected a folder in {places[-1].parent}")
+    return found[0]
 
 # %% ../../notebooks/library/12_runs/05_folders.ipynb #0d649444
 def finished_runs(study: str = "*") -> list[Path]:
