@@ -23,6 +23,7 @@ from ..structure.inject import CHILD, structures_of
 from ..documents.samples import Sample
 from ..training.arms import load_arm
 from ..core.bundle import Bundle
+from ..core.families import head_count
 from ..attention.places import cells_of, expand_to_image
 from ..attention.probes import record
 from ..attention.records import AttentionRecord
@@ -62,8 +63,8 @@ class Recorder:
             raise ValueError(f"arms are {', '.join(self.arms)}, expected one, or two to be compared")
         self.tiles, self.max_new_tokens, self.pages, self.factors = tiles, max_new_tokens, {}, {}
         attentions = bundle.family.attentions_of(bundle.model)
-        tokens = LARGE if bundle.family.native else len(bundle.family.grid(bundle.model))
-        self.whole = 4 * len(attentions) * attentions[0].num_heads * tokens**2 <= LIMIT
+        tokens = LARGE if bundle.family.native else len(bundle.grid)
+        self.whole = 4 * len(attentions) * head_count(attentions[0]) * tokens**2 <= LIMIT
         for arm in self.arms:
             with self.attached(arm):
                 # a native tower places its tokens anew for every image
