@@ -153,7 +153,7 @@ def test_a_place_to_run_that_cannot_be_meant_is_refused(home, write_grid, capsys
     assert said in capsys.readouterr().err and executions(home) == 0 and finished_runs() == []
     assert (
         main(["grid", "no_such_grid"]) == 2
-        and "expected a YAML file or one of ablation, small, tour" in capsys.readouterr().err
+        and "expected a YAML file or one of ablation, finetune, small" in capsys.readouterr().err
     )
 
 
