@@ -284,6 +284,10 @@ class Family:
             raise ValueError(f"vision_feature_layer is {read}, expected layers of an encoder with {len(found)}")
         return found[:used]
 
+    def layers_of(self, model: Any) -> list[Any]:
+        """Return the encoder layers the projector depends on, first to last."""
+        return modules_at(model, self.attention.rpartition(".")[0])[: len(self.attentions_of(model))]
+
     def grid(self, model: Any, size: Size | None = None) -> TokenGrid:
         """Return the tokens of one tile, or of one image of a native tower, as they enter it; takes a model or its
         configuration."""
