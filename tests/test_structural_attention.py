@@ -728,6 +728,12 @@ def attached():
     return model
 
 
+def other_size_with_blocks():
+    model = attached()
+    set_blocks(bundle_of(model), torch.zeros(1, 16, dtype=torch.long))
+    tower_of(model)(pixels(1, 84))
+
+
 @pytest.mark.parametrize(
     "act, words",
     [
@@ -772,7 +778,7 @@ def attached():
         (lambda: set_blocks(bundle_of(attached()), torch.zeros(16).long()), r"shape \(16,\), expected \(images, 16\)"),
         (lambda: save_structure(bundle_of(tiny_internvl()), "unused"), "no structural attention: call inject first"),
         (
-            lambda: tower_of(attached())(pixels(1, 84)),
+            other_size_with_blocks,
             "the encoder sees 37 tokens, the geometry places 17 on a grid of 4 x 4",
         ),
     ],
