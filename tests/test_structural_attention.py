@@ -728,6 +728,12 @@ def attached():
     return model
 
 
+def other_size_with_blocks():
+    model = attached()
+    set_blocks(bundle_of(model), torch.zeros(1, 16, dtype=torch.long))
+    tower_of(model)(pixels(1, 84))
+
+
 @pytest.mark.parametrize(
     "act, words",
     [
@@ -772,7 +778,7 @@ def attached():
         (lambda: set_blocks(bundle_of(attached()), torch.zeros(16).long()), r"shape \(16,\), expected \(images, 16\)"),
         (lambda: save_structure(bundle_of(tiny_internvl()), "unused"), "no structural attention: call inject first"),
         (
-            lambda: tower_of(attached())(pixels(1, 84)),
+            other_size_with_blocks,
             "the encoder sees 37 tokens, the geometry places 17 on a grid of 4 x 4",
         ),
     ],
@@ -786,5 +792,5 @@ def test_wrong_input_is_one_clear_line(act, words):
 def test_blocks_of_another_batch_are_refused():
     model = attached()
     set_blocks(bundle_of(model), torch.zeros(2, 16, dtype=torch.long))
-    with pytest.raises(ValueError, match=r"got 3 images, the geometry \(set_blocks\) is for \(2,\)"):
+    with pytest.raises(ValueError, match=r"got 3 images, the geometry \(set_labels\) is for \(2,\)"):
         hidden(model)

@@ -21,6 +21,7 @@ from ..core.files import flush_to_disk, locked
 from ..core.pictures import decode
 from ..core.reading import box_of_edges, json_lines, read_text, text_value
 from .pages import page_files
+from .roles import with_roles
 from .samples import Evidence, Sample, TextBox
 
 # %% ../../notebooks/library/02_documents/47_ocr.ipynb #2fb4959c
@@ -35,7 +36,8 @@ def read_ocr(
     file: str | Path,      # JSON lines
     least: float = 0.5,    # confidence, 0..1; texts below it are dropped
 ) -> OcrTexts:
-    "Read an OCR result file; ValueError names the line that is no text with box and confidence."
+    """Read an OCR result file, and tell the roles of its texts; ValueError names the line that is no text with box and
+    confidence."""
     texts, kept, dropped = {}, 0, 0  # image -> texts, and how many
     expected = "image, text, box (4 numbers or 4 corners) and confidence (0 to 1)"
     for where, entry in json_lines(file, expected):
@@ -52,7 +54,7 @@ def read_ocr(
             continue
         kept += 1
         read.append(TextBox(text, box, "ocr"))
-    return OcrTexts({image: Evidence((), tuple(found)) for image, found in texts.items()}, kept, dropped)
+    return OcrTexts({image: with_roles(Evidence((), tuple(found))) for image, found in texts.items()}, kept, dropped)
 
 
 def with_texts(

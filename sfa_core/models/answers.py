@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHORT', 'LONG', 'Answer', 'stop_tokens', 'ignored_settings', 'without_settings', 'spatial_inputs', 'generate',
-           'reply_text', 'answer_batch', 'halving', 'answer']
+           'answer_served', 'reply_text', 'answer_batch', 'halving', 'answer']
 
 # %% ../../notebooks/library/06_models/50_answers.ipynb #b014e5ed
 import time
@@ -25,7 +25,8 @@ from ..documents.replies import is_mark, opened_by
 from ..documents.samples import Sample, samples
 from .footprint import patches_at_once, plan_answers
 from .images import ImageBatch, check_shape, check_tiles, image_batch, image_features
-from .sequences import end_token, prompt_tokens
+from .served import Served, ask_all
+from .sequences import SUFFIX, end_token, prompt_tokens
 
 # %% ../../notebooks/library/06_models/50_answers.ipynb #ded5aec0
 @dataclass(frozen=True)
@@ -120,6 +121,27 @@ def generate(
     cut = [(row, next((place for place, token in enumerate(row) if token in stops), None))
            for row in out[:, width:].tolist()]
     return [(row[:place], place is not None) for row, place in cut]
+
+# %% ../../notebooks/library/06_models/50_answers.ipynb #1c203280
+def answer_served(
+    bundle: Served,
+    asked: Sequence[Sample],
+    *,
+    batch_size: int,  # most requests at the same time
+    max_new_tokens: int,
+    suffix: str | None,
+    progress: bool,
+) -> list[Answer]:
+    "Answer questions through an API; ServerStopped when the server does not answer any more."
+    replies, suffix = {}, bundle.suffix(SUFFIX) if suffix is None else suffix
+    options = dict(at_once=batch_size, max_new_tokens=max_new_tokens, suffix=suffix)
+    with tqdm(total=len(asked), disable=not progress, desc="answers", unit="question") as bar:
+        for place, reply in ask_all(bundle, asked, range(len(asked)), **options):
+            replies[place] = Answer(**reply._asdict(), batch=min(batch_size, bundle.concurrent))
+            bar.update()
+    if progress:
+        tqdm.write(repr(bundle))
+    return [replies[place] for place in range(len(asked))]
 
 # %% ../../notebooks/library/06_models/50_answers.ipynb #6c1b52e6
 SHORT, LONG = 8, 0.25  # tokens of a short answer; share of long ones in a batch beyond which no answer waits for others
@@ -216,6 +238,10 @@ def answer(
     below 1."""
     if batch_size < 1 or max_new_tokens < 1:
         raise ValueError(f"batch_size {batch_size}, max_new_tokens {max_new_tokens}; expected at least 1 for both")
+    if isinstance(bundle, Served):
+        check_tiles(bundle, tiles)
+        options = dict(batch_size=batch_size, max_new_tokens=max_new_tokens, suffix=suffix, progress=progress)
+        return answer_served(bundle, samples(data), **options)
     asked, answers, waiting, training = samples(data), [], [], bundle.model.training
     limit = min(SHORT, max_new_tokens) if batch_size > 1 else max_new_tokens
     plan = plan_answers(bundle, asked, batch_size, max_new_tokens=max_new_tokens, tiles=tiles)

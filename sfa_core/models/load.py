@@ -8,6 +8,7 @@ __all__ = ['EMBEDDED', 'PRECISIONS', 'PROCESSOR_FIELDS', 'new_bundle', 'quiet', 
 
 # %% ../../notebooks/library/06_models/20_load.ipynb #f088531c
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel, PreTraine
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import is_torchvision_available, logging as transformers_logging
 
+from ..core.address import is_address
 from ..core.bundle import Bundle
 from ..core.families import family_of
 from ..core.finite import check_finite
@@ -30,6 +32,7 @@ from ..core.files import new_folder
 from ..core.hub import PATTERNS, SHIPPED_MODELS, cached_commit, folder_revision, local_model, weight_files
 from ..core.reading import check_cache
 from .embedded import EmbeddedConfig, build_processor, image_only, new_model
+from .served import Served, open_served
 from .quantization import keep_differentiable, quantization, quantized_layers
 from .weights import check_folder, check_stored, read_config
 from ..structure.bias import StructuralBias
@@ -175,6 +178,9 @@ def place(
 def read_weights(
     folder: Path,
     config: Any,  # as by `read_config`
+    *,
+    kind: Any = AutoModelForImageTextToText,  # class of the model
+    others: str = "$.",  # pattern of weights that belong to other parts of a checkpoint and are left out
     **options: Any,  # dtype, quantization_config, device_map of `from_pretrained`
 ) -> PreTrainedModel:
     "Load the weights of a folder; ValueError when they do not fit its configuration exactly."
@@ -182,14 +188,14 @@ def read_weights(
     options |= dict(use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)
     try:
         with quiet(bars=large):
-            model, report = AutoModelForImageTextToText.from_pretrained(
+            model, report = kind.from_pretrained(
                 folder, config=config, attn_implementation="sdpa", trust_remote_code=False, **options
             )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"weights of {folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        if report[what]:
-            keys = f"{len(report[what])} {what.replace('_', ' ')}, such as {min(map(str, report[what]))}"
+        if found := [key for key in map(str, report[what]) if not re.match(others, key)]:
+            keys = f"{len(found)} {what.replace('_', ' ')}, such as {min(found)}"
             raise ValueError(f"weights of {folder} do not fit its config.json: {keys}")
     if "quantization_config" in options:
         check_stored(folder)
@@ -227,18 +233,24 @@ def load_processor(
 
 
 def load_model(
-    name: str | Path,  # "embedded", a folder or a hub id
+    name: str | Path,  # "embedded", a folder, a hub id, or the address of a served model
     precision: str = "float32",  # dtype of all that is not quantised
     language_bits: int | None = None,  # 4 or 8: the language model by bitsandbytes
     placement: str = "auto",  # "auto", "cpu", "cuda:0", or "cuda:0,cuda:1" for encoder and language model
     structure: str | Path | None = None,  # folder of trained structural weights to attach
-) -> Bundle:
-    """Load a model with its processor, in eval mode.
+) -> Bundle | Served:
+    """Load a model with its processor, in eval mode, or find one that is served behind an address.
 
     ValueError or FileNotFoundError, in one line, for an unknown precision or placement, a missing or foreign
     folder, pickled or damaged
     weights, weights that do not fit the configuration, an unsupported family, a hub id that cannot be reached.
     """
+    if is_address(name):
+        given = dict(precision=precision, language_bits=language_bits, placement=placement, structure=structure)
+        own = dict(precision="float32", language_bits=None, placement="auto", structure=None)
+        if asked := ", ".join(f"{option} {value}" for option, value in given.items() if value != own[option]):
+            raise ValueError(f"{name}: {asked} of a served model is its server's affair; expected none of it here")
+        return open_served(str(name))
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r}; expected one of {', '.join(PRECISIONS)}")
     devices, folder = parse_placement(placement), find_model(name)

@@ -21,8 +21,9 @@ from .quantization import BLOCK, narrow_layers
 def describe(
     bundle: Bundle,
 ) -> dict[str, str]:  # part -> one phrase with its sizes
-    """Describe the parts of a model from its configuration and its modules."""
+    """Describe the parts of a model from its configuration and its modules; ValueError for an encoder alone."""
     model, family = bundle.model, bundle.family
+    family.check_answers()
     attentions, text = family.attentions_of(model), model.config.get_text_config()
     if family.native:
         seen, merged = "images at their own size", f"{family.merge(model) ** 2} patches become 1 token"
@@ -89,6 +90,9 @@ def memory_table(
 ) -> pd.DataFrame:  # part, device, stored (dtypes), parameters, MiB, MiB as bfloat16, share of that
     """Report where the weights of a model lie, how they are stored, and what they take; the last row is the whole
     model."""
+    columns = ["part", "device", "stored", "parameters", "MiB", "MiB as bfloat16", "share"]
+    if bundle.family.views == "served":  # nothing of it is here
+        return pd.DataFrame([("all", "served", "not known", 0, 0.0, 0.0, 0.0)], columns=columns).set_index("part")
     model, family, rows = bundle.model, bundle.family, []
     parts = {"encoder": family.tower_of(model), "projector": family.projector_of(model),
              "language model": family.language_of(model)}
@@ -104,9 +108,7 @@ def memory_table(
         places = sorted({str(p.device) for p in module.parameters()})
         rows.append((part, ", ".join(places), ", ".join(names), count, size / 2**20, count * 2 / 2**20,
                      size / (2 * count)))
-    return pd.DataFrame(rows,
-                        columns=["part", "device", "stored", "parameters", "MiB", "MiB as bfloat16",
-                                 "share"]).set_index("part")
+    return pd.DataFrame(rows, columns=columns).set_index("part")
 
 # %% ../../notebooks/library/06_models/60_parts.ipynb #4128d715
 @torch.no_grad()
@@ -119,7 +121,7 @@ def structural_maps(
 ) -> dict[str, np.ndarray]:  # term -> (h, w) float32 logits; the last one, "combined", is their sum
     """Return the structural bias of one query, term by term; ValueError for a model without structure or a place
     that does not exist."""
-    grid, biases = bundle.family.grid(bundle.model), structures_of(bundle)
+    grid, biases = bundle.grid, structures_of(bundle)
     if not (0 <= layer < len(biases) and 0 <= query < len(grid) and (head is None or 0 <= head < biases[0].heads)):
         limits = f"a layer below {len(biases)}, a token below {len(grid)} and a head below {biases[0].heads}"
         raise ValueError(f"no structural bias of layer {layer}, query {query}, head {head}: expected {limits}")

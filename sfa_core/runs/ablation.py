@@ -98,7 +98,8 @@ def mixture_of(
     return Mixture({name: source_documents(name, count, seed) for name in shares}, shares)
 
 
-MADE_BY = {"cells": "runs.ablation", "dynamics": "pretraining.dynamics"}  # kind of what is kept -> module that makes it
+# kind of what is kept -> module that makes it
+MADE_BY = {"cells": "runs.ablation", "dynamics": "pretraining.dynamics", "tuning": "pretraining.tuning"}
 
 
 def kept_folder(

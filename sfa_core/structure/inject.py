@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHILD', 'FUNCTIONS', 'placed_bias', 'structural_attention', 'dense_attention', 'eager_attention', 'inject', 'eject',
            'structures_of', 'vision_attention', 'use_attention', 'visible_weights', 'visible_attention', 'set_geometry',
-           'set_blocks']
+           'set_labels', 'set_blocks']
 
 # %% ../../notebooks/library/03_structure/40_inject.ipynb #2cc488a2
 import contextlib
@@ -20,15 +20,15 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from ..core.bundle import Bundle
-from ..core.families import family_of
+from ..core.families import family_of, head_count, vision_of
 from ..core.hooks import PREFIX, AttentionCall, attention_hooks, hooked_name, replaced_name
 from .bias import StructuralBias
-from .geometry import Geometry, grid_geometry, with_blocks
+from .geometry import Geometry, grid_geometry, with_labels
 from .kernels import MASK_BYTES, WIDEST, MaskCache, chunked_attention, combine_masks, constant_mask
 from .kernels import low_rank_attention, may_cache
 from .strips import grid_attention, may_strip
 from .terms import TERMS, check_terms
-from .windows import Calls, follow_sizes, set_image_blocks, stop_following
+from .windows import Calls, follow_sizes, follow_tiles, set_image_labels, stop_following
 
 # %% ../../notebooks/library/03_structure/40_inject.ipynb #810a3c35
 CHILD = "structure"  # name of the bias below an attention module
@@ -51,8 +51,8 @@ def placed_bias(
         raise ValueError(f"the encoder sees {tokens} tokens, the geometry places {geometry.tokens} on a grid of "
                          f"{geometry.size[0]} x {geometry.size[1]}")
     if geometry.batch not in ((), (1,), (batch,)):
-        raise ValueError(f"the encoder got {batch} images, the geometry (set_blocks) is for {tuple(geometry.batch)}: "
-                         f"one row of block ids per image expected")
+        raise ValueError(f"the encoder got {batch} images, the geometry (set_labels) is for {tuple(geometry.batch)}: "
+                         f"one row of ids per image expected")
     return bias, geometry
 
 
@@ -143,10 +143,10 @@ def inject(
     terms, attentions = check_terms(terms), family.attentions_of(model)
     if any(hasattr(attention, CHILD) for attention in attentions):
         raise ValueError("the model has structural attention already: call eject first")
-    grid = None if family.native else family.grid(model)
+    grid = None if family.native else bundle.grid
     seeds = np.random.SeedSequence(seed).generate_state(len(attentions))
     settings = dict(distance_unit=distance_unit, absolute_distance=absolute_distance)
-    biases = [StructuralBias(attention.num_heads, blocks, terms, int(own), **settings)
+    biases = [StructuralBias(head_count(attention), blocks, terms, int(own), **settings)
               for attention, own in zip(attentions, seeds, strict=True)]
     replaced = vision_attention(model)
     for attention, bias in zip(attentions, biases, strict=True):
@@ -159,6 +159,7 @@ def inject(
         follow_sizes(family.tower_of(model), attentions, family)
     else:
         set_geometry(bundle, grid_geometry(grid.row, grid.column, grid.special, grid.height, grid.width))
+        follow_tiles(family.tower_of(model), family)
     use_attention(model, "sfa")
     return biases
 
@@ -167,8 +168,7 @@ def eject(bundle: Bundle) -> Bundle:
     """Detach structural attention: the model is what it was before `inject`; ValueError when it has none."""
     structures_of(bundle)
     model, family = bundle.model, bundle.family
-    if family.native:
-        stop_following(family.tower_of(model))
+    stop_following(family.tower_of(model))
     for attention in family.attentions_of(model):
         replaced = attention.structure_replaced
         for name in (CHILD, "structure_cache", "structure_replaced"):
@@ -189,7 +189,7 @@ def vision_attention(
     model: PreTrainedModel,
 ) -> str:
     """Return the name of the encoder's attention implementation, without the hooks around it."""
-    return replaced_name(model.config.vision_config._attn_implementation)
+    return replaced_name(vision_of(model)._attn_implementation)
 
 
 def use_attention(
@@ -197,8 +197,9 @@ def use_attention(
     name: str,  # a registered implementation
 ) -> None:
     """Choose the encoder's attention implementation; the language model keeps its own, and hooks stay attached."""
-    hooked = model.config.vision_config._attn_implementation.startswith(PREFIX)
-    model.set_attn_implementation({"vision_config": hooked_name(name) if hooked else name})
+    vision = vision_of(model)
+    chosen = hooked_name(name) if vision._attn_implementation.startswith(PREFIX) else name
+    model.set_attn_implementation(chosen if vision is model.config else {"vision_config": chosen})
 
 
 def visible_weights(
@@ -237,17 +238,26 @@ def set_geometry(
         bias.geometry = ready[kind]
 
 
-def set_blocks(
+def set_labels(
     bundle: Bundle,
-    # (B, cells) int, a row per image (tile), cells row by row; for native sizes a list of (cells,); None: block 0
-    block_ids: Tensor | Sequence[Tensor] | None,
+    label: str,  # one of LABELS: block, group, order, role
+    # (B, cells) int, a row per image (tile), cells row by row; for native sizes a list of (cells,); None: no labels
+    ids: Tensor | Sequence[Tensor] | None,
 ) -> None:
-    """Assign blocks to the patches of the images of the next batch; ValueError for a wrong shape, dtype or id."""
+    """Assign labels to the patches of the images of the next batch; ValueError for a wrong shape, dtype or id."""
     bias = structures_of(bundle)[0]
     if bundle.family.native:
-        return set_image_blocks(bundle.family.tower_of(bundle.model), block_ids)
-    plain = replace(bias.geometry, block=None)
-    if block_ids is not None and block_ids.ndim != 2:
-        raise ValueError(f"block ids have shape {tuple(block_ids.shape)}, expected (images, "
+        return set_image_labels(bundle.family.tower_of(bundle.model), label, ids)
+    plain, count = bias.geometry, bias.blocks if label == "block" else None
+    if ids is not None and ids.ndim != 2:
+        raise ValueError(f"{label} ids have shape {tuple(ids.shape)}, expected (images, "
                          f"{int((~plain.special).sum(-1).max())})")
-    set_geometry(bundle, plain if block_ids is None else with_blocks(plain, block_ids, bias.blocks))
+    set_geometry(bundle, replace(plain, **{label: None}) if ids is None else with_labels(plain, label, ids, count))
+
+
+def set_blocks(
+    bundle: Bundle,
+    block_ids: Tensor | Sequence[Tensor] | None,  # as in `set_labels`; None: every patch is in block 0
+) -> None:
+    """Assign blocks to the patches of the images of the next batch; as `set_labels`."""
+    set_labels(bundle, "block", block_ids)

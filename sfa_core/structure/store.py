@@ -17,6 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ..core.bundle import Bundle
+from ..core.families import head_count, vision_of
 from ..core.finite import check_finite
 from ..core.files import write_atomic
 from .bias import StructuralBias
@@ -36,9 +37,9 @@ def structure_card(
 ) -> dict:
     """Describe structural weights and the encoder they fit."""
     model, family = bundle.model, bundle.family
-    attentions, grid = family.attentions_of(model), None if family.native else family.grid(model)
-    encoder = {"family": family.name, "layers": len(attentions), "heads": attentions[0].num_heads,
-               "width": model.config.vision_config.hidden_size,
+    attentions, grid = family.attentions_of(model), None if family.native or family.alone else bundle.grid
+    encoder = {"family": family.name, "layers": len(attentions), "heads": head_count(attentions[0]),
+               "width": vision_of(model).hidden_size,
                "grid": [grid.height, grid.width] if grid else family.views}
     return {"encoder": encoder, "terms": list(terms), "blocks": blocks, **settings}
 

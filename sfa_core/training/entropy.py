@@ -113,7 +113,7 @@ def tile_density(
     pixels: Tensor,  # (B, 3, Y, X) normalised tiles
 ) -> np.ndarray:  # (B, h, w), 0..1
     "Label the density of tiles on the encoder's grid."
-    processor, grid = bundle.processor.image_processor, bundle.family.grid(bundle.model)
+    processor, grid = bundle.processor.image_processor, bundle.grid
     mean, std = (np.array(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
     pages = (
         np.rint((pixels.detach().float().cpu().numpy() * std + mean).clip(0, 1) * 255)
