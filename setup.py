@@ -18,6 +18,8 @@ SHIPPED = (  # patterns of files
 cfg = ConfigParser(delimiters=["="])
 cfg.read(ROOT / "settings.ini", encoding="utf-8")
 cfg = cfg["DEFAULT"]
+EXTRAS = {"ocr": cfg["ocr_requirements"].split()}  # what few need; the checks need all of it
+EXTRAS["dev"] = cfg["dev_requirements"].split() + sum(EXTRAS.values(), [])
 
 
 def shipped_files():
@@ -58,7 +60,7 @@ setup(
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["sfa_core", "sfa_core.*"]),
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require=EXTRAS,
     cmdclass={"build_py": BuildPackage},
     entry_points={
         "console_scripts": ["sfa=sfa_core.runs.commands:main"],

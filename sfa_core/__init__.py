@@ -19,6 +19,8 @@ PLACES = {  # module: names it offers here
     "scores.records": "Evaluation",
     "scores.compare": "compare compare_seeds Comparison",
     "scores.grounding": "categorise grounding_report chance_floor",
+    "scores.harness": "read_answers",
+    "scores.differences": "why_different",
     "structure.inject": "inject eject",
     "tokens.density": "load_density",
     "tokens.patches": "PatchConfig",

@@ -58,7 +58,7 @@ def test_every_requirement_is_pinned():
     pinned = {re.sub(r"[-_.]+", "-", line.split("==")[0]).lower()
               for line in (ROOT / "constraints.txt").read_text().split()}
     settings = (ROOT / "settings.ini").read_text()
-    for key in ("requirements", "dev_requirements"):
+    for key in ("requirements", "dev_requirements", "ocr_requirements"):
         for requirement in re.search(rf"^{key} = (.*)$", settings, flags=re.M)[1].split():
             assert re.sub(r"[-_.]+", "-", re.split(r"[\[<>=]", requirement)[0]).lower() in pinned, (
                 f"{requirement} is not pinned in constraints.txt"
