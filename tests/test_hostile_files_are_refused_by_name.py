@@ -23,7 +23,7 @@ from sfa_core.documents.ocr import read_ocr
 from sfa_core.documents.parquet import ParquetRows
 from sfa_core.models.kept import KeptAnswers
 from sfa_core.models.load import EMBEDDED, load_model
-from sfa_core.pretraining.dynamics import load_encoder
+from sfa_core.pretraining.dynamics import read_dense_encoder
 from sfa_core.pretraining.recipe import load_heads
 from sfa_core.runs.grids import read_grid
 from sfa_core.scores.harness import read_answers
@@ -100,14 +100,8 @@ def hub_copy(folder):
     pq.write_table(table, folder / "copy" / "test-0.parquet")
 
 
-def summed(source):
-    "Copy an arm, and let its checksums be those of what is in it: the reader must look for itself."
-    def make(folder):
-        copied(source)(folder)
-    return make
-
-
 def sums(folder):
+    "Let the checksums of an arm be those of what is in it: the reader must look for itself."
     from sfa_core.core.identity import read_digest
     listed = [path for path in sorted(folder.iterdir()) if path.name != "SHA256SUMS"]
     (folder / "SHA256SUMS").write_text("".join(
@@ -155,7 +149,7 @@ READERS = {  # name -> lays out what is sound, the file that is replaced, what r
     **{f"replies of others, {kind}": single(f"a.{kind}", lambda path: read_answers(path, []))
        for kind in ("json", "jsonl", "csv", "tsv", "xlsx", "parquet")},
     "parquet": single("test-0.parquet", lambda path: list(ParquetRows([path]))),
-    "encoder": single("encoder.safetensors", lambda path: load_encoder(path, None)),
+    "encoder": single("encoder.safetensors", lambda path: read_dense_encoder(path, None)),
     "questions": (own_folder, "questions.jsonl", questions("folder")),
     "an image": (own_folder, "images/a.png", questions("folder")),
     "a folder of data": (own_folder, "images/a.png", folder_digest),
@@ -230,7 +224,7 @@ def test_a_model_is_loaded_or_refused_by_name(tmp_path, monkeypatch, target):
     monkeypatch.chdir(tmp_path)
     copied(EMBEDDED)(tmp_path)
     folder, bad, held = tmp_path / "copy", {}, {}
-    for kind, named in (CONTENTS | {"no file": KINDS}).items():
+    for named in (CONTENTS | {"no file": KINDS}).values():
         held |= {name: hostile for name, hostile in named.items() if name in OF_A_MODEL}
     for name, hostile in held.items():
         put(folder / target, hostile)

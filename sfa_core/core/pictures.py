@@ -9,11 +9,12 @@ __all__ = ['FORMATS', 'MOST_PIXELS', 'ORIENTATION', 'TURNS', 'turn_of', 'as_seen
 # %% ../../notebooks/library/01_core/18_pictures.ipynb #39e7eb52
 import io
 import warnings
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from .reading import is_file
 
 # %% ../../notebooks/library/01_core/18_pictures.ipynb #dcc7ad55
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
@@ -64,7 +65,7 @@ def open_picture(
     source: Any,  # bytes of a file, or a path
 ) -> Image.Image:  # to be closed; nothing is decoded yet
     "Open a picture of one of FORMATS; OSError or ValueError for a path that is no regular file, or too many pixels."
-    if not isinstance(source, bytes) and not Path(source).is_file():
+    if not isinstance(source, bytes) and not is_file(source):
         raise FileNotFoundError(f"no file {source}")
     image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
     if image.width * image.height > MOST_PIXELS:

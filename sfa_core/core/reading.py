@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MARK', 'HUB_ID', 'read_text', 'parse_json', 'read_json', 'json_lines', 'half_character', 'writable', 'text_value',
-           'box_of_edges', 'answers_of', 'is_folder', 'inside', 'is_hub_id', 'check_cache']
+           'box_of_edges', 'answers_of', 'is_folder', 'is_file', 'inside', 'is_hub_id', 'check_cache']
 
 # %% ../../notebooks/library/01_core/17_reading.ipynb #dd61dc7a
 import json
@@ -27,7 +27,7 @@ def read_text(
     """Read a text file in UTF-8, without its byte order mark; ValueError names a file in another encoding,
     FileNotFoundError what is no file."""
     path = Path(path)
-    if not path.is_file():
+    if not is_file(path):
         raise FileNotFoundError(f"{path} is no file; expected a text file in UTF-8")
     content = path.read_bytes()
     at = content.find(b"\0")
@@ -141,6 +141,16 @@ def is_folder(
     "Return whether a name is a folder; a text that cannot be a name is none."
     try:
         return Path(name).is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def is_file(
+    name: str | Path,
+) -> bool:
+    "Return whether a name is a regular file, and no device or pipe; a text that cannot be a name is none."
+    try:
+        return Path(name).is_file()
     except (OSError, ValueError):
         return False
 

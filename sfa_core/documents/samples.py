@@ -17,7 +17,7 @@ from datasets import Dataset, Image
 
 from ..core.identity import bytes_digest, file_digest, key_of
 from ..core.pictures import decode
-from ..core.reading import half_character
+from ..core.reading import half_character, is_file
 
 # %% ../../notebooks/library/02_documents/07_samples.ipynb #d87d230f
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def check_sample(sample: Sample) -> None:
         if half := half_character(text):
             raise ValueError(f"{name}: its {what} holds {half!a}, half of a character; expected text")
     source = sample.source
-    if isinstance(source, str | Path) and not Path(source).is_file():
+    if isinstance(source, str | Path) and not is_file(source):
         raise ValueError(f"{name}: {str(source)[:200]!r} is no file, expected its image")
     if not isinstance(source, bytes | str | Path | PILImage.Image):
         raise ValueError(f"{name}: its image is {type(source).__name__}, expected bytes, a file or a picture")

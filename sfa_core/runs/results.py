@@ -24,6 +24,7 @@ import pandas as pd
 from ..core.paths import CHECKOUT, DATA, REPOSITORY, exports_root
 from ..core.files import write_atomic
 from ..core.identity import folder_digest
+from ..core.reading import is_folder
 
 # %% ../../notebooks/library/12_runs/10_results.ipynb #54d15df4
 FINISHED = re.compile(r"[0-9a-f]{12}(-\d+)?")
@@ -184,7 +185,7 @@ def arm_folder(
     directory."""
     text = str(name)
     folder = Path(os.path.expanduser(text))
-    if isinstance(name, Path) or (text.startswith((".", "~")) or "/" in text) and folder.is_dir():
+    if isinstance(name, Path) or (text.startswith((".", "~")) or "/" in text) and is_folder(folder):
         return folder
     try:
         return find_run(text)

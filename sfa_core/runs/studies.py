@@ -20,7 +20,7 @@ import papermill
 from ..core.paths import REPOSITORY, working_root
 from ..core.hub import model_version
 from ..core.identity import code_digest, file_digest, folder_digest, key_of, package_versions
-from ..core.reading import is_folder
+from ..core.reading import is_file, is_folder
 from .results import arm_folder, component, shipped_digest
 
 # %% ../../notebooks/library/12_runs/20_studies.ipynb #257d02f7
@@ -130,7 +130,7 @@ def path_version(
 ) -> str:
     "Return a digest of a file or a folder; FileNotFoundError when there is none."
     path = Path(os.path.expanduser(text))
-    if path.is_file():
+    if is_file(path):
         return file_digest(path)[:16]
     if not is_folder(path):
         raise FileNotFoundError(f"no file or folder {text[:200]!r}")
