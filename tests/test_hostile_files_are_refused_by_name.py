@@ -195,7 +195,9 @@ def complaint(call, folder, seconds=SECONDS):
         with no_longer(seconds), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             call(folder)
-    except (ValueError, FileNotFoundError) as error:
+    except TimeoutError as error:
+        return str(error)
+    except (ValueError, OSError) as error:
         said = str(error)
         if len(said.splitlines()) != 1 or len(said) > 1500 or "\x1b" in said:
             return f"{len(said.splitlines())} lines, {len(said)} characters: {said[:200]!r}"

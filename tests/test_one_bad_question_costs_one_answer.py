@@ -215,7 +215,7 @@ print(json.dumps(peaks))
 
 
 def test_three_huge_pages_take_no_more_memory_than_one():
-    done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, timeout=300, check=True)
+    done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
     before, one, three = json.loads(done.stdout.splitlines()[-1])
     page = 7000 * 7000 * 3 / 2**20  # MiB as RGB
     assert one - before > page / 2, "the measurement sees a page"
@@ -304,7 +304,7 @@ def test_a_run_that_is_killed_while_it_answers_goes_on_behind_its_replies(bundle
     process.wait()
     first = kept()[0].read_bytes()
     assert len(list(exports.glob("runs/10_baseline_eval/.partial-*"))) == 1
-    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
+    subprocess.run(command, env=environment, check=True, capture_output=True)
     run, = [path.parent for path in exports.glob("runs/10_baseline_eval/*/records.parquet")]
     assert run.name[0] != "." and (run / "checkpoint" / kept()[0].name).read_bytes().startswith(first)
     lines = [json.loads(line) for line in kept()[0].read_bytes().splitlines()]

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..core.bundle import Bundle
 from ..core.finite import check_finite
 from ..core.files import write_atomic
-from ..core.reading import read_json
+from ..core.reading import read_content, read_json
 from ..core.schema import Card, Count, check_card
 from .bias import StructuralBias, check_terms
 from .inject import CHILD, inject, structures_of
@@ -88,7 +88,7 @@ def read_structure(
     for name in (CARD_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} holds no structural weights: {name} is missing")
-    data, card = (folder / WEIGHTS_FILE).read_bytes(), read_json(folder / CARD_FILE)
+    data, card = read_content(folder / WEIGHTS_FILE), read_json(folder / CARD_FILE)
     check_card(StructureCard, card, str(folder / CARD_FILE))
     try:
         if hashlib.sha256(data).hexdigest() != card["sha256"]:

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from ..core.finite import check_finite
 from ..core.paths import DATA
 from ..core.files import write_atomic
-from ..core.reading import read_json
+from ..core.reading import read_content, read_json
 from ..core.schema import Card, Rate, check_card
 
 # %% ../../notebooks/library/05_tokens/10_density.ipynb #9a085914
@@ -278,7 +278,7 @@ def load_density(
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} holds no density estimator: {name} is missing; train_density and "
                                     f"save_density make one")
-    data, estimator = (folder / WEIGHTS_FILE).read_bytes(), DensityEstimator()
+    data, estimator = read_content(folder / WEIGHTS_FILE), DensityEstimator()
     card = read_json(folder / CARD_FILE)
     check_card(DensityCard, card, str(folder / CARD_FILE))
     try:
