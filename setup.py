@@ -18,7 +18,8 @@ SHIPPED = (  # patterns of files
 cfg = ConfigParser(delimiters=["="])
 cfg.read(ROOT / "settings.ini", encoding="utf-8")
 cfg = cfg["DEFAULT"]
-EXTRAS = {"ocr": cfg["ocr_requirements"].split()}  # what few need; the checks need all of it
+# what few need; the checks need all of it
+EXTRAS = {name: cfg[f"{name}_requirements"].split() for name in ("ocr", "real")}
 EXTRAS["dev"] = cfg["dev_requirements"].split() + sum(EXTRAS.values(), [])
 
 

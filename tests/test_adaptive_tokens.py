@@ -38,7 +38,7 @@ from sfa_core.models.load import new_bundle
 from sfa_core.tokens.patches import PATCH, PatchConfig, PatchPlan, plan_patches
 from sfa_core.attention.probes import record
 from sfa_core.models.resolution import at_resolution
-from sfa_core.structure.bias import PADDING, uniform_geometry, with_blocks
+from sfa_core.structure.geometry import PADDING, uniform_geometry, with_blocks
 
 MEAN, STD = (0.9,) * 3, (0.25,) * 3
 GUARDED = PatchConfig(coarse=None, bucket=8)

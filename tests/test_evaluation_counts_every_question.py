@@ -18,7 +18,7 @@ from sfa_core.core.families import FAMILIES
 from sfa_core.documents.benchmarks import with_choices
 from sfa_core.documents.catalogue import BENCHMARKS, SHORT
 from sfa_core.documents.samples import Sample, data_digest
-from sfa_core.scores.compare import compare, compare_seeds
+from sfa_core.scores.compare import compare, compare_seeds, holm, holm_caption
 from sfa_core.scores.records import COLUMNS, SCORERS, kind_table, make_records, summarise, summary_table
 from sfa_core.models.evaluate import evaluate
 
@@ -229,9 +229,9 @@ PAIRS = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=4
 @given(PAIRS, st.randoms())
 def test_a_comparison_is_its_records_whatever_their_order(pairs, random):
     a, b = (records_of([pair[side] for pair in pairs]) for side in (0, 1))
-    result = compare(a, b, draws=200).to_dict()
+    result = compare(a, b).to_dict()
     shuffled = b.iloc[random.sample(range(len(b)), len(b))].reset_index(drop=True)
-    assert json.dumps(compare(a, shuffled, draws=200).to_dict()) == json.dumps(result)
+    assert json.dumps(compare(a, shuffled).to_dict()) == json.dumps(result)
     assert (result["rate_a"], result["rate_b"]) == (a["correct"].mean(), b["correct"].mean())
     assert result["difference"] == pytest.approx(b["score"].mean() - a["score"].mean())
     assert result["both"] + result["lost"] + result["won"] + result["neither"] == result["n"] == len(pairs)
@@ -241,7 +241,7 @@ def test_a_comparison_is_its_records_whatever_their_order(pairs, random):
         sum(kind["won"] for kind in result["kinds"].values()) == result["won"]
         and sum(kind["n"] for kind in result["kinds"].values()) == result["n"]
     )
-    assert list(compare(a, b, draws=200).table().index) == [*result["kinds"], "all"]
+    assert list(compare(a, b).table().index) == [*result["kinds"], "all"]
     json.dumps(result, allow_nan=False)
 
 
@@ -285,12 +285,13 @@ def test_better_and_worse_are_said_for_real_differences():
     a, b = shifted(np.random.default_rng(0), 600, 0.3)
     assert compare(a, b, ("control", "arm")).verdict.startswith("arm is better than control: +")
     assert compare(b, a, ("arm", "control")).verdict.startswith("control is worse than arm: -")
-    assert compare(a, a).verdict.startswith("No difference between b and a is resolved: 0.0 points")
+    same = "b and a are equivalent within ±1 point (90 % interval 0.0 to 0.0): 0.0 points"
+    assert compare(a, a).verdict.startswith(same)
 
 
 def test_chance_is_called_better_as_rarely_as_promised():
     rng = np.random.default_rng(4)
-    said = [compare(records_of(rng.random(120) < 0.6), records_of(rng.random(120) < 0.6), draws=400).verdict
+    said = [compare(records_of(rng.random(120) < 0.6), records_of(rng.random(120) < 0.6)).verdict
             for _ in range(100)]
     assert sum(text.startswith("b is") for text in said) <= 12, "5 % of 100, with room for chance"
     assert all("question" in text and "interval" in text for text in said)
@@ -305,38 +306,92 @@ def test_few_documents_resolve_nothing():
         and "Fewer than 10 documents" in str(result)
     )
     single = compare(records_of([0, 0], per_document=2), records_of([1, 1], per_document=2))
-    assert single.low is None and single.widest == (None, None) and "no interval" in repr(single)
+    assert single.low is None and single.detectable is None and "no interval" in repr(single)
+    json.dumps(single.to_dict(), allow_nan=False)
 
 
-def test_seeds_give_the_t_interval_and_every_value():
+def test_seeds_and_documents_are_held_by_one_interval():
     pairs = [shifted(np.random.default_rng(i), 300, 0.2) for i in range(3)]
-    result = compare_seeds(pairs, ("control", "arm"), draws=500)
-    differences = [b["score"].mean() - a["score"].mean() for a, b in pairs]
-    expected = stats.t.interval(0.95, 2, np.mean(differences), stats.sem(differences))
-    assert [seed.difference for seed in result.seeds] == pytest.approx(differences) and (
-        result.low,
-        result.high,
-    ) == pytest.approx(expected)
-    assert result.over_documents[0] < result.difference < result.over_documents[1] and result.widest[0] == min(
-        result.low, result.over_documents[0]
-    )
+    result = compare_seeds(pairs, ("control", "arm"))
+    cells = np.array([(b["score"] - a["score"]).to_numpy().reshape(150, 2).mean(1) for a, b in pairs])
+    assert result.difference == pytest.approx(cells.mean()) == np.mean([seed.difference for seed in result.seeds])
+    effect = result.effect
+    assert effect.seed_variance == pytest.approx(cells.mean(1).var(ddof=1) / 3)
+    assert effect.document_variance == pytest.approx(cells.mean(0).var(ddof=1) / 150)
+    rest = cells - cells.mean(1, keepdims=True) - cells.mean(0) + cells.mean()
+    assert effect.cell_variance == pytest.approx((rest**2).sum() / (2 * 149) / 450)
+    assert (result.low, result.high) == pytest.approx(effect.interval()[1:])
+    assert result.low < result.over_documents[0] and result.over_documents[1] < result.high
     assert len(result.table()) == 4 and "3 seeds" in result.verdict and "<table" in result._repr_html_()
+    assert set(result.kinds) == {"read", "count"} and result.kinds["read"].effect.seeds == 3
     written = json.loads(json.dumps(result.to_dict(), allow_nan=False))
-    assert (
-        written["document_low"] == result.over_documents[0]
-        and written["seeds"][0]["lost"] == result.seeds[0].changes.lost
-    )
+    assert written["low"] == result.low and written["seeds"][0]["lost"] == result.seeds[0].changes.lost
 
 
 def test_seeds_that_disagree_resolve_nothing_even_when_each_is_clear():
     better, worse = shifted(np.random.default_rng(0), 300, 0.3), shifted(np.random.default_rng(1), 300, 0.3)[::-1]
     assert "is better" in compare(*better).verdict and "is worse" in compare(*worse).verdict
     assert compare_seeds([better, worse]).verdict.startswith("No difference")
-    assert (
-        compare_seeds([better]).verdict.startswith("No difference") and "single seed" in compare_seeds([better]).verdict
-    )
+    one = compare_seeds([better])
+    assert one.outcome == "better" and "one training" in one.verdict, "documents alone, and the sentence says so"
     with pytest.raises(ValueError, match="one pair per seed"):
         compare_seeds([])
+
+
+def test_a_question_that_broke_in_one_seed_is_left_out_of_all():
+    pairs = [shifted(np.random.default_rng(i), 40, 0.2) for i in range(2)]
+    pairs[1][1].loc[3, "error"] = "broken"
+    result = compare_seeds(pairs)
+    assert (result.n, result.left_out) == (39, 1) and [seed.n for seed in result.seeds] == [39, 39]
+
+
+# won and lost of 400 questions, margin -> outcome
+@pytest.mark.parametrize("won, lost, margin, outcome", [
+    (40, 0, 0.01, "better"), (0, 40, 0.01, "worse"), (8, 0, 0.05, "better by less than the margin"),
+    (0, 8, 0.05, "worse by less than the margin"), (3, 3, 0.05, "equivalent"), (20, 16, 0.01, "not resolved"),
+    (3, 3, 0.0, "not resolved")])
+def test_every_outcome_has_its_sentence(won, lost, margin, outcome):
+    before = np.arange(400) % 2 == 0
+    after, draw = before.copy(), np.random.default_rng(0).permutation
+    after[draw(np.flatnonzero(~before))[:won]], after[draw(np.flatnonzero(before))[:lost]] = True, False
+    found = compare(records_of(before), records_of(after), ("control", "arm"), margin=margin)
+    assert found.outcome == outcome and found.to_dict()["outcome"] == outcome
+    words = {"better": "arm is better than control:", "worse": "arm is worse than control:",
+             "equivalent": f"arm and control are equivalent within ±{100 * margin:g} points (90 % interval"}
+    start = words.get(outcome) or (f"arm is {outcome.split()[0]} than control, by less than the margin of 5 points:"
+                                   if "margin" in outcome else "No difference between arm and control is resolved:")
+    assert found.verdict.startswith(start)
+    assert ("With 80 % power this design sees" in found.verdict) == (outcome == "not resolved")
+
+
+def test_holm_takes_back_what_one_look_among_many_would_resolve():
+    rng = np.random.default_rng(0)
+    base = rng.random(600) < 0.5
+    one = compare(records_of(base), records_of(base | (rng.random(600) < 0.012)), margin=0.001)
+    assert one.resolved and 0.001 < one.effect.p < 0.05
+    family = {str(i): compare(records_of(rng.random(600) < 0.5), records_of(rng.random(600) < 0.5)) for i in range(49)}
+    adjusted = holm(family | {"one": one})
+    assert not adjusted["one"].resolved and adjusted["one"].low > 0, "the verdict is adjusted, the interval is not"
+    assert list(adjusted) == [*family, "one"] and "50 contrasts" in holm_caption(adjusted)
+    few = compare(records_of([0] * 6), records_of([1] * 6))
+    assert holm({"few": few})["few"].adjusted is None, "what is not tested is no member of the family"
+
+
+def test_a_pooled_nothing_shows_its_opposite_parts():
+    right = np.arange(400) % 2 == 0
+    kinds = np.repeat(["line", "table"], 200)
+    gained = np.where(kinds == "line", right | (np.arange(400) % 4 == 1), right & (np.arange(400) % 4 != 2))
+
+    def named(flags):
+        records = records_of(flags, kinds=("read_label", "sum"))
+        return records.assign(document=[f"1-{kind}-{name}" for kind, name in zip(kinds, records["document"])])
+
+    found = compare(named(right), named(gained), ("control", "arm"), trained=["line"])
+    assert found.difference == 0 and {name: part.outcome for name, part in found.parts.items()} == {
+        "seen kinds": "better", "unseen kinds": "worse", "reading": "worse", "arithmetic and search": "better"}
+    lines = str(found).splitlines()
+    assert len(lines) == 5 and lines[1].startswith("  seen kinds: 0.500 to 0.750, +25.0 points")
+    assert not compare(named(right), named(gained)).parts, "nobody said what was trained on"
 
 
 def test_the_embedded_architecture_is_evaluated_end_to_end():

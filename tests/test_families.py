@@ -40,7 +40,8 @@ from sfa_core.models.load import load_model, save_model
 from sfa_core.models.parts import memory_table
 from sfa_core.documents.published import reproduction
 from sfa_core.models.quantization import narrow_layers, quantized_layers
-from sfa_core.structure.bias import StructuralBias, uniform_geometry
+from sfa_core.structure.bias import StructuralBias
+from sfa_core.structure.geometry import uniform_geometry
 from sfa_core.structure.windows import block_geometry, sequence_geometry
 
 NATIVE = [name for name, family in FAMILIES.items() if family.native]

@@ -24,7 +24,7 @@ from sfa_core.documents.chartqa import chart_evidence
 from sfa_core.runs.ablation import source_documents
 from sfa_core.documents.ocr import read_ocr, with_texts
 from sfa_core.scores.grounding import CATEGORIES, categorise, chance_floor, classify, grounding_report, source_rule
-from sfa_core.scores.claims import label_audit
+from sfa_core.scores.audit import label_audit
 from sfa_core.scores.metrics import relaxed_accuracy
 from sfa_core.scores.records import Evaluation, make_records
 from sfa_core.scores.intervals import mcnemar
@@ -39,7 +39,8 @@ CASES = [
 NOWHERE = (0.0, 0.0, 1.0, 1.0)
 # A blank before the percent sign was labelled as a difference in writing; the published scorer reads "62 %" as a
 # number, so it is simply right.
-KNOWN_DISAGREEMENTS = {"020": ("format_only", "correct")}
+# A count was labelled as misread where its number is printed too; now what a question counts is no printed number.
+KNOWN_DISAGREEMENTS = {"020": ("format_only", "correct"), "323": ("misread_cell", "count_error")}
 fast = settings(max_examples=150, deadline=None)
 
 
@@ -78,7 +79,8 @@ def test_hand_labels_cover_every_category_and_every_level_of_evidence():
     assert len({(c["document"], c["question"], c["gold"], c["prediction"]) for c in CASES}) == len(CASES)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c["category"] in ("misread_cell", "calculation_error")],
+@pytest.mark.parametrize("case", [c for c in CASES if c["category"] in ("misread_cell", "calculation_error")
+                                  and c["id"] not in KNOWN_DISAGREEMENTS],
                          ids=lambda c: c["id"])
 def test_a_verdict_points_to_the_numbers_that_decided_it(case):
     evidence, verdict = evidence_of_case(case), judge(case["question"], case["gold"], case["prediction"],
@@ -301,7 +303,7 @@ def test_ratios_stored_as_day_fractions_are_found(minutes):
     stored = f"{minutes / 1440:.9f}"
     found = label_audit("What was the ratio shown?", stored, facts(Evidence()))
     whole = float(stored).is_integer()
-    assert bool(found) != whole and (whole or f"{minutes // 60}:{minutes % 60:02d}" in found)
+    assert bool(found) != whole and (whole or f"{minutes // 60}:{minutes % 60:02d}" in found.reason)
 
 
 def test_label_audit_leaves_ordinary_labels_alone():
@@ -315,7 +317,7 @@ def test_label_audit_leaves_ordinary_labels_alone():
     assert not any(label_audit("What is it?", f"{v:.{d}f}", facts(Evidence()))
                    for v, d in zip(rng.uniform(0, 100, 400), rng.integers(0, 4, 400)))
     assert [label_audit("What is it?", text, facts(page))
-            for text in ("Lima", "42", "62%", "1/3", "[1.5, 2]")] == [""] * 5
+            for text in ("Lima", "42", "62%", "1/3", "[1.5, 2]")] == [None] * 5
 
 
 def test_the_older_rule_gives_the_reported_split():

@@ -32,7 +32,8 @@ from sfa_core.core.hooks import AttentionCall
 from sfa_core.attention.places import box_means, coverage, language_boxes, expand_to_image, token_boxes
 from sfa_core.attention.probes import record
 from sfa_core.attention.records import STORED, UNITS
-from sfa_core.structure.bias import StructuralBias, uniform_geometry
+from sfa_core.structure.bias import StructuralBias
+from sfa_core.structure.geometry import uniform_geometry
 
 
 def call_of(module, query, key, scaling):

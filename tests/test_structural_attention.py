@@ -28,15 +28,9 @@ from sfa_core.core.families import FAMILIES, family_of
 from sfa_core.structure.kernels import MaskCache, chunked_attention, low_rank_attention, may_cache
 from sfa_core.structure.strips import grid_attention, may_strip
 from sfa_core.core.memory import MemoryProbe
-from sfa_core.structure.bias import (
-    PADDING,
-    TERMS,
-    StructuralBias,
-    grid_geometry,
-    merge_cells,
-    uniform_geometry,
-    with_blocks,
-)
+from sfa_core.structure.bias import StructuralBias
+from sfa_core.structure.geometry import PADDING, grid_geometry, merge_cells, uniform_geometry, with_blocks
+from sfa_core.structure.terms import TERMS
 
 INTERNVL = FAMILIES["internvl"]
 CLOSE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -734,6 +728,12 @@ def attached():
     return model
 
 
+def other_size_with_blocks():
+    model = attached()
+    set_blocks(bundle_of(model), torch.zeros(1, 16, dtype=torch.long))
+    tower_of(model)(pixels(1, 84))
+
+
 @pytest.mark.parametrize(
     "act, words",
     [
@@ -778,7 +778,7 @@ def attached():
         (lambda: set_blocks(bundle_of(attached()), torch.zeros(16).long()), r"shape \(16,\), expected \(images, 16\)"),
         (lambda: save_structure(bundle_of(tiny_internvl()), "unused"), "no structural attention: call inject first"),
         (
-            lambda: tower_of(attached())(pixels(1, 84)),
+            other_size_with_blocks,
             "the encoder sees 37 tokens, the geometry places 17 on a grid of 4 x 4",
         ),
     ],

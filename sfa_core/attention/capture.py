@@ -10,16 +10,15 @@ __all__ = ['BUDGET', 'Rows', 'catching', 'watching', 'widened', 'logits_of', 'st
 # %% ../../notebooks/library/07_attention/30_capture.ipynb #9f72b0e3
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..core.families import TokenGrid
-from ..core.hooks import AttentionCall, attention_hooks, replaced_name
+from ..core.hooks import AttentionCall, activation_hooks, attention_hooks, replaced_name
 from ..structure.inject import CHILD, FUNCTIONS, placed_bias
 from ..structure.windows import Calls
 from .records import STORED
@@ -47,13 +46,10 @@ def watching(
 ) -> Iterator[None]:
     """Call a function with the input of each module in every forward pass; the hooks are gone on exit and on error."""
 
-    def hook(index, module, args, kwargs):
-        # and nothing is returned, which would replace the input
-        see(index, args[0] if args else kwargs["hidden_states"])
+    def look(index, hidden):
+        see(index, hidden)  # and nothing is returned, which would replace the input
 
-    with ExitStack() as stack:
-        for index, module in enumerate(modules):
-            stack.callback(module.register_forward_pre_hook(partial(hook, index), with_kwargs=True).remove)
+    with activation_hooks(dict(enumerate(modules)), look):
         yield
 
 # %% ../../notebooks/library/07_attention/30_capture.ipynb #6dde8851

@@ -18,7 +18,7 @@ from ..tokens.adaptive import CONTROL
 from ..models.answers import generate
 from ..models.sequences import end_token, prompt_tokens
 from ..documents.samples import Sample, samples
-from ..core.families import TokenGrid, modules_at
+from ..core.families import TokenGrid, head_count, modules_at
 from ..models.images import ImageBatch, image_batch, image_features, images_of, tile_regions
 from .capture import catching, followed, measure_layer, measure_word, place_tokens
 from ..core.bundle import Bundle
@@ -50,9 +50,12 @@ def evidence_in(
 
 
 def image_sizes(
+    bundle: Bundle,
     batch: ImageBatch,
 ) -> list[tuple[int, int] | None]:  # rows and columns of patches of each image; None for a fixed tile
-    """Return the sizes of images in a native tower."""
+    """Return the sizes of images in a native tower, or of the tiles of an encoder alone."""
+    if bundle.family.alone:
+        return [(bundle.grid.height, bundle.grid.width)] * len(batch.views)
     sizes = batch.inputs.get("image_grid_thw")
     return [None] * len(batch.views) if sizes is None else [tuple(size) for size in sizes[:, 1:].tolist()]
 
@@ -103,7 +106,7 @@ def record_tiles(
     """Send the images of some samples through the encoder and measure the attention of its layers."""
     family, model, device, images = bundle.family, bundle.model, bundle.devices[0], images_of(bundle, batch, tiles)
     prepared, modules = image_batch(bundle, images, tiles), family.attentions_of(model)
-    sizes = image_sizes(prepared)
+    sizes = image_sizes(bundle, prepared)
     of_image = zip(batch, images, sizes, strict=True)
     of_row = [(sample, image.size, size, region) for sample, image, size in of_image
               for region in tile_regions(bundle, image.size, tiles)]
@@ -113,7 +116,7 @@ def record_tiles(
     boxes = [grid.boxes(tuple(region)) for grid, (*_, region) in zip(grids, of_row, strict=True)]
     evidence = [evidence_in(sample, own, size)[0] for own, (sample, size, *_) in zip(boxes, of_row, strict=True)]
     wanted = [np.arange(len(grid)) if queries is None else queries for grid in grids]
-    seen = [RowMeasures(grids, wanted, modules[layer].num_heads, rollout)
+    seen = [RowMeasures(grids, wanted, head_count(modules[layer]), rollout)
             for layer in layers] if family.native else [None] * len(layers)
     geometry = family.geometry(model, sizes) if family.native else None
     places = None if family.native else place_tokens(grids[0], regions, np.stack(evidence), device)
@@ -176,7 +179,7 @@ def record_words(
     width = max(map(len, prompts))  # they are padded on the left
     places = [np.flatnonzero(prompt == model.config.image_token_id) + width - len(prompt) for prompt in prompts]
     boxes = [language_boxes(bundle, image.size, tiles, size)
-             for image, size in zip(images, image_sizes(prepared), strict=True)]
+             for image, size in zip(images, image_sizes(bundle, prepared), strict=True)]
     for sample, own, at in zip(batch, boxes, places, strict=True):
         if len(own) != len(at):
             raise ValueError(f"{sample.id} has {len(at)} image tokens in its prompt, expected {len(own)} for its tiles")
@@ -243,8 +246,12 @@ def record(
     if (control := getattr(family.tower_of(bundle.model), CONTROL, None)) is not None and control.patches is not None:
         raise ValueError("attention is recorded on the uniform grid and the model has adaptive patches: call "
                          "detach_tokens first")
-    size = image_sizes(image_batch(bundle, images_of(bundle, chosen[:1], tiles), tiles))[0] if family.native else None
-    grid = family.grid(bundle.model, size) if tower == "vision" else family.language_grid(bundle.model, size)
+    if tower == "language":
+        family.check_answers()
+    first = images_of(bundle, chosen[:1], tiles) if family.native else []
+    size = image_sizes(bundle, image_batch(bundle, first, tiles))[0] if family.native else None
+    grid = family.language_grid(bundle.model, size) if tower == "language" else (
+        family.grid(bundle.model, size) if family.native else bundle.grid)
     modules = (
         family.attentions_of(bundle.model)
         if tower == "vision"

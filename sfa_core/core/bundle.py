@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .families import Family
+from .families import Family, TokenGrid, pair
 from .identity import model_digest
 
 # %% ../../notebooks/library/01_core/50_bundle.ipynb #b0d1e001
@@ -29,8 +29,17 @@ class Bundle:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        "The processor's tokenizer."
+        "The processor's tokenizer; ValueError for an encoder alone."
+        self.family.check_answers()
         return self.processor.tokenizer
+
+    @property
+    def grid(self) -> TokenGrid:
+        "The tokens of one tile; of an encoder alone, at the size its processor makes of every page."
+        if not self.family.alone:
+            return self.family.grid(self.model)
+        size, patch = self.processor.image_processor.size, pair(self.model.config.patch_size)
+        return self.family.grid(self.model, (size["height"] // patch[0], size["width"] // patch[1]))
 
     @property
     def identity(self) -> str:
@@ -40,9 +49,10 @@ class Bundle:
 
     @property
     def devices(self) -> tuple[torch.device, torch.device]:
-        "Device of the encoder and device of the language model."
-        parts = self.family.tower_of(self.model), self.family.language_of(self.model)
-        return tuple(next(part.parameters()).device for part in parts)
+        "Device of the encoder and device of the language model; an encoder alone has one."
+        tower = self.family.tower_of(self.model)
+        language = tower if self.family.alone else self.family.language_of(self.model)
+        return tuple(next(part.parameters()).device for part in (tower, language))
 
     def __repr__(self) -> str:
         millions, devices = self.model.num_parameters() / 1e6, dict.fromkeys(map(str, self.devices))

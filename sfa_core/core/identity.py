@@ -123,13 +123,16 @@ def without_private(settings: Any) -> Any:
 def processor_facts(processor: Any) -> dict[str, Any]:
     "Collect what a processor does to pages and texts: sizes, tokens, chat template."
     images, tokenizer = getattr(processor, "image_processor", None), processor.tokenizer
+    seen = [type(images).__name__, images and json.loads(images.to_json_string())]
+    if tokenizer is None:  # the processor of an encoder alone
+        return {"kind": type(processor).__name__, "images": seen}
     tokens = (
         json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {"vocabulary": tokenizer.get_vocab()}
     )
     own = {name: value for name, value in vars(processor).items() if isinstance(value, str | int | float | None)}
     return {
         "kind": type(processor).__name__, "own": own,
-        "images": [type(images).__name__, images and json.loads(images.to_json_string())],
+        "images": seen,
         "tokens": key_of(64, **{name: part for name, part in tokens.items() if name not in ("padding", "truncation")}),
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "templates": [getattr(tokenizer, "chat_template", None), getattr(processor, "chat_template", None)]}

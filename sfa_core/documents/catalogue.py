@@ -68,6 +68,10 @@ BENCHMARKS = {row.name: row for row in (
     Benchmark("figureqa", "exact", split="validation1", note="original release: a folder with "
                                                              "validation1/qa_pairs.json and validation1/png/"),
     Benchmark("plotqa", "relaxed", note="original release: a folder with test/qa_pairs_V2.json (or V1) and test/png/"),
+    Benchmark("sroie", "anls", split="all", note="receipts of ICDAR 2019: a folder with img/, box/ and key/; published "
+                                                 "scores are F1 of extraction"),
+    Benchmark("charthal", "exact", split="all", note="charthal.json and images/; split all, inexist, contra, irrel or "
+                                                     "normal; published scores are a model's judgement"),
     Benchmark("k_dtcbench", "letter", ("NCSOFT/K-DTCBench",), rows=240, suffix=LETTER_KOREAN,
               note="Korean documents, tables and charts",
               fields=OPTION_FIELDS

@@ -45,10 +45,23 @@ def rounds_to(value: float, number: Number) -> bool:
 # %% ../../notebooks/library/02_documents/40_numbers.ipynb #fd05b1e3
 NARROW = re.compile(r"(?<!\d)\d{1,3}(?:[\u00a0\u202f\u2007\u2008\u2009]\d{3})+(?!\d)")  # 1 234 567
 APOSTROPHES = re.compile(r"(?<![\d.,])\d{1,3}(?:['\u2019\u2018\u02bc]\d{3})+(?!\d)")  # 1'234'567
-BLANKS = re.compile(r"[^\d]{0,4}\d{1,3}(?: \d{3})+(?:[.,]\d+)?[^\d]*")  # a whole text such as 1 234 567,8
+BLANKS = re.compile(
+    r"(?:[^\d]{0,4}|[^\d]*[^\w(])\d{1,3}(?: \d{3})+(?:[.,]\d+)?[^\d]*"
+)  # a whole text such as 1 234 567,8
 RAISED = re.compile(r"([x×*·] ?10)([⁻⁺]?[⁰¹²³⁴⁵⁶⁷⁸⁹]{1,3})")  # a power of ten
-SIGNS = str.maketrans({"\u2212": "-", "\ufe63": "-", "\u2012": "-", "\u2013": "-", "\u2014": "-", "\u2044": "/",
-                       "\u066b": ".", "\u066c": ",", "\u066a": "%"})
+SIGNS = str.maketrans(
+    {
+        "\u2212": "-",
+        "\ufe63": "-",
+        "\u2012": "-",
+        "\u2013": "-",
+        "\u2014": "-",
+        "\u2044": "/",
+        "\u066b": ".",
+        "\u066c": ",",
+        "\u066a": "%",
+    }
+)
 
 
 def ascii_digits(text: str) -> str:
@@ -77,13 +90,44 @@ def ascii_text(text: str) -> str:
 NUMBER_WORDS = {
     word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())
 } | {"none": "0"}
-SCALES = {"hundred": 1e2, "thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12, "mn": 1e6, "mln": 1e6,
-          "mio": 1e6, "bn": 1e9, "bln": 1e9,
-          "mrd": 1e9, "tn": 1e12, "trn": 1e12, "lakh": 1e5, "crore": 1e7, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
+SCALES = {
+    "hundred": 1e2,
+    "thousand": 1e3,
+    "million": 1e6,
+    "billion": 1e9,
+    "trillion": 1e12,
+    "mn": 1e6,
+    "mln": 1e6,
+    "mio": 1e6,
+    "bn": 1e9,
+    "bln": 1e9,
+    "mrd": 1e9,
+    "tn": 1e12,
+    "trn": 1e12,
+    "lakh": 1e5,
+    "crore": 1e7,
+    "k": 1e3,
+    "m": 1e6,
+    "b": 1e9,
+    "t": 1e12,
+}
 SCALE = "|".join(name for name in SCALES if len(name) > 1)
-KOREAN = {"십": 10, "백": 100, "천": 1_000, "만": 10_000, "억": 10**8, "조": 10**12, "十": 10, "百": 100, "千": 1_000,
-          "万": 10_000, "萬": 10_000,
-          "亿": 10**8, "億": 10**8, "兆": 10**12}  # and the Chinese characters
+KOREAN = {
+    "십": 10,
+    "백": 100,
+    "천": 1_000,
+    "만": 10_000,
+    "억": 10**8,
+    "조": 10**12,
+    "十": 10,
+    "百": 100,
+    "千": 1_000,
+    "万": 10_000,
+    "萬": 10_000,
+    "亿": 10**8,
+    "億": 10**8,
+    "兆": 10**12,
+}  # and the Chinese characters
 UNITS = "(?>(?:[십백천만억十百千万萬亿億兆]|조(?!각|건|사|치))+)"
 RUN = r"(?>\d+(?:[.,]\d+)*|\.\d+)(?>e[-+]?\d{1,3}(?!\d))?(?!\d|_\w|e[-+]?\d)"  # one number, or a list without blanks
 NUMBER = re.compile(
@@ -231,6 +275,7 @@ def is_numeric(text: str) -> bool:
     return not WORDS.search(bare[:first.start()]) and len(WORDS.findall(rest)) <= 2
 
 
+@lru_cache(maxsize=100_000)
 def quantity(
     text: str,
 ) -> Number | None:  # None for no number, for several, or for a number inside of a sentence

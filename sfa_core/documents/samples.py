@@ -26,6 +26,8 @@ class TextBox:
     text: str
     box: tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels of the image
     role: str = "text"  # title, axis, tick, label, value, legend, header, cell, key
+    row: int = -1  # row of the table that it belongs to; -1 for none, or not known
+    column: int = -1  # column of the values
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ class Sample:
 # %% ../../notebooks/library/02_documents/07_samples.ipynb #3c6650f4
 def evidence_of(row: dict, question: dict) -> Evidence:
     "Collect what is known about a document, and which texts answer one of its questions."
-    texts = tuple(TextBox(t["text"], tuple(t["box"]), t["role"]) for t in row["texts"])
+    texts = tuple(TextBox(t["text"], tuple(t["box"]), t["role"], t.get("row", -1), t.get("column", -1))
+                  for t in row["texts"])
     return Evidence(tuple(tuple(line) for line in row["table"]), texts, tuple(question["evidence"]))
 
 

@@ -17,6 +17,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from ..core.escape import figure_text
+from ..scores.intervals import chance_sentence
 from .style import ARM_COLOURS, ARM_NAMES, DENSITY, INK, SCALES, STRUCTURE, arm_look, colour_bar
 from .style import draw_page, grid_panels, in_style, outline, over, png_source, save_figure, see_through
 
@@ -93,16 +94,20 @@ def score_by_kind(
 
 # %% ../../notebooks/library/11_figures/20_charts.ipynb #156bf6f2
 def difference_forest(
-    table: pd.DataFrame,  # name, difference, low, high (rates, -1..1), n
+    # name, difference, low, high (rates, -1..1), n; resolved where the verdicts are adjusted for several contrasts
+    table: pd.DataFrame,
     title: str = "Difference in right answers",
     subtitle: str = "",
     better: str = "",  # which side is to the right of zero, as "control + SFA better"
 ) -> go.Figure:
-    """Draw paired differences with their intervals around zero, in percentage points; filled dots are those whose
-    interval excludes zero."""
+    """Draw paired differences with their intervals around zero, in percentage points; filled dots are resolved, and
+    several intervals are said to miss zero by chance."""
     columns_of(table, ("name", "difference", "low", "high", "n"), "a table of differences")
     points = 100 * table[["difference", "low", "high"]].astype(float)
-    resolved = (points["low"] > 0) | (points["high"] < 0)
+    apart = (points["low"] > 0) | (points["high"] < 0)
+    resolved = table["resolved"] if "resolved" in table else apart
+    if len(table) > 1:
+        subtitle = f"{subtitle} {chance_sentence(int(apart.sum()), len(table))}".strip()
     texts = [f"{d:+.1f} [{low:+.1f}, {high:+.1f}]".replace("-", "−") for d, low, high in points.itertuples(index=False)]
     colours = [ARM_COLOURS["vision"] if known else ARM_COLOURS["baseline"] for known in resolved]
     figure, rows, span = go.Figure(), np.arange(len(table)), float(np.nanmax(np.abs(points.to_numpy()))) * 1.08 or 1.0

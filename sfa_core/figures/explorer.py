@@ -80,7 +80,8 @@ class AttentionExplorer:
         line = widgets.Layout(width="330px")
         self.document = widgets.Dropdown(options=list(self.samples), description="document", style=wide, layout=line)
         self.question = widgets.Dropdown(description="question", style=wide, layout=widgets.Layout(width="520px"))
-        self.tower = widgets.ToggleButtons(options=[("encoder", "vision"), ("language model", "language")],
+        self.tower = widgets.ToggleButtons(options=[("encoder", "vision"), ("language model", "language"),
+                                                    ("hide one patch", "causal")],
                                            style={"button_width": "130px"})
         self.layer = widgets.IntSlider(max=len(attentions) - 1, description="layer", style=wide, layout=line)
         self.head = widgets.Dropdown(options=[("mean", MEAN)], description="head", style=wide,

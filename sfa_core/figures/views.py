@@ -23,9 +23,11 @@ from ..structure.inject import CHILD, structures_of
 from ..documents.samples import Sample
 from ..training.arms import load_arm
 from ..core.bundle import Bundle
+from ..core.families import head_count
 from ..attention.places import cells_of, expand_to_image
 from ..attention.probes import record
 from ..attention.records import AttentionRecord
+from ..interventions.hiding import CausalMap, hide_patches
 from .style import INK, SCALES, arm_look, colour_bar, in_style, png_source, see_through
 
 # %% ../../notebooks/library/11_figures/70_views.ipynb #d4ed741f
@@ -44,6 +46,7 @@ class Page:
     # arm -> record; maps of queries are filled in where they were left out
     vision: dict[str, AttentionRecord] = field(repr=False)
     language: dict[str, AttentionRecord] = field(repr=False)
+    causal: dict[str, CausalMap] = field(default_factory=dict, repr=False)  # of the arms that were asked for
 
 
 class Recorder:
@@ -62,8 +65,8 @@ class Recorder:
             raise ValueError(f"arms are {', '.join(self.arms)}, expected one, or two to be compared")
         self.tiles, self.max_new_tokens, self.pages, self.factors = tiles, max_new_tokens, {}, {}
         attentions = bundle.family.attentions_of(bundle.model)
-        tokens = LARGE if bundle.family.native else len(bundle.family.grid(bundle.model))
-        self.whole = 4 * len(attentions) * attentions[0].num_heads * tokens**2 <= LIMIT
+        tokens = LARGE if bundle.family.native else len(bundle.grid)
+        self.whole = 4 * len(attentions) * head_count(attentions[0]) * tokens**2 <= LIMIT
         for arm in self.arms:
             with self.attached(arm):
                 # a native tower places its tokens anew for every image
@@ -91,6 +94,14 @@ class Recorder:
             self.pages[key] = Page(sample, image, png_source(image)[0], vision, language)
         return self.pages[key]
 
+    def causal(self, page: Page, arm: str) -> CausalMap:
+        """Hide the patches of a page one by one and measure what the answer of an arm loses; once for each arm."""
+        if arm not in page.causal:
+            said = "".join(page.language[arm].words[0])
+            with self.attached(arm):
+                page.causal[arm] = hide_patches(self.bundle, page.sample, said, tiles=self.tiles)
+        return page.causal[arm]
+
     def maps(self, page: Page, arm: str, layer: int, tile: int, token: int) -> np.ndarray:
         """Return where a token of a tile looks, (H, K)."""
         seen = page.vision[arm]
@@ -104,7 +115,7 @@ class Recorder:
 class Choice:
     """What to look at."""
 
-    tower: str = "vision"  # or "language"
+    tower: str = "vision"  # or "language"; "causal" hides patches in the place of the language model's attention
     layer: int = 0
     head: int | None = None  # None: mean over heads
     place: tuple[float, float] | None = None  # x and y in pixels: the patch that looks; None: the middle of the page
@@ -191,6 +202,8 @@ def look(
         mass = heads_of(seen.visual_mass[tile, choice.layer, :, query], choice.head)
         notes[arm] = (f"{about}: {np.exp(entropy[arm][choice.layer]):.1f} effective tokens, {mass:.1%} on the "
                       f"page{known}, {sink.sum()} sinks")
+        if choice.tower == "causal":
+            maps[arm], notes[arm] = recorder.causal(page, arm).loss, recorder.causal(page, arm).describe(page.sample)
     return View(page, choice, maps, entropy, bias, box, notes)
 
 
@@ -239,15 +252,18 @@ def view_limits(
     view: View,
 ) -> dict[str, Any]:  # update of the layout
     """Return the colour limits and the title of a view."""
-    layers = [np.nan_to_num(values) for values in view.maps.values()]
-    most = max(float(values.max()) for values in layers) or 1.0
+    layers, causal = [np.nan_to_num(values) for values in view.maps.values()], view.choice.tower == "causal"
+    most = max(float(np.abs(values).max()) for values in layers) or 1.0
     change = float(np.abs(layers[-1] - layers[0]).max()) or 1.0
     bias = 1.0 if view.bias is None else float(np.abs(view.bias).max()) or 1.0
     head = "mean over heads" if view.choice.head is None else f"head {view.choice.head}"
     what = "Where the encoder looks" if view.choice.tower == "vision" else "What the answer is read from"
-    limits = {"coloraxis": (0, most), "coloraxis2": (-change, change), "coloraxis3": (-bias, bias)}
+    limits = {"coloraxis": (-most if causal else 0, most), "coloraxis2": (-change, change), "coloraxis3": (-bias, bias)}
     return {f"{axis}_{end}": value for axis, pair in limits.items() for end, value in zip(("cmin", "cmax"), pair)} | {
-        "title_text": f"{what}: layer {view.choice.layer}, {head}",
+        "coloraxis_colorscale": see_through("difference" if causal else "attention"),
+        "coloraxis_colorbar_title_text": "loss, nats" if causal else "attention",
+        "title_text": "What the answer loses without a patch" if causal else
+                      f"{what}: layer {view.choice.layer}, {head}",
         "annotations[0].text": "no structural bias" if view.bias is None else "structural bias, logits",
     }
 

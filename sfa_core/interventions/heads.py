@@ -8,16 +8,17 @@ __all__ = ['REPORTED_VHR', 'HeadHook', 'head_hooks', 'last_places', 'both_output
 
 # %% ../../notebooks/library/08_interventions/50_heads.ipynb #67deb9ba
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
+from ..core.hooks import activation_hooks
 from ..models.sequences import IGNORE, answer_loss, training_batch
 from ..documents.samples import Sample, samples
 from ..core.bundle import Bundle
@@ -36,16 +37,15 @@ from .sinks import check_layers
 # %% ../../notebooks/library/08_interventions/50_heads.ipynb #93ec880c
 @dataclass(frozen=True, eq=False)
 class HeadHook:
-    """What `head_hooks` attaches to the last projection of an attention module."""
+    """What `head_hooks` attaches to the last projections of attention modules."""
 
-    layer: int
     heads: int
     see: Callable[[int, Tensor], Tensor | None]
 
-    def before(self, module: nn.Module, args: tuple) -> tuple | None:
-        """Show the input of the projection, head by head."""
-        changed = self.see(self.layer, args[0].unflatten(-1, (self.heads, -1)))
-        return None if changed is None else (changed.flatten(-2), *args[1:])
+    def look(self, layer: int, hidden: Tensor) -> Tensor | None:
+        """Show the input of a projection, head by head."""
+        changed = self.see(layer, hidden.unflatten(-1, (self.heads, -1)))
+        return None if changed is None else changed.flatten(-2)
 
 
 @contextmanager
@@ -55,12 +55,8 @@ def head_hooks(
     see: Callable[[int, Tensor], Tensor | None],  # layer and outputs (B, N, H, D) -> others, or None
 ) -> Iterator[None]:
     """Call a function with the outputs of all heads of some layers; the hooks are gone on exit and on error."""
-    heads = bundle.family.language_of(bundle.model).config.num_attention_heads
-
-    with ExitStack() as stack:
-        for layer in layers:
-            hook = HeadHook(layer, heads, see)
-            stack.callback(decoder_layers(bundle)[layer].self_attn.o_proj.register_forward_pre_hook(hook.before).remove)
+    heads, stack = bundle.family.language_of(bundle.model).config.num_attention_heads, decoder_layers(bundle)
+    with activation_hooks({layer: stack[layer].self_attn.o_proj for layer in layers}, HeadHook(heads, see).look):
         yield
 
 

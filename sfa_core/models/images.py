@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Box', 'pixel_table', 'image_tokens', 'shortened', 'image_blocks', 'most_tiles', 'image_inputs', 'grid_boxes',
            'check_tiles', 'tile_regions', 'check_shape', 'images_of', 'describe_views', 'ImageBatch', 'image_batch',
-           'check_leaves', 'placeholder', 'ImageFeatures', 'cut_inputs', 'image_features']
+           'check_leaves', 'placeholder', 'ImageFeatures', 'cut_inputs', 'patch_states', 'image_features']
 
 # %% ../../notebooks/library/06_models/40_images.ipynb #18d10934
 from collections.abc import Sequence
@@ -66,7 +66,10 @@ def image_blocks(
     pixels: Tensor,  # (T, C, Y, X) tiles of some images
     counts: Sequence[int],  # tiles of each image
 ) -> list[list[int]]:  # token ids of each image
-    "Return the token ids that stand for each image, as many as the model will give features for."
+    """Return the token ids that stand for each image, as many as the model will give features for; none where an
+    encoder is alone."""
+    if bundle.family.alone:
+        return [[] for _ in counts]
     kept = language_tokens(bundle, pixels.split(list(counts))) or [None] * len(counts)
     return [image_tokens(bundle, count, own) for count, own in zip(counts, kept, strict=True)]
 
@@ -299,7 +302,7 @@ def cut_inputs(
     if family.native:
         sizes = inputs["image_grid_thw"].prod(-1).tolist()
     else:
-        tile = len(family.grid(bundle.model))
+        tile = len(bundle.grid)
         sizes = [tile * count
                  for count in batch.views] if family.views == "anyres" else [tile] * len(inputs["pixel_values"])
     starts, filled = [0], 0
@@ -315,6 +318,14 @@ def cut_inputs(
     return parts
 
 
+def patch_states(bundle: Bundle, batch: ImageBatch, parts: Sequence[dict[str, Tensor]]) -> ImageFeatures:
+    "Run an encoder that is alone: its last states are the features, without special tokens."
+    tower = bundle.family.tower_of(bundle.model)
+    outputs = [tower(pixel_values=inputs["pixel_values"].to(bundle.devices[0])) for inputs in parts]
+    states = torch.cat([output.last_hidden_state[:, bundle.family.special :] for output in outputs])
+    return ImageFeatures(type(outputs[0]), False, [own.flatten(0, 1) for own in states.split(batch.views)])
+
+
 def image_features(
     bundle: Bundle,
     batch: ImageBatch,
@@ -323,7 +334,10 @@ def image_features(
 ) -> ImageFeatures:
     "Encode images, on the device of the encoder."
     device, outputs = bundle.devices[0], []
-    for inputs in [batch.inputs] if patches_at_once is None else cut_inputs(bundle, batch, patches_at_once):
+    parts = [batch.inputs] if patches_at_once is None else cut_inputs(bundle, batch, patches_at_once)
+    if bundle.family.alone:
+        return patch_states(bundle, batch, parts)
+    for inputs in parts:
         output = bundle.model.get_image_features(**{name: value.to(device) for name, value in inputs.items()})
         outputs.append((type(output), output.pooler_output, getattr(output, "deepstack_features", None) or []))
         del output  # with the states of the encoder

@@ -9,6 +9,7 @@ __all__ = ['EMBEDDED', 'PRECISIONS', 'PROCESSOR_FIELDS', 'LARGEST', 'MOST_TILES'
 
 # %% ../../notebooks/library/06_models/20_load.ipynb #f088531c
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -176,6 +177,9 @@ def place(
 def read_weights(
     folder: Path,
     config: Any,  # as by `read_config`
+    *,
+    kind: Any = AutoModelForImageTextToText,  # class of the model
+    others: str = "$.",  # pattern of weights that belong to other parts of a checkpoint and are left out
     **options: Any,  # dtype, quantization_config, device_map of `from_pretrained`
 ) -> PreTrainedModel:
     "Load the weights of a folder; ValueError when they do not fit its configuration exactly."
@@ -183,14 +187,14 @@ def read_weights(
     options |= dict(use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)
     try:
         with quiet(bars=large):
-            model, report = AutoModelForImageTextToText.from_pretrained(
+            model, report = kind.from_pretrained(
                 folder, config=config, attn_implementation="sdpa", trust_remote_code=False, **options
             )
     except Exception as error:  # what transformers raises is up to the configuration
         raise ValueError(f"weights of {folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        if report[what]:
-            keys = f"{len(report[what])} {what.replace('_', ' ')}, such as {min(map(str, report[what]))}"
+        if found := [key for key in map(str, report[what]) if not re.match(others, key)]:
+            keys = f"{len(found)} {what.replace('_', ' ')}, such as {min(found)}"
             raise ValueError(f"weights of {folder} do not fit its config.json: {keys}")
     if "quantization_config" in options:
         check_stored(folder)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SYSTEM', 'QWEN_TURNS', 'TEMPLATES', 'TOKENS', 'SETTINGS', 'miniature_tokenizer', 'language_settings',
-           'vision_settings', 'internvl_settings', 'llava_settings', 'onevision_settings', 'qwen_settings', 'miniature']
+           'vision_settings', 'internvl_settings', 'llava_settings', 'onevision_settings', 'qwen_settings',
+           'draw_weights', 'miniature', 'miniature_encoder']
 
 # %% ../../notebooks/library/06_models/35_miniatures.ipynb #1ee3fc65
 from collections.abc import Callable, Iterable
@@ -26,11 +27,14 @@ from transformers import (
     Qwen2VLImageProcessorPil,
     Qwen3VLConfig,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_MAPPING
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from .embedded import CHAT_TEMPLATE, IMAGE_TOKENS, image_only, train_tokenizer
-from ..core.families import FAMILIES, family_of
+from ..core.families import ENCODERS, FAMILIES, family_of
+from .encoders import encoder_bundle
 from ..core.bundle import Bundle
 
 # %% ../../notebooks/library/06_models/35_miniatures.ipynb #b155dbe0
@@ -183,6 +187,13 @@ SETTINGS: dict[str, Callable[..., tuple[Any, Any, dict]]] = {
 }
 
 # %% ../../notebooks/library/06_models/35_miniatures.ipynb #02b380f7
+def draw_weights(model: torch.nn.Module, spread: float) -> None:
+    """Draw all weights, biases and norms too, so that nothing is by chance zero or one."""
+    for name, weight in model.named_parameters():
+        norm = weight.ndim == 1 and name.endswith(("weight", "lambda_1", "lambda_2", "lambda1"))
+        torch.nn.init.normal_(weight, mean=float(norm), std=spread)
+
+
 def miniature(
     family: str,  # a key of FAMILIES
     # the tokenizer is trained on them
@@ -202,11 +213,37 @@ def miniature(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)](config).float().eval()
-        for name, weight in model.named_parameters():  # biases and norms too, so that nothing is by chance zero or one
-            norm = weight.ndim == 1 and name.endswith(("weight", "lambda_1", "lambda_2"))
-            torch.nn.init.normal_(weight, mean=float(norm), std=spread)
+        draw_weights(model, spread)
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
                                                do_sample=False)
     processor = image_only(PROCESSOR_MAPPING[type(config)])(image_processor=images, tokenizer=tokenizer,
                                                             chat_template=tokenizer.chat_template, **own)
     return Bundle(model, processor, family_of(model), f"miniature {family}")
+
+# %% ../../notebooks/library/06_models/35_miniatures.ipynb #545eb3f4
+def miniature_encoder(
+    family: str,  # a key of ENCODERS
+    size: int | tuple[int, int] | None = None,  # pixels of every page; None: that of the positions
+    *,
+    seed: int = 0,  # seed of the weights
+    width: int = 32,  # channels
+    layers: int = 2,
+    tile: int = 56,  # pixels of a side of the position table, a multiple of 14
+    spread: float = 0.1,  # standard deviation of the weights
+) -> Bundle:
+    """Build a random encoder of a family's real class without a language model, in eval mode; ValueError for an
+    unknown family."""
+    if family not in ENCODERS:
+        raise ValueError(f"no encoder {family!r}; expected one of {', '.join(ENCODERS)}")
+    wide = {"mlp_ratio": 2} if family == "dinov2" else {"intermediate_size": 2 * width}
+    own = {"internvit": dict(image_size=[tile] * 2, patch_size=[14] * 2, attention_bias=True, use_mean_pooling=False),
+           "siglip_vision": dict(vision_use_head=False), "dinov2": dict(use_mask_token=False)}
+    config = CONFIG_MAPPING[ENCODERS[family].model_type](
+        **dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=2, image_size=tile, patch_size=14)
+        | wide | own.get(family, {}), attn_implementation="sdpa")
+    kind = MODEL_MAPPING[type(config)]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = kind(config, add_pooling_layer=False) if family == "vit" else kind(config)
+        draw_weights(model.float(), spread)
+    return encoder_bundle(model, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, size, name=f"miniature {family}")

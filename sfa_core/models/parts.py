@@ -16,14 +16,14 @@ import torch
 from ..structure.inject import CHILD, structures_of
 from ..core.bundle import Bundle
 from .quantization import BLOCK, narrow_layers
-from ..structure.bias import StructuralBias
 
 # %% ../../notebooks/library/06_models/60_parts.ipynb #996d408d
 def describe(
     bundle: Bundle,
 ) -> dict[str, str]:  # part -> one phrase with its sizes
-    """Describe the parts of a model from its configuration and its modules."""
+    """Describe the parts of a model from its configuration and its modules; ValueError for an encoder alone."""
     model, family = bundle.model, bundle.family
+    family.check_answers()
     attentions, text = family.attentions_of(model), model.config.get_text_config()
     if family.native:
         seen, merged = "images at their own size", f"{family.merge(model) ** 2} patches become 1 token"
@@ -120,16 +120,15 @@ def structural_maps(
 ) -> dict[str, np.ndarray]:  # term -> (h, w) float32 logits; the last one, "combined", is their sum
     """Return the structural bias of one query, term by term; ValueError for a model without structure or a place
     that does not exist."""
-    grid, biases = bundle.family.grid(bundle.model), structures_of(bundle)
+    grid, biases = bundle.grid, structures_of(bundle)
     if not (0 <= layer < len(biases) and 0 <= query < len(grid) and (head is None or 0 <= head < biases[0].heads)):
         limits = f"a layer below {len(biases)}, a token below {len(grid)} and a head below {biases[0].heads}"
         raise ValueError(f"no structural bias of layer {layer}, query {query}, head {head}: expected {limits}")
     bias, maps, patch = biases[layer], {}, ~grid.special
     for terms in (*((term,) for term in bias.terms), bias.terms):
-        part = StructuralBias(bias.heads, bias.blocks, terms).to(next(bias.parameters()))
-        part.load_state_dict({term: getattr(bias, term) for term in terms})
         # (H, N, R)
-        left, right = (factor if factor.ndim == 3 else factor[image] for factor in part.factors(bias.geometry))
+        left, right = (factor if factor.ndim == 3 else factor[image]
+                       for factor in bias.part(terms).factors(bias.geometry))
         values = torch.einsum("hr,hkr->hk", left[:, query], right)
         values = (values.mean(0) if head is None else values[head]).float().cpu().numpy()
         name = terms[0] if len(terms) == 1 and terms[0] not in maps else "combined"

@@ -15,7 +15,7 @@ from transformers.image_utils import SizeDict
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
 from ..core.bundle import Bundle
-from ..tokens.patches import PATCH
+from ..core.families import pair, vision_of
 
 # %% ../../notebooks/library/06_models/45_resolution.ipynb #5b0c9e11
 class FinerTiles(LlavaOnevisionImageProcessorPil):
@@ -59,22 +59,23 @@ def finer_tiles(
 
 # %% ../../notebooks/library/06_models/45_resolution.ipynb #c67cd64c
 def at_resolution(
-    bundle: Bundle,  # an InternVL, or a LLaVA-OneVision for twice its tile
+    bundle: Bundle,  # an InternVL, an encoder alone, or a LLaVA-OneVision for twice its tile
     side: int,  # pixels of a tile
     image_tokens: int | None = None,  # language tokens of a tile; None: those of the smaller raster
 ) -> Bundle:  # of the same model
     """Let a model see its tiles at another size; ValueError for a side that gives no whole language tokens, or
     another family."""
-    merge, cells = bundle.family.merge(bundle.model.config), side // PATCH
+    merge, patch = bundle.family.merge(bundle.model.config), pair(vision_of(bundle.model).patch_size)[0]
     if bundle.family.views == "anyres":
         return finer_tiles(bundle, side)
-    if bundle.family.name != "internvl":
-        raise ValueError(f"{bundle.name} is of family {bundle.family.name}; expected internvl, whose encoder "
-                         f"interpolates its positions, or llava_onevision")
-    if side < PATCH or side % (PATCH * merge):
-        raise ValueError(f"a tile of {side} px; expected a multiple of {PATCH * merge} px")
+    if bundle.family.views != "tiles":
+        raise ValueError(f"{bundle.name} is of family {bundle.family.name}; expected internvl or an encoder alone, "
+                         f"which interpolate their positions, or llava_onevision")
+    if side < patch or side % (patch * merge):
+        raise ValueError(f"a tile of {side} px; expected a multiple of {patch * merge} px")
     processor = copy.copy(bundle.processor)
     processor.image_processor = copy.deepcopy(bundle.processor.image_processor)
     processor.image_processor.size = type(processor.image_processor.size)(height=side, width=side)
-    processor.image_seq_length = (cells // merge) ** 2 if image_tokens is None else image_tokens
+    if not bundle.family.alone:
+        processor.image_seq_length = (side // patch // merge) ** 2 if image_tokens is None else image_tokens
     return replace(bundle, processor=processor, cache={})

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SUFFIX', 'IGNORE', 'prompt_suffix', 'chat_template', 'first_tokens', 'prompt_tokens', 'end_token', 'answer_tokens',
-           'pack', 'grouped', 'spatial_positions', 'training_batch', 'answer_loss', 'document_losses']
+           'pack', 'grouped', 'spatial_positions', 'training_batch', 'answer_loss', 'document_losses', 'answer_scores']
 
 # %% ../../notebooks/library/06_models/48_sequences.ipynb #1779aec3
 from collections.abc import Iterable, Sequence
@@ -231,3 +231,23 @@ def document_losses(
         loss, targets = answer_loss(bundle.model, training_batch(bundle, part, tiles=tiles))
         found[name] = float(loss) / targets
     return found
+
+
+@torch.no_grad()
+def answer_scores(
+    bundle: Bundle,
+    rows: Sequence[Sample],  # one question each, about documents of different names
+    tiles: int | None = None,  # most tiles per image
+) -> np.ndarray:  # (B,) float64
+    """Return the log-probability of the first answer of each question, its end token included, in nats; ValueError
+    for two questions about one document."""
+    batch = training_batch(bundle, rows, tiles=tiles)
+    if len(batch["labels"]) != len(rows):
+        raise ValueError(f"{len(rows)} questions about {len(batch['labels'])} documents, expected one each")
+    labels = batch["labels"][:, 1:]
+    wanted = labels != IGNORE  # a token is predicted at the place before it
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    logits = bundle.model(**inputs, logits_to_keep=pad(wanted, (0, 1)), use_cache=False).logits  # (targets, vocabulary)
+    targets = labels[wanted].to(logits.device)
+    scores = -cross_entropy(logits.double(), targets, reduction="none").cpu().numpy()
+    return np.bincount(np.nonzero(wanted.cpu().numpy())[0], scores, len(rows))

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['ENTROPY', 'GROUNDING', 'STABILITY', 'TABLE_1', 'TABLE_3', 'PER_DOCUMENT', 'MADE_BY', 'Row', 'source_documents',
            'mixture_of', 'kept_folder', 'run_cell', 'run_rows', 'of_kinds', 'rate_cells', 'compare_arms',
-           'difference_text', 'ablation_table']
+           'difference_cells', 'compare_rows', 'ablation_table', 'families_caption']
 
 # %% ../../notebooks/library/12_runs/60_ablation.ipynb #019229d3
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from datasets import Dataset
 
@@ -28,8 +29,8 @@ from ..core.bundle import Bundle
 from ..core.files import locked, remove_folder, write_atomic
 from ..core.identity import code_digest, key_of, package_versions
 from .results import shipped_digest
-from ..scores.compare import Comparison, compare_seeds
-from ..scores.intervals import clustered_bootstrap, interval_text, points_text, seed_interval
+from ..scores.compare import MARGIN, Comparison, compare_seeds, holm, holm_caption, without_minus_zero
+from ..scores.intervals import clustered_effect, interval_text, points_text
 from ..training.arms import FinetuneConfig, load_arm
 from ..training.checkpoints import read_log
 from ..training.consistency import SCRConfig
@@ -97,7 +98,8 @@ def mixture_of(
     return Mixture({name: source_documents(name, count, seed) for name in shares}, shares)
 
 
-MADE_BY = {"cells": "runs.ablation", "dynamics": "pretraining.dynamics"}  # kind of what is kept -> module that makes it
+# kind of what is kept -> module that makes it
+MADE_BY = {"cells": "runs.ablation", "dynamics": "pretraining.dynamics", "tuning": "pretraining.tuning"}
 
 
 def kept_folder(
@@ -162,60 +164,75 @@ def of_kinds(records: pd.DataFrame, kinds: Sequence[str]) -> pd.DataFrame:
     return records[records["document"].str.split("-").str[1].isin(kinds)]
 
 
-def rate_cells(parts: Sequence[pd.DataFrame], draws: int = 10_000, seed: int = 0) -> dict[str, Any]:
-    "Compute the mean rate over seeds with its intervals over seeds and over documents; image errors are left out."
-    answered = [part[part["error"] == ""] for part in parts]
-    if not all(map(len, answered)):
-        raise ValueError(f"{sum(not len(part) for part in answered)} of {len(parts)} seeds answered no question; one "
-                         f"is expected")
-    rates = [float(part["correct"].mean()) for part in answered]
-    rows = pd.concat(answered).astype({"correct": float}).groupby("id", sort=False)
-    mean, document = rows["correct"].mean(), rows["document"].first()
-    _, low, high = clustered_bootstrap(mean, document, draws, 0.95,
-                                       seed) if document.nunique() > 1 else (None, None, None)
-    over = seed_interval(rates) if len(parts) > 1 else None
-    errors = max(len(part) - len(left) for part, left in zip(parts, answered, strict=True))
-    return dict(
-        seeds=len(parts),
-        n=len(answered[0]),
-        right=sum(rates) / len(rates),
-        over_seeds=interval_text(over.low, over.high) if over else "one seed",
-        over_documents=interval_text(low, high),
-    ) | ({"image errors": errors} if errors else {})
+def rate_cells(parts: Sequence[pd.DataFrame]) -> dict[str, Any]:
+    "Compute the rate over seeds with its interval over seeds and documents; image errors are left out."
+    good = np.logical_and.reduce([(part.set_index("id")["error"] == "").sort_index() for part in parts])
+    rows = [part.set_index("id").sort_index()[good] for part in parts]
+    if not good.any():
+        raise ValueError(f"none of {len(good)} questions was answered in all {len(parts)} seeds; one is expected")
+    right, documents = np.stack([part["correct"].to_numpy(float) for part in rows]), rows[0]["document"]
+    low, high = clustered_effect(right, documents).interval()[1:] if documents.nunique() > 1 else (None, None)
+    ends = (None, None) if low is None else (max(0.0, low), min(1.0, high))
+    errors = len(good) - int(good.sum())
+    return {"seeds": len(parts), "n": int(good.sum()), "right": float(right.mean()),
+            "95 % interval": interval_text(*ends)} | ({"image errors": errors} if errors else {})
 
 
-def compare_arms(a: Sequence[pd.DataFrame], b: Sequence[pd.DataFrame], names: tuple[str, str], draws: int = 10_000,
-            seed: int = 0) -> Comparison:
-    "Compare two rows seed by seed; a baseline has one table of records for all seeds."
-    return compare_seeds(list(zip(a * len(b) if len(a) == 1 else a, b, strict=True)), names, draws=draws, seed=seed)
+def compare_arms(
+    a: Sequence[pd.DataFrame],  # records of each seed; a baseline has one table for all seeds
+    b: Sequence[pd.DataFrame],
+    names: tuple[str, str],
+    *,
+    margin: float = MARGIN,
+    trained: Collection[str] = (),  # kinds of documents that were trained on
+) -> Comparison:
+    "Compare two rows seed by seed."
+    pairs = list(zip(a * len(b) if len(a) == 1 else a, b, strict=True))
+    return compare_seeds(pairs, names, margin=margin, trained=trained)
 
 
-def difference_text(comparison: Comparison) -> dict[str, Any]:
-    """Write a difference in points with its intervals, the p of McNemar's exact test of each seed, and whether it
-    is resolved."""
+def difference_cells(comparison: Comparison) -> dict[str, Any]:
+    "Write a difference in points with its interval, its verdict, its adjusted p, and what the design would have seen."
     return {
         "difference, points": round(100 * comparison.difference, 2),
-        "over seeds, points": points_text(comparison.low, comparison.high),
-        "over documents, points": points_text(*comparison.over_documents),
-        "p by seed": " ".join(f"{each.changes.p:.2g}" for each in comparison.seeds),
-        "said": comparison.outcome,
+        "95 % interval, points": points_text(comparison.low, comparison.high),
+        "verdict": comparison.outcome,
+        "adjusted p": "—" if comparison.adjusted is None else f"{comparison.adjusted:.2g}",
+        "detectable, points": "—" if comparison.detectable is None else f"{100 * comparison.detectable:.1f}",
     }
+
+
+def compare_rows(
+    records: Mapping[str, Sequence[pd.DataFrame]],  # row -> records of each seed
+    rows: Mapping[str, Row],
+    **options: Any,  # of `compare_arms`
+) -> dict[str, Comparison]:  # by row, where the row it is compared with was made
+    "Compare every row with its own; those with the same control are a family, adjusted by Holm."
+    found = {name: compare_arms(records[row.against], records[name], (row.against, name), **options)
+             for name, row in rows.items() if name in records and row.against in records}
+    for control in {one.names[0] for one in found.values()}:
+        family = {name: one for name, one in found.items() if one.names[0] == control}
+        found |= holm(family) if len(family) > 1 else {}
+    return found
 
 
 def ablation_table(
     records: Mapping[str, Sequence[pd.DataFrame]],  # row -> records of each seed
     rows: Mapping[str, Row],
-    draws: int = 10_000,
-    seed: int = 0,
+    **options: Any,  # of `compare_arms`
 ) -> tuple[pd.DataFrame, dict[str, Comparison]]:  # table, and the comparisons by row
     "Make a table of rows with a paired test against the row each is compared with, where that was made."
-    table, found = [], {}
+    found, table = compare_rows(records, rows, **options), []
     for name in (name for name in records if name in rows or name == "baseline"):
         row = rows.get(name, Row("", "the model as it is"))
-        line = dict(arm=name, meaning=row.meaning) | rate_cells(records[name], draws, seed) | {"against": "—"}
-        if row.against in records:
-            found[name] = compare_arms(records[row.against], records[name], (row.against, name), draws, seed)
-            line |= {"against": row.against} | difference_text(found[name])
-        table.append(line)
-    shown = pd.DataFrame(table).round({"right": 3}).astype(object)
+        line = dict(arm=name, meaning=row.meaning) | rate_cells(records[name]) | {"against": "—"}
+        table.append(line | ({"against": row.against} | difference_cells(found[name]) if name in found else {}))
+    shown = without_minus_zero(pd.DataFrame(table).round({"right": 3})).astype(object)
     return shown.where(shown.notna(), "—"), found
+
+
+def families_caption(found: Mapping[str, Comparison]) -> str:
+    "Write what stands behind the verdicts of a table, family by family of the same control."
+    controls = dict.fromkeys(one.names[0] for one in found.values())
+    return " ".join(f"Against {name}: {holm_caption({k: c for k, c in found.items() if c.names[0] == name})}"
+                    for name in controls)

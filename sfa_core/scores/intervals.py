@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['Interval', 'wilson_interval', 'check_level', 'cluster_means', 'percentile_interval', 'clustered_bootstrap',
-           'paired_bootstrap', 'McNemar', 'mcnemar', 'seed_interval', 'interval_text', 'points', 'points_text']
+           'paired_bootstrap', 'McNemar', 'mcnemar', 'seed_interval', 'Effect', 'crossed_effect', 'clustered_effect',
+           'signed_text', 'interval_text', 'points', 'points_text', 'chance_sentence']
 
 # %% ../../notebooks/library/04_scores/15_intervals.ipynb #c76b46af
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -152,19 +154,113 @@ def seed_interval(
     half = stats.t.ppf((1 + check_level(level)) / 2, values.size - 1) * values.std(ddof=1) / np.sqrt(values.size)
     return Interval(float(values.mean()), float(values.mean() - half), float(values.mean() + half))
 
+# %% ../../notebooks/library/04_scores/15_intervals.ipynb #88f3c215
+@dataclass(frozen=True)
+class Effect:
+    "A mean over questions with what seeds and documents add to its variance; arrays where many are computed at once."
+
+    estimate: float
+    seed_variance: float  # V_seeds, 0 with one seed
+    document_variance: float  # V_documents
+    cell_variance: float  # V_cell, 0 with one seed
+    seeds: int  # S
+    documents: int  # D, at least 2
+
+    @property
+    def variance(self) -> float:
+        "Return V, which holds both sources once."
+        both = self.seed_variance + self.document_variance - self.cell_variance
+        return np.maximum(both, np.maximum(self.seed_variance, self.document_variance))
+
+    @property
+    def freedom(self) -> float:
+        "Return Satterthwaite's degrees of freedom, with a heavier term for few seeds."
+        rest, weight = self.documents - 1, 9 if self.seeds == 2 else 2
+        if self.seeds == 1:
+            return np.full(np.shape(self.document_variance), float(rest))[()]
+        spread = weight * np.square(self.seed_variance) / (self.seeds - 1) + np.square(self.document_variance) / rest
+        spread = spread + np.square(self.cell_variance) / (self.seeds - 1) / rest
+        known = spread > 0
+        return np.where(known, np.maximum(np.square(self.variance) / np.where(known, spread, 1), self.seeds - 1),
+                        rest)[()]
+
+    @property
+    def p(self) -> float:
+        "Return the two-sided p of the t test against 0."
+        error, size = np.sqrt(self.variance), np.abs(self.estimate)
+        ratio = np.divide(size, error, out=np.where(size > 0, np.inf, 0.0), where=error > 0)
+        return (2 * stats.t.sf(ratio, self.freedom))[()]
+
+    def interval(self, level: float = 0.95) -> Interval:
+        "Return the t interval of the mean."
+        reach = stats.t.ppf((1 + check_level(level)) / 2, self.freedom) * np.sqrt(self.variance)
+        return Interval(self.estimate, self.estimate - reach, self.estimate + reach)
+
+# %% ../../notebooks/library/04_scores/15_intervals.ipynb #1d19adf3
+def crossed_effect(
+    sums: np.ndarray,   # (..., S, D) sum of the values of each seed about each document
+    sizes: np.ndarray,  # (..., D) questions about each document, the same for every seed
+) -> Effect:
+    "Split a pooled mean into what seeds, documents and their cells add to its variance; ValueError for one document."
+    sums, sizes = np.asarray(sums, dtype=np.float64), np.asarray(sizes, dtype=np.float64)
+    seeds, documents = sums.shape[-2:]
+    if documents < 2 or sizes.shape[-1] != documents or not (sizes > 0).all():
+        raise ValueError(f"got sums of shape {sums.shape} and sizes of shape {sizes.shape}, expected (..., seeds, "
+                         f"documents) and (..., documents), at least 2 documents with a question each")
+    asked = sizes.sum(-1)
+    mean = sums.sum((-1, -2)) / (seeds * asked)
+    apart = (sums - mean[..., None, None] * sizes[..., None, :]) * (documents / asked)[..., None, None]
+    by_seed, by_document = apart.mean(-1), apart.mean(-2)  # z - r, whose mean is 0
+    over_documents = by_document.var(-1, ddof=1) / documents
+    if seeds == 1:
+        return Effect(mean, np.zeros_like(mean)[()], over_documents, np.zeros_like(mean)[()], 1, documents)
+    rest = np.square(apart - by_seed[..., None] - by_document[..., None, :]).sum((-1, -2))
+    cell = rest / ((seeds - 1) * (documents - 1)) / (seeds * documents)
+    return Effect(mean, by_seed.var(-1, ddof=1) / seeds, over_documents, cell, seeds, documents)
+
+
+def clustered_effect(
+    values: Sequence[float] | np.ndarray,  # (N,) or (S, N), such as paired differences of scores
+    documents: Sequence,                   # (N,) document of each question
+) -> Effect:
+    "Compute the effect of values question by question; ValueError for other lengths, nan, or a single document."
+    values, names = np.atleast_2d(np.asarray(values, dtype=np.float64)), np.asarray(documents)
+    if values.ndim != 2 or names.shape != values.shape[1:] or not np.isfinite(values).all():
+        raise ValueError(f"got values of shape {values.shape} and documents of shape {names.shape}, expected finite "
+                         f"values (S, N) and (N,) documents")
+    _, owner = np.unique(names, return_inverse=True)
+    return crossed_effect(np.stack([np.bincount(owner, row) for row in values]), np.bincount(owner))
+
 # %% ../../notebooks/library/04_scores/15_intervals.ipynb #aa11bb22
+def signed_text(value: float, digits: int) -> str:
+    "Write a number with its sign; nothing is written as minus zero."
+    shown = round(value, digits) + 0.0  # -0.0 + 0.0 is 0.0
+    return f"{shown:+.{digits}f}" if shown else f"{shown:.{digits}f}"
+
+
 def interval_text(low: float | None, high: float | None, signed: bool = False) -> str:
     "Write an interval; a dash when there is none."
     if low is None or high is None:
         return "—"
-    return f"{low:+.3f} to {high:+.3f}" if signed else f"{low:.3f} to {high:.3f}"
+    return " to ".join(signed_text(end, 3) if signed else f"{round(end, 3) + 0.0:.3f}" for end in (low, high))
 
 
 def points(share: float) -> str:
     "Write a difference of shares in percentage points with its sign; nothing is written as minus zero."
-    return f"{round(100 * share, 1) or 0.0:+.1f}".replace("+0.0", "0.0")
+    return signed_text(100 * share, 1)
 
 
 def points_text(low: float | None, high: float | None) -> str:
     "Write an interval of a difference of shares in percentage points; a dash when there is none."
     return "—" if low is None or high is None else f"{points(low)} to {points(high)}"
+
+
+def chance_sentence(
+    missing: int,  # intervals that leave zero on one side
+    count: int,  # intervals looked at
+    level: float = 0.95,
+) -> str:
+    "Write how many of some intervals miss zero, and how many would by chance alone."
+    few = stats.binom.ppf(0.975, count, 1 - check_level(level))
+    return (f"{missing} of {count} intervals miss zero; by chance alone {count * (1 - level):.1f} of {count} would on "
+            f"average, and up to {few:.0f} is no surprise.")

@@ -36,8 +36,10 @@ def taxonomy_table(
         columns[arm] = {
             "judged": str(r["judged"]),
             **{name: share_text(r["classes"][name]) for name in CATEGORIES[1:]},
+            "calculation errors that are slips": str(r["subclasses"]["calculation_slip"]),
             "right as a text only": str(r["overruled"]),
             "left out: label suspect, image error": f"{r['counts']['label_suspect']}, {r['errors']}",
+            "label suspects whose reply fits the page": str(r["subclasses"]["fits_page"]),
             "numeric replies with evidence": str(r["in_rate"]),
             "U, ungrounded of these": share_text(r["ungrounded"]),
             "floor of U by chance": "—" if r["floor"] is None else f"{r['floor']:.3f}",
@@ -47,7 +49,11 @@ def taxonomy_table(
             "older rule: 'hallucination'": share_text(r["source_rule"]),
         }
     table = pd.DataFrame(columns)
-    return table if any(r["overruled"] for r in reports.values()) else table.drop(index="right as a text only")
+    rare = {"right as a text only": "overruled", "calculation errors that are slips": "calculation_slip",
+            "label suspects whose reply fits the page": "fits_page"}
+    counts = [r["subclasses"] | {"overruled": r["overruled"]} for r in reports.values()]
+    seen = {name for one in counts for name, n in one.items() if n}
+    return table.drop(index=[row for row, name in rare.items() if name not in seen])
 
 # %% ../../notebooks/library/04_scores/70_transitions.ipynb #a5e0de2c
 def grounding_change(

@@ -20,13 +20,15 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from ..core.bundle import Bundle
-from ..core.families import family_of
+from ..core.families import family_of, head_count, vision_of
 from ..core.hooks import PREFIX, AttentionCall, attention_hooks, hooked_name, replaced_name
-from .bias import TERMS, Geometry, StructuralBias, check_terms, grid_geometry, with_blocks
+from .bias import StructuralBias
+from .geometry import Geometry, grid_geometry, with_blocks
 from .kernels import MASK_BYTES, WIDEST, MaskCache, chunked_attention, combine_masks, constant_mask
 from .kernels import low_rank_attention, may_cache
 from .strips import grid_attention, may_strip
-from .windows import Calls, follow_sizes, set_image_blocks, stop_following
+from .terms import TERMS, check_terms
+from .windows import Calls, follow_sizes, follow_tiles, set_image_blocks, stop_following
 
 # %% ../../notebooks/library/03_structure/40_inject.ipynb #810a3c35
 CHILD = "structure"  # name of the bias below an attention module
@@ -130,6 +132,8 @@ def inject(
     *,
     blocks: int = 16,  # size of the block table
     seed: int = 0,  # seed of the initial weights
+    distance_unit: str = "page",  # unit of the term distance: page (h + w patches, as published) or patch
+    absolute_distance: bool = False,  # -|w| in place of -w for the term distance, as in the published code
 ) -> list[StructuralBias]:  # one per encoder layer that the projector depends on, first to last
     """Attach structural attention to a model's encoder; ValueError for an unsupported model, unknown terms or one
     that has it already."""
@@ -139,9 +143,10 @@ def inject(
     terms, attentions = check_terms(terms), family.attentions_of(model)
     if any(hasattr(attention, CHILD) for attention in attentions):
         raise ValueError("the model has structural attention already: call eject first")
-    grid = None if family.native else family.grid(model)
+    grid = None if family.native else bundle.grid
     seeds = np.random.SeedSequence(seed).generate_state(len(attentions))
-    biases = [StructuralBias(attention.num_heads, blocks, terms, int(own))
+    settings = dict(distance_unit=distance_unit, absolute_distance=absolute_distance)
+    biases = [StructuralBias(head_count(attention), blocks, terms, int(own), **settings)
               for attention, own in zip(attentions, seeds, strict=True)]
     replaced = vision_attention(model)
     for attention, bias in zip(attentions, biases, strict=True):
@@ -154,6 +159,7 @@ def inject(
         follow_sizes(family.tower_of(model), attentions, family)
     else:
         set_geometry(bundle, grid_geometry(grid.row, grid.column, grid.special, grid.height, grid.width))
+        follow_tiles(family.tower_of(model), family)
     use_attention(model, "sfa")
     return biases
 
@@ -162,8 +168,7 @@ def eject(bundle: Bundle) -> Bundle:
     """Detach structural attention: the model is what it was before `inject`; ValueError when it has none."""
     structures_of(bundle)
     model, family = bundle.model, bundle.family
-    if family.native:
-        stop_following(family.tower_of(model))
+    stop_following(family.tower_of(model))
     for attention in family.attentions_of(model):
         replaced = attention.structure_replaced
         for name in (CHILD, "structure_cache", "structure_replaced"):
@@ -184,7 +189,7 @@ def vision_attention(
     model: PreTrainedModel,
 ) -> str:
     """Return the name of the encoder's attention implementation, without the hooks around it."""
-    return replaced_name(model.config.vision_config._attn_implementation)
+    return replaced_name(vision_of(model)._attn_implementation)
 
 
 def use_attention(
@@ -192,8 +197,9 @@ def use_attention(
     name: str,  # a registered implementation
 ) -> None:
     """Choose the encoder's attention implementation; the language model keeps its own, and hooks stay attached."""
-    hooked = model.config.vision_config._attn_implementation.startswith(PREFIX)
-    model.set_attn_implementation({"vision_config": hooked_name(name) if hooked else name})
+    vision = vision_of(model)
+    chosen = hooked_name(name) if vision._attn_implementation.startswith(PREFIX) else name
+    model.set_attn_implementation(chosen if vision is model.config else {"vision_config": chosen})
 
 
 def visible_weights(

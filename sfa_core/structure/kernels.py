@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
-from .bias import Geometry, StructuralBias
+from .bias import StructuralBias
+from .geometry import Geometry
 
 # %% ../../notebooks/library/03_structure/20_kernels.ipynb #c3ffc1ee
 def low_rank_attention(

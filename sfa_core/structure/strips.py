@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
-from .bias import Geometry, StructuralBias, uniform_geometry
+from .bias import StructuralBias, axis_table, block_scalars, place_on
+from .geometry import Geometry, uniform_geometry
 from .kernels import WIDEST
 
 # %% ../../notebooks/library/03_structure/25_strips.ipynb #6583ad38
@@ -30,7 +31,8 @@ def grid_special(
     """Count the special tokens in front of a whole grid that lies row by row; None for any other arrangement."""
     height, width = geometry.size
     special = geometry.tokens - height * width
-    if geometry.log_area is not None or special < 0 or max(geometry.row.ndim, geometry.column.ndim,
+    labelled = set(geometry.labels) - {"block"}  # groups, order and roles are not sums of rows and columns
+    if labelled or geometry.log_area is not None or special < 0 or max(geometry.row.ndim, geometry.column.ndim,
                                                            geometry.special.ndim + 1) > 2:
         return None
     expected = uniform_geometry(height, width, special)
@@ -63,15 +65,17 @@ def grid_tables(
 # (H, h, h) and (H, w, w) between rows and between columns, (B or 1, H, N) block scalars
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the small tables that the bias of a whole grid is the sum of."""
-    weight, total = next(bias.parameters()), sum(geometry.size)
-    tables = [bias.axis_table(term, side, total) for term, side in zip(("row", "column"), geometry.size, strict=True)]
-    rows, columns = (weight.new_zeros(bias.heads, side, side) if table is None else table
-                     for table, side in zip(tables, geometry.size, strict=True))
+    weight = next(bias.parameters())
+    for axis in bias.axes:
+        place_on(bias, axis, geometry)  # groups, order and roles that nobody assigned
+    rows, columns = (axis_table(bias, axis, side, geometry.extent) if axis in bias.axes
+                     else weight.new_zeros(bias.heads, side, side)
+                     for axis, side in zip(("row", "column"), geometry.size, strict=True))
     if bias.block is None:
         return rows, columns, None
     if geometry.block is None:  # all patches in block 0: a constant between patches
         return rows + bias.block[0].square()[:, None, None], columns, None
-    scalars = bias.block_scalars(geometry.map(lambda tensor: tensor.to(weight)))
+    scalars = block_scalars(bias, geometry.map(lambda tensor: tensor.to(weight)))
     return rows, columns, scalars if scalars.ndim == 3 else scalars[None]
 
 # %% ../../notebooks/library/03_structure/25_strips.ipynb #df6759b1

@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['sequence_geometry', 'block_geometry', 'Calls', 'Followed', 'call_lists', 'biases_in', 'place_calls', 'begin_calls',
-           'end_calls', 'follow_sizes', 'stop_following', 'set_image_blocks']
+           'end_calls', 'follow_sizes', 'stop_following', 'set_image_blocks', 'same_geometry', 'place_tile',
+           'follow_tiles']
 
 # %% ../../notebooks/library/03_structure/30_windows.ipynb #e9e72778
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
 
-from ..core.families import Family, TokenGrid
-from .bias import Geometry, StructuralBias, grid_geometry, with_blocks
+from ..core.families import Family, TokenGrid, pair, vision_of
+from .bias import StructuralBias
+from .geometry import Geometry, grid_geometry, uniform_geometry, with_blocks
 
 # %% ../../notebooks/library/03_structure/30_windows.ipynb #0b3900e1
 def sequence_geometry(
@@ -170,3 +172,37 @@ def set_image_blocks(
             raise ValueError(f"block ids run from {int(part.min())} to {int(part.max())}, expected 0 to "
                              f"{followed.blocks - 1}")
     followed.ids = None if ids is None else tuple(ids)
+
+# %% ../../notebooks/library/03_structure/30_windows.ipynb #37629bfa
+def same_geometry(
+    first: Geometry,
+    second: Geometry,
+) -> bool:
+    """Return whether two geometries place the same tokens at the same places."""
+    pairs = [(getattr(first, field.name), getattr(second, field.name)) for field in fields(Geometry)]
+    return all(torch.equal(one.float().cpu(), other.float().cpu())
+               if isinstance(one, Tensor) and isinstance(other, Tensor) and one.shape == other.shape else one is other
+               for one, other in pairs)
+
+
+def place_tile(tower: nn.Module, args: tuple, kwargs: dict) -> None:
+    """Before the tower: lay the plain grid anew over tiles of another size than those before."""
+    pixels = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0]
+    biases, special = biases_in(tower), tower.structure_followed.family.special
+    size = tuple(side // step for side, step in zip(pixels.shape[-2:], pair(vision_of(tower).patch_size)))
+    own = biases[0].geometry
+    if own is None or own.size == size or not same_geometry(own, uniform_geometry(*own.size, special)):
+        return
+    weight = next(biases[0].parameters())
+    plain = uniform_geometry(*size, special).map(lambda tensor: tensor.to(weight))
+    for bias in biases:
+        bias.geometry = plain
+
+
+def follow_tiles(
+    tower: nn.Module,  # tower of fixed tiles, with a structural bias in every layer
+    family: Family,
+) -> None:
+    """Place the tokens anew whenever tiles come in another size."""
+    handle = tower.register_forward_pre_hook(place_tile, with_kwargs=True)
+    tower.structure_followed = Followed(family, biases_in(tower)[0].blocks, handles=(handle,))

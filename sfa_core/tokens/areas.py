@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from ..core.hooks import hooked_name
-from ..structure.bias import Geometry, merge_cells
+from ..structure.geometry import Geometry, merge_cells
 from ..structure.kernels import combine_masks
 from .patches import PatchPlan
 

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from ..attention.capture import logits_of, normalised, structural_factors
 from ..core.bundle import Bundle
 from ..core.hooks import AttentionCall
-from ..structure.bias import PADDING
+from ..structure.geometry import PADDING
 from ..structure.inject import CHILD
 from ..tokens.adaptive import TokenControl
 from ..tokens.areas import AREA
@@ -113,7 +113,7 @@ def tile_density(
     pixels: Tensor,  # (B, 3, Y, X) normalised tiles
 ) -> np.ndarray:  # (B, h, w), 0..1
     "Label the density of tiles on the encoder's grid."
-    processor, grid = bundle.processor.image_processor, bundle.family.grid(bundle.model)
+    processor, grid = bundle.processor.image_processor, bundle.grid
     mean, std = (np.array(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
     pages = (
         np.rint((pixels.detach().float().cpu().numpy() * std + mean).clip(0, 1) * 255)

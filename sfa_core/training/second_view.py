@@ -19,7 +19,7 @@ from ..structure.inject import CHILD, set_geometry
 from ..tokens.density import density_blocks
 from ..core.bundle import Bundle
 from ..tokens.patches import PATCH, PatchConfig, PatchPlan
-from ..structure.bias import uniform_geometry, with_blocks
+from ..structure.geometry import uniform_geometry, with_blocks
 
 # %% ../../notebooks/library/09_training/40_second_view.ipynb #d771fb8e
 def uniform_plan(grid: tuple[int, int]) -> PatchPlan:

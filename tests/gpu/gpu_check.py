@@ -38,7 +38,8 @@ from sfa_core.core.bundle import Bundle
 from sfa_core.core.paths import REPOSITORY
 from sfa_core.training.placement import LanguageSide, cut_loss
 from sfa_core.runs.results import provenance, write_json, write_summary, write_timings
-from sfa_core.structure.bias import StructuralBias, uniform_geometry
+from sfa_core.structure.bias import StructuralBias
+from sfa_core.structure.geometry import uniform_geometry
 
 BUDGET = 300       # seconds for everything
 GIB = 2**30
