@@ -146,7 +146,7 @@ READERS = {  # name -> lays out what is sound, the file that is replaced, what r
     "picture_size": single("a.png", picture_size), "OCR": single("ocr.jsonl", read_ocr),
     "replies kept": single("replies.jsonl", KeptAnswers), "grid": single("small.yaml", read_grid),
     "log": single("log.jsonl", lambda path: read_log(path.parent)),
-    **{f"replies of others, {kind}": single(f"a.{kind}", lambda path: read_answers(path, []))
+    **{f"replies of others, {kind}": single(f"a.{kind}", read_answers)
        for kind in ("json", "jsonl", "csv", "tsv", "xlsx", "parquet")},
     "parquet": single("test-0.parquet", lambda path: list(ParquetRows([path]))),
     "encoder": single("encoder.safetensors", lambda path: read_dense_encoder(path, None)),

@@ -58,8 +58,8 @@ def check_card(
 @lru_cache(maxsize=1000)
 def rules_of(kind: type) -> dict[str, TypeAdapter]:
     "Return what checks each field of a dataclass, by its annotation."
-    hints, settings = get_type_hints(kind, include_extras=True), ConfigDict(arbitrary_types_allowed=True, strict=True)
-    return {name: TypeAdapter(Annotated[hints[name], Field()], config=settings) for name in kind.__dataclass_fields__}
+    hints = get_type_hints(kind, include_extras=True)
+    return {name: TypeAdapter(hints[name]) for name in kind.__dataclass_fields__}
 
 
 def check_fields(
@@ -68,7 +68,7 @@ def check_fields(
     "Check the fields of a configuration against their annotations; ValueError names the first that does not fit."
     for name, rule in rules_of(type(config)).items():
         try:
-            rule.validate_python(getattr(config, name))
+            rule.validate_python(getattr(config, name), strict=True)
         except ValidationError as error:
             _, expected, given = expected_text(error)
             raise ValueError(f"{name} is {str(given)[:80]}; {expected} is expected") from error

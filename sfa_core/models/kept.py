@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.identity import code_digest, key_of, package_versions
-from ..core.reading import parse_json
+from ..core.reading import is_file, parse_json, read_content
 from ..core.schema import Card
 
 # %% ../../notebooks/library/06_models/46_kept.ipynb #87e6ef56
@@ -51,7 +51,7 @@ class KeptAnswers:
         path: str | Path | None,  # made with the first reply
     ):
         self.path, self.known = None if path is None else Path(path), {}
-        lines = self.path.read_bytes().split(b"\n") if self.path and self.path.is_file() else []
+        lines = read_content(self.path).split(b"\n") if self.path and is_file(self.path) else []
         for line in lines[:-1]:  # the last is empty, or was cut short by a kill
             try:
                 kept = KeptLine.model_validate(parse_json(line.decode(), str(path), "a reply")).model_dump()
