@@ -82,6 +82,8 @@ def pretend_runs(grid: Grid, rows: int) -> None:
             "truncated": False, "error": "", "category": "", "seconds": draw.random(rows)}))
         resolved = resolve_parameters(grid.study, task.parameters)
         (folder / "parameters.yaml").write_text(yaml.safe_dump(resolved))
+        (folder / "metrics.json").write_text("{}")
+        (folder / "notebook.ipynb").write_text("{}")
         write_json(folder / "provenance.json",
                    {"study": grid.study, "run": task.identity, "started": "2026-01-01", "wall_seconds": 1.0})
 

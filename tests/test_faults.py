@@ -18,7 +18,7 @@ from sfa_core.documents.samples import Sample
 from sfa_core.models.evaluate import evaluate
 from sfa_core.runs.grids import run_grid
 from sfa_core.models.load import load_model
-from sfa_core.runs.results import finished_runs
+from sfa_core.runs.folders import finished_runs, run_states
 from sfa_core.runs.runs import run_study, run_table
 from toy_study import CODE, SFA, write_study
 
@@ -56,7 +56,7 @@ def test_a_disk_that_fills_up_at_any_file_of_a_run_leaves_no_finished_run(home, 
         patch.setattr(sfa_core.runs.runs, function, fail)
         assert main(["run", "draw"]) == 1
     assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
-    assert finished_runs() == [kept] and [row[1] for row in run_table()] == ["finished", "failed"]
+    assert finished_runs() == [kept] and [row[1] for row in run_table()] == ["finished", "unfinished"]
     assert run_study("draw") in finished_runs(), "with room again, the same run finishes"
 
 
@@ -77,9 +77,10 @@ def test_records_that_do_not_fit_on_the_disk_are_not_there(home):
     process = subprocess.run([*SFA, "run", "draw", "-p", "size", "100000"], capture_output=True, text=True,
                              preexec_fn=limit, timeout=300)
     assert process.returncode == 1 and "File too large" in process.stderr.splitlines()[-1]
-    row, = run_table()
-    failed = home / "exports" / "runs" / row[0]
-    assert row[1] == "failed" and "File too large" in (failed / "error.txt").read_text()
+    (name, *_), kept = run_table()
+    assert kept[1:3] == ("unfinished", "a checkpoint, which the next start goes on from")
+    failed = home / "exports" / "runs" / name
+    assert failed.name.startswith("failed-") and "File too large" in (failed / "error.txt").read_text()
     assert not list(failed.glob("*records*")) and not (failed / "metrics.json").exists()
 
 
@@ -109,7 +110,8 @@ run(folder / "checkpoint", losses=broken, max_bad_steps=3)
         in event.reason
     )
     assert (
-        Path(event.folder) / "checkpoint" / "checkpoints" / "step-00000006" / "SHA256SUMS"
+        Path(event.folder).with_name(f".partial-{event.identity}")
+        / "checkpoint" / "checkpoints" / "step-00000006" / "SHA256SUMS"
     ).is_file() and finished_runs() == []
 
 
@@ -179,12 +181,18 @@ def test_a_question_without_answers_is_refused_before_the_model_is_asked(tmp_pat
 # A run that somebody damaged
 
 @pytest.mark.parametrize("name", ["records.parquet", "provenance.json"])
-def test_a_damaged_file_of_a_finished_run_is_named_by_the_report_and_the_run_stays_as_it_is(
+def test_a_run_with_a_damaged_file_is_a_row_of_the_report_and_is_made_again_beside_it(
     home, forked_kernels, capsys, name
 ):
     run = run_study("draw", {"size": 3})
     (run / name).write_bytes(b"PAR1 and then nothing")
     (home / "one.yaml").write_text("study: draw\nparameters: {size: 3}\n")
-    assert main(["report", str(home / "one.yaml")]) == 2
-    assert f"{run / name} cannot be read" in capsys.readouterr().err and finished_runs() == [run]
+    state, = run_states("draw")
+    assert (state.path, state.state) == (run, "damaged") and state.reason.startswith(f"{name} cannot be read")
+    assert main(["report", str(home / "one.yaml")]) == 0 and finished_runs() == []
+    page = (home / "exports" / "reports" / "one" / "report.html").read_text()
+    assert f"{name} cannot be read" in page and "damaged" in page
+    assert main(["list"]) == 0 and f"damaged    {name} cannot be read" in capsys.readouterr().out
+    again = run_study("draw", {"size": 3})
+    assert again.name == f"{run.name}-2" and (run / name).read_bytes() == b"PAR1 and then nothing"
     assert not list((home / "exports" / "reports").rglob("*.part"))

@@ -14,7 +14,7 @@ from sfa_core.runs.commands import main
 from sfa_core.runs.grids import plan, read_grid, run_grid, survey
 from sfa_core.core.paths import DATA, exports_root
 from sfa_core.runs.report import report_grid
-from sfa_core.runs.results import finished_runs
+from sfa_core.runs.folders import finished_runs
 from sfa_core.runs.runs import run_table
 from sfa_core.runs.workers import on_this_machine, slots
 from toy_study import CODE, SFA, everything, wait_for, write_study
@@ -129,7 +129,7 @@ def test_a_report_holds_every_run_and_everything_in_it_is_text(home, write_grid)
     ("study: draw\nseeds: [1, 1]", "2 times, expected every run once"), ("study: draw\ntimeout: 0", "seconds above 0"),
     ("study: draw\nparameters: {out_dir: /tmp}", "is set by the run itself"),
     ("study: draw\ngpus: 1", "every run of the grid needs 1 GPU, this machine offers 0"), ("study: [", "is no YAML"),
-    ("", "holds NoneType"),
+    ("", "holds nothing"),
     ("!!python/object/apply:os.system ['touch planted']", "is no YAML"),
 ], ids=lambda text: text[:40].replace("\n", " "))
 def test_a_grid_that_cannot_be_meant_is_refused_before_anything_starts(home, capsys, monkeypatch, text, said):
@@ -190,8 +190,8 @@ def test_a_study_that_hangs_ends_at_the_timeout_of_its_grid(home, write_grid):
     grid = write_grid(parameters={"seconds": 600}, timeout=2)
     event, = run_grid(grid, workers=1).values()
     assert (
-        event.state == "failed"
-        and event.reason == "study 'draw' failed: not finished within 2 seconds"
+        event.state == "unfinished"
+        and event.reason == "study 'draw' was stopped: not finished within 2 seconds"
         and finished_runs() == []
     )
 

@@ -28,7 +28,7 @@ from sfa_core.training.checkpoints import read_folder
 from sfa_core.runs.collect import facts_of, parameters_of, run_rates, tidy_records
 from sfa_core.runs.grids import read_grid
 from sfa_core.models.load import load_model
-from sfa_core.runs.results import alias_name, component, find_run
+from sfa_core.runs.folders import alias_name, component, find_run
 from sfa_core.runs.studies import study_path
 from toy_study import wait_for
 

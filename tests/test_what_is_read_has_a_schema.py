@@ -21,8 +21,7 @@ from sfa_core.documents.named import source_weights
 from sfa_core.documents.samples import samples
 from sfa_core.models.load import EMBEDDED, load_model
 from sfa_core.models.templates import check_template
-from sfa_core.runs.commands import main
-from sfa_core.runs.results import arm_folder
+from sfa_core.runs.folders import arm_folder
 from sfa_core.runs.studies import path_version
 from sfa_core.structure.bias import StructuralBias
 from sfa_core.structure.store import load_structure, read_structure
@@ -269,11 +268,6 @@ def test_names_that_are_no_text_and_names_that_are_too_long_are_one_line(tmp_pat
             with pytest.raises((ValueError, FileNotFoundError)) as error:
                 find(text)
             assert "\n" not in str(error.value) and len(str(error.value)) < 1000
-
-
-def test_a_parameter_is_given_once(capsys):
-    assert main(["run", "10_baseline_eval", "-p", "limit", "1", "-p", "limit", "2"]) == 2
-    assert "parameter 'limit' is given 2 times; once is expected" in capsys.readouterr().err
 
 
 # Data that unfolds

@@ -46,7 +46,7 @@ from sfa_core.documents.samples import samples
 from sfa_core.models.answers import answer
 from sfa_core.models.load import load_model
 from sfa_core.runs.grids import read_grid
-from sfa_core.runs.results import find_run
+from sfa_core.runs.folders import find_run
 from sfa_core.runs.runs import identify
 from sfa_core.tokens.density import load_density
 from sfa_core.training.arms import load_arm

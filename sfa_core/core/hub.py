@@ -17,6 +17,7 @@ import httpx
 from huggingface_hub import HfApi, constants
 from huggingface_hub.file_download import repo_folder_name
 
+from .address import find_card, is_address, parse_address, served_version
 from .identity import file_digest
 from .paths import DATA, working_root
 from .reading import is_folder, is_hub_id, read_json
@@ -130,8 +131,11 @@ def folder_revision(
 
 
 def model_version(
-    name: str | Path,  # "embedded", a folder or a hub id
+    name: str | Path,  # "embedded", a folder, a hub id or the address of a server
 ) -> str:  # as the revision of the model that is loaded by it
     "Return which version of a model a name stands for, without loading it."
+    if is_address(name):
+        address = parse_address(str(name))
+        return served_version(address, find_card(address)["id"])
     folder = local_model(name)
     return hub_commit(str(name)) if folder is None else folder_revision(folder)

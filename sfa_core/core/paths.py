@@ -32,4 +32,5 @@ def working_root() -> Path:
 
 def exports_root() -> Path:
     "Return the folder of everything written: `$SFA_EXPORTS`, or exports; a relative path counts from `working_root()`."
-    return (working_root() / os.environ.get("SFA_EXPORTS", "exports")).resolve()
+    own = os.environ.get("SFA_EXPORTS", "")
+    return (working_root() / (own if own.strip() else "exports")).resolve()

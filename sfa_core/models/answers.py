@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHORT', 'LONG', 'stop_tokens', 'ignored_settings', 'without_settings', 'spatial_inputs', 'FiniteLogits', 'generate',
-           'reply_text', 'micro_batches', 'answer_pages', 'answer_batch', 'answer']
+           'answer_served', 'reply_text', 'micro_batches', 'answer_pages', 'answer_batch', 'answer']
 
 # %% ../../notebooks/library/06_models/50_answers.ipynb #b014e5ed
 import time
@@ -27,7 +27,8 @@ from .footprint import patches_at_once, plan_answers
 from .failures import Failures, answer_each, halving
 from .kept import Answer, KeptAnswers
 from .images import ImageBatch, check_shape, check_tiles, image_batch, image_features
-from .sequences import end_token, prompt_tokens
+from .served import Served, ask_all
+from .sequences import SUFFIX, end_token, prompt_tokens
 
 # %% ../../notebooks/library/06_models/50_answers.ipynb #ded5aec0
 def stop_tokens(
@@ -125,6 +126,32 @@ def generate(
     cut = [(row, next((place for place, token in enumerate(row) if token in stops), None))
            for row in out[:, width:].tolist()]
     return [(row[:place], place is not None) for row, place in cut]
+
+# %% ../../notebooks/library/06_models/50_answers.ipynb #1c203280
+def answer_served(
+    bundle: Served,
+    asked: Sequence[Sample],
+    *,
+    batch_size: int,  # most requests at the same time
+    max_new_tokens: int,
+    suffix: str | None,
+    progress: bool,
+    kept: str | Path | None,  # file of replies
+) -> list[Answer]:
+    "Answer questions through an API; ServerStopped when the server does not answer any more."
+    store, suffix = KeptAnswers(kept), bundle.suffix(SUFFIX) if suffix is None else suffix
+    replies = store.find(range(len(asked)), max_new_tokens)
+    places = [place for place in range(len(asked)) if place not in replies]
+    options = dict(at_once=batch_size, max_new_tokens=max_new_tokens, suffix=suffix)
+    with tqdm(total=len(asked), disable=not progress, desc="answers", unit="question") as bar:
+        bar.update(len(replies))
+        for place, reply in ask_all(bundle, asked, places, **options):
+            replies[place] = Answer(**reply._asdict(), batch=min(batch_size, bundle.concurrent))
+            store.add({place: replies[place]}, max_new_tokens)
+            bar.update()
+    if progress:
+        tqdm.write(repr(bundle))
+    return [replies[place] for place in range(len(asked))]
 
 # %% ../../notebooks/library/06_models/50_answers.ipynb #6c1b52e6
 SHORT, LONG = 8, 0.25  # tokens of a short answer; share of long ones in a batch beyond which no answer waits for others
@@ -229,6 +256,9 @@ def answer(
     if batch_size < 1 or max_new_tokens < 1:
         raise ValueError(f"batch_size {batch_size}, max_new_tokens {max_new_tokens}; expected at least 1 for both")
     check_tiles(bundle, tiles)
+    if isinstance(bundle, Served):
+        options = dict(batch_size=batch_size, max_new_tokens=max_new_tokens, suffix=suffix)
+        return answer_served(bundle, samples(data), progress=progress, kept=kept, **options)
     asked, answers, waiting, training = samples(data), [], [], bundle.model.training
     limit = min(SHORT, max_new_tokens) if batch_size > 1 else max_new_tokens
     plan = plan_answers(bundle, asked, batch_size, max_new_tokens=max_new_tokens, tiles=tiles)

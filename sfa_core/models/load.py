@@ -24,6 +24,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel, PreTraine
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import is_torchvision_available, logging as transformers_logging
 
+from ..core.address import is_address
 from ..core.bundle import Bundle
 from ..core.families import family_of
 from ..core.finite import check_finite
@@ -31,6 +32,7 @@ from ..core.files import new_folder
 from ..core.hub import PATTERNS, SHIPPED_MODELS, cached_commit, folder_revision, local_model, weight_files
 from ..core.reading import check_cache
 from .embedded import EmbeddedConfig, build_processor, image_only, new_model
+from .served import Served, open_served
 from .quantization import keep_differentiable, quantization, quantized_layers
 from .templates import check_template
 from .weights import check_folder, check_stored, read_config
@@ -255,18 +257,24 @@ def load_processor(
 
 
 def load_model(
-    name: str | Path,  # "embedded", a folder or a hub id
+    name: str | Path,  # "embedded", a folder, a hub id, or the address of a served model
     precision: str = "float32",  # dtype of all that is not quantised
     language_bits: int | None = None,  # 4 or 8: the language model by bitsandbytes
     placement: str = "auto",  # "auto", "cpu", "cuda:0", or "cuda:0,cuda:1" for encoder and language model
     structure: str | Path | None = None,  # folder of trained structural weights to attach
-) -> Bundle:
-    """Load a model with its processor, in eval mode.
+) -> Bundle | Served:
+    """Load a model with its processor, in eval mode, or find one that is served behind an address.
 
     ValueError or FileNotFoundError, in one line, for an unknown precision or placement, a missing or foreign
     folder, pickled or damaged
     weights, weights that do not fit the configuration, an unsupported family, a hub id that cannot be reached.
     """
+    if is_address(name):
+        given = dict(precision=precision, language_bits=language_bits, placement=placement, structure=structure)
+        own = dict(precision="float32", language_bits=None, placement="auto", structure=None)
+        if asked := ", ".join(f"{option} {value}" for option, value in given.items() if value != own[option]):
+            raise ValueError(f"{name}: {asked} of a served model is its server's affair; expected none of it here")
+        return open_served(str(name))
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r}; expected one of {', '.join(PRECISIONS)}")
     devices, folder = parse_placement(placement), find_model(name)

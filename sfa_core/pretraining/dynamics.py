@@ -63,12 +63,15 @@ class DenseConfig:
     seed: int = 0  # seed of the weights and the order of the documents
     positions: str = "learned"  # one of POSITIONS: the class's table, rotary in its place, row and column embeddings
     shuffled: bool = False  # the structural terms on a fixed random permutation of the places
+    digits_weight: float = 1.0  # weight of the digits' loss; that of every other head is 1
 
     def __post_init__(self):
         object.__setattr__(self, "terms", check_terms(self.terms) if self.terms else ())
         small = [name for name in ("steps", "batch_size", "every") if getattr(self, name) < 1]
         if small:
             raise ValueError(f"{small[0]} is {getattr(self, small[0])}; at least 1 is expected")
+        if not 0 <= self.digits_weight < float("inf"):
+            raise ValueError(f"digits_weight is {self.digits_weight}; a finite number of at least 0 is expected")
         if self.positions not in POSITIONS:
             raise ValueError(f"positions is {self.positions!r}; one of {', '.join(POSITIONS)} is expected")
         if self.shuffled and not self.terms:
@@ -302,7 +305,8 @@ def learn_dense(
 
     def losses(batch):
         features = patch_features(tower, pixel_values(bundle, batch["pixels"]), grid)
-        return dense_losses(heads(features), batch), len(batch["pixels"])
+        found = dense_losses(heads(features), batch)
+        return found | {"digits": config.digits_weight * found["digits"]}, len(batch["pixels"])
 
     loop = LoopConfig(
         config.steps,

@@ -21,7 +21,8 @@ from .collect import cell_rates, facts_of, flat, parameters_of, run_rates
 from .grids import Grid, axes_of, grid_path, label, plan, read_grid, survey
 from ..core.files import write_atomic
 from ..core.paths import REPOSITORY, exports_root
-from .results import finished_runs, out_folder
+from .folders import finished_runs
+from .results import out_folder
 from .runs import StudyFailed, execute, identify, why
 from ..figures.style import arm_look, in_style
 from .workers import Task

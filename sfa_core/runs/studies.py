@@ -11,6 +11,7 @@ import ast
 import math
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ import papermill
 from ..core.paths import REPOSITORY, working_root
 from ..core.hub import model_version
 from ..core.identity import code_digest, file_digest, folder_digest, key_of, package_versions
-from ..core.reading import is_file, is_folder
-from .results import arm_folder, component, shipped_digest
+from ..core.reading import is_folder
+from .folders import arm_folder, component, written
+from .results import shipped_digest
 
 # %% ../../notebooks/library/12_runs/20_studies.ipynb #257d02f7
 def studies_root() -> Path:
@@ -116,12 +118,12 @@ def resolve_parameters(
     for name, value in given.items():
         if name not in free:
             reason = "is set by the run itself" if name in SET_BY_RUN else "is unknown"
-            raise ValueError(f"parameter {name!r} of study {study!r} {reason}; known: {', '.join(free)}")
+            raise ValueError(f"parameter {written(name)} of study {study!r} {reason}; known: {', '.join(free)}")
         try:
             resolved[name] = cast(value, known[name]["type"])
         except ValueError:
             raise ValueError(f"parameter {name!r} of study {study!r} expects {known[name]['type'].__name__}, got "
-                             f"{value!r}") from None
+                             f"{written(value)}") from None
     return {name: resolved[name] for name in sorted(resolved)}
 
 # %% ../../notebooks/library/12_runs/20_studies.ipynb #b13abe10
@@ -130,11 +132,12 @@ def path_version(
 ) -> str:
     "Return a digest of a file or a folder; FileNotFoundError when there is none."
     path = Path(os.path.expanduser(text))
-    if is_file(path):
-        return file_digest(path)[:16]
-    if not is_folder(path):
-        raise FileNotFoundError(f"no file or folder {text[:200]!r}")
-    return folder_digest(path)[:16]
+    if is_folder(path):
+        return folder_digest(path)[:16]
+    with suppress(OSError, ValueError):  # a text that cannot be a name
+        if path.is_file():
+            return file_digest(path)[:16]
+    raise FileNotFoundError(f"no file or folder {written(text)}")
 
 
 def named_versions(

@@ -14,7 +14,8 @@ from typing import Any
 
 from ..core.paths import exports_root
 from .results import command_output
-from .runs import StudyFailed, identify, run_study
+from .folders import one_line
+from .runs import StudyFailed, identify, is_passing, run_study
 from .studies import studies_root
 
 # %% ../../notebooks/library/12_runs/40_workers.ipynb #1ca5050e
@@ -52,9 +53,10 @@ def attempt(
                              f"and data are expected")
         return Event(task.identity, "finished", str(run_study(task.study, task.parameters, timeout=task.timeout)))
     except StudyFailed as error:
-        return Event(task.identity, "failed", str(error.folder), str(error).split("; see ")[0])
+        return Event(task.identity, error.state, str(error.folder), str(error).split("; see ")[0])
     except Exception as error:
-        return Event(task.identity, "failed", "", f"{type(error).__name__}: {error}".splitlines()[0])
+        state = "unfinished" if is_passing(error) else "failed"
+        return Event(task.identity, state, "", one_line(f"{type(error).__name__}: {error}"))
 
 # %% ../../notebooks/library/12_runs/40_workers.ipynb #0b725aaa
 def visible_gpus() -> list[str]:
