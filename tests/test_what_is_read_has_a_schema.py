@@ -47,7 +47,7 @@ BAD_SETTINGS = [
     *(dict(steps=value) for value in (0, 1.5, True, "5", NAN)), *(dict(tiles=value) for value in (0, 1.5, "2")),
     *(dict(batch_size=value) for value in (0, 2.0, None)), dict(arm=["vision"]), dict(arm="none"), dict(terms="row"),
     dict(terms=("row", 1)), dict(decay=1), dict(checkpointing=1), dict(patches={}), dict(scr=0), dict(clip_norm=NAN),
-    dict(clip_norm=0), dict(accumulation=3, batch_size=32), dict(keep=0), dict(log_every=0), dict(questions=-1),
+    dict(clip_norm=0), dict(batch_size=32, accumulation=3), dict(keep=0), dict(log_every=0), dict(questions=-1),
 ]
 
 

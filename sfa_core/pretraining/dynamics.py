@@ -4,25 +4,22 @@
 
 # %% auto #0
 __all__ = ['POSITIONS', 'ATTEMPTS', 'DenseConfig', 'structural_weights', 'FreshPages', 'draw_page', 'draw_batch', 'classes_of',
-           'place_patches', 'save_encoder', 'EncoderNotes', 'read_dense_encoder', 'measure_dense', 'new_encoder',
-           'continued_encoder', 'learned_from', 'learn_dense', 'fresh_encoder']
+           'place_patches', 'save_encoder', 'read_dense_encoder', 'measure_dense', 'new_encoder', 'continued_encoder',
+           'learned_from', 'learn_dense', 'fresh_encoder']
 
 # %% ../../notebooks/library/10_pretraining/30_dynamics.ipynb #e1193fc3
 import copy
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import ConfigDict
 from safetensors.torch import save
 
 from ..core.finite import read_tensors
 from ..core.reading import parse_json
-from ..core.schema import Card, check_card
 from ..structure.inject import inject, structures_of
 from ..structure.rivals import attach_embeddings, attach_rotary, learned_positions, shuffle_structure
 from ..core.files import locked, write_atomic
@@ -185,15 +182,6 @@ def save_encoder(
     write_atomic(path, save(tensors, {"about": json.dumps(about)}))
 
 
-class EncoderNotes(Card):
-    "What stands beside the weights of an encoder."
-
-    model_config = ConfigDict(extra="ignore")
-
-    architecture: dict[str, Any]
-    dense: dict[str, Any]  # as DenseConfig takes it
-
-
 def read_dense_encoder(
     path: str | Path,  # as written by `learn_dense`
     tokenizer: object,  # tokenizer of a model that is built around the encoder
@@ -203,7 +191,6 @@ def read_dense_encoder(
         raise FileNotFoundError(f"no encoder at {path}; expected a file written by learn_dense")
     weights, notes = read_tensors(path)
     about = parse_json(notes.get("about", ""), f"{path}: about", "what save_encoder keeps beside the weights")
-    check_card(EncoderNotes, about, f"{path}: about")
     parts = {part: {name.removeprefix(part): value for name, value in weights.items() if name.startswith(part)}
              for part in ("tower.", "heads.")}
     heads = heads_from(parts["heads."], str(path))
@@ -213,8 +200,8 @@ def read_dense_encoder(
                             name=Path(path).parent.name)
         place_patches(bundle, config)
         bundle.family.tower_of(bundle.model).load_state_dict(parts["tower."])
-    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
+    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ValueError(f"{path} holds no encoder of its own architecture ({reason})") from error
     return bundle, heads, about
 
