@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from sfa_core.documents.counterfactuals import EDITS, counterfactuals, pages_of
 from sfa_core.documents.questions import READ_KINDS
-from sfa_core.scores.following import OUTCOMES, RATES, following, following_rates, outcome
+from sfa_core.interventions.edits import OUTCOMES, RATES, edit_rates, outcome, pair_outcomes
 
 
 def texts(sample):
@@ -70,9 +70,9 @@ def test_every_pair_has_one_outcome_and_rates_count_them():
     for sample in pages_of(pairs):
         numbers = [text.text for text in sample.evidence.texts if text.text.isdigit()]
         replies[sample.id] = str(rng.choice([*numbers, *sample.answers, "12345", "no idea", ""]))
-    rows = following(pairs, replies)
+    rows = pair_outcomes(pairs, replies)
     assert len(rows) == len(pairs) and all(row.outcome in OUTCOMES[row.edit] for row in rows.itertuples())
-    rates = following_rates(rows).set_index("rate")
+    rates = edit_rates(rows).set_index("rate")
     assert list(rates.index) == list(RATES)
     for name, (edit, counted, left_out) in RATES.items():
         own = rows[rows["edit"] == edit]["outcome"]
@@ -82,7 +82,7 @@ def test_every_pair_has_one_outcome_and_rates_count_them():
     parts = rates.loc[["invention on absent, printed elsewhere", "invention on absent, printed nowhere"], "count"]
     assert parts.sum() == rates.loc["invention on absent", "count"]
     with pytest.raises(ValueError, match="pages have no reply"):
-        following(pairs, {})
+        pair_outcomes(pairs, {})
 
 
 def test_a_near_number_has_not_followed():

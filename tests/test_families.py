@@ -42,7 +42,7 @@ from sfa_core.documents.published import reproduction
 from sfa_core.models.quantization import narrow_layers, quantized_layers
 from sfa_core.structure.bias import StructuralBias
 from sfa_core.structure.geometry import uniform_geometry
-from sfa_core.structure.windows import block_geometry, sequence_geometry
+from sfa_core.structure.windows import label_geometry, sequence_geometry
 
 NATIVE = [name for name, family in FAMILIES.items() if family.native]
 each_family = pytest.mark.parametrize("name", FAMILIES)
@@ -137,10 +137,10 @@ def test_a_windows_bias_is_that_part_of_the_images(rows, columns, side, seed):
     (whole,) = FAMILIES["qwen3_vl"].sequences(shared("qwen3_vl").model, [(2 * rows, 2 * columns)])[0]
     bias, ids = StructuralBias(2, 3, seed=seed).double(), torch.randint(3, (4 * rows * columns,),
                                                                         generator=torch.Generator().manual_seed(seed))
-    reference = bias.dense(block_geometry(uniform_geometry(2 * rows, 2 * columns),
-                                          FAMILIES["internvl"].layout(PLAIN(2 * rows, 2 * columns), 0), ids, 3))
+    grid = FAMILIES["internvl"].layout(PLAIN(2 * rows, 2 * columns), 0)
+    reference = bias.dense(label_geometry(uniform_geometry(2 * rows, 2 * columns), grid, "block", ids, 3))
     for window in split_windows(whole, side):
-        part = block_geometry(sequence_geometry(window), window, ids, 3)
+        part = label_geometry(sequence_geometry(window), window, "block", ids, 3)
         cells = window.row * window.width + window.column
         assert torch.allclose(bias.dense(part), reference[:, cells][:, :, cells], rtol=0, atol=1e-12)
         query, key = bias.factors(part)
@@ -386,7 +386,7 @@ def test_what_does_not_fit_a_native_tower_is_refused(name):
         with pytest.raises(ValueError, match=words):
             set_blocks(bundle, ids)
     set_blocks(bundle, [torch.zeros(4, dtype=torch.long)])
-    with pytest.raises(ValueError, match=r"the block ids \(set_blocks\) are for \[4\]"):
+    with pytest.raises(ValueError, match=r"the block ids \(set_labels\) are for \[4\]"):
         features(bundle)
     set_blocks(bundle, None)
     features(bundle)

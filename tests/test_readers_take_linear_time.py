@@ -12,7 +12,8 @@ from sfa_core.documents.numbers import is_numeric, quantity, read_numbers, state
 from sfa_core.documents.ocr import read_ocr
 from sfa_core.documents.replies import count_thoughts, is_mark, opened_by, split_reply
 from sfa_core.documents.samples import Evidence, TextBox
-from sfa_core.scores.claims import label_audit, read_claim, same_text
+from sfa_core.scores.audit import label_audit
+from sfa_core.scores.claims import read_claim, same_text
 from sfa_core.scores.facts import facts, name_key
 from sfa_core.scores.grounding import classify, grounding_report, categorise, source_rule
 from sfa_core.scores.metrics import PROFILES, anls, exact_match, ocrbench_score, relaxed_accuracy, vqa_accuracy

@@ -792,5 +792,5 @@ def test_wrong_input_is_one_clear_line(act, words):
 def test_blocks_of_another_batch_are_refused():
     model = attached()
     set_blocks(bundle_of(model), torch.zeros(2, 16, dtype=torch.long))
-    with pytest.raises(ValueError, match=r"got 3 images, the geometry \(set_blocks\) is for \(2,\)"):
+    with pytest.raises(ValueError, match=r"got 3 images, the geometry \(set_labels\) is for \(2,\)"):
         hidden(model)

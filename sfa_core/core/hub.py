@@ -17,6 +17,7 @@ import httpx
 from huggingface_hub import HfApi, constants
 from huggingface_hub.file_download import repo_folder_name
 
+from .address import find_card, is_address, parse_address, served_version
 from .identity import file_digest
 from .paths import DATA, working_root
 from .reading import is_folder, is_hub_id, read_json
@@ -125,13 +126,16 @@ def folder_revision(
     loaded = set(weight_files(Path(folder))) if (Path(folder) / "config.json").is_file() else found
     total = hashlib.sha256()
     for path in sorted(path for path in found if path.suffix != ".safetensors" or path in loaded):
-        total.update(path.name.encode() + bytes.fromhex(file_digest(path)))
+        total.update(os.fsencode(path.name) + bytes.fromhex(file_digest(path)))
     return total.hexdigest()[:12]
 
 
 def model_version(
-    name: str | Path,  # "embedded", a folder or a hub id
+    name: str | Path,  # "embedded", a folder, a hub id or the address of a server
 ) -> str:  # as the revision of the model that is loaded by it
     "Return which version of a model a name stands for, without loading it."
+    if is_address(name):
+        address = parse_address(str(name))
+        return served_version(address, find_card(address)["id"])
     folder = local_model(name)
     return hub_commit(str(name)) if folder is None else folder_revision(folder)

@@ -77,19 +77,21 @@ def density_gallery(
     names: Sequence[str] = (),  # names of the pages
     title: str = "Density of text: pseudo label and prediction",
     subtitle: str = "",
+    *,
+    label: str = "pseudo label",  # name of the labels
 ) -> go.Figure:
     """Show pages with label and prediction of their density; ValueError when there are not as many of each."""
     if not len(images) or not len(images) == len(labels) == len(predictions) or len(names) not in (0, len(images)):
         counts = f"{len(images)} images, {len(labels)} labels, {len(predictions)} predictions and {len(names)} names"
         raise ValueError(f"{counts}, expected as many of each, or no names")
     titles = []
-    for index, (label, found) in enumerate(zip(labels, predictions, strict=True)):
+    for index, (given, found) in enumerate(zip(labels, predictions, strict=True)):
         error = (
-            f"mean error {np.abs(np.asarray(label) - np.asarray(found)).mean():.3f}"
-            if np.shape(label) == np.shape(found)
+            f"mean error {np.abs(np.asarray(given) - np.asarray(found)).mean():.3f}"
+            if np.shape(given) == np.shape(found)
             else "prediction"
         )
-        titles += [names[index] if names else f"page {index + 1}", "pseudo label",
+        titles += [names[index] if names else f"page {index + 1}", label,
                    f"prediction, {error}" if error != "prediction" else error]
     figure, places, height = grid_panels(titles, 3, 240)
     for index, image in enumerate(images):

@@ -6,7 +6,7 @@
 __all__ = ['TOKENS', 'WAYS', 'Slots', 'slots_of', 'Keep', 'Exchange', 'touching', 'pair_tokens', 'chosen_tokens', 'apart',
            'exchanged', 'Patcher', 'stages_until', 'patch_pairs', 'plain_rows', 'patch_frame', 'patch_rates']
 
-# %% ../../notebooks/library/08_interventions/60_patching.ipynb #aef83fac
+# %% ../../notebooks/library/08_interventions/60_patching.ipynb #76b9f60d
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -24,8 +24,8 @@ from ..documents.counterfactuals import Pair
 from ..documents.samples import Sample
 from ..models.answers import generate, reply_text
 from ..models.images import Box
-from ..scores.following import strictly_right
 from ..scores.intervals import wilson_interval
+from .edits import exactly_right
 
 # %% ../../notebooks/library/08_interventions/60_patching.ipynb #f972d614
 @dataclass(eq=False)
@@ -177,7 +177,7 @@ class Patcher:
             found = generate(self.bundle, self.places.images, self.places.questions, max_new_tokens, tiles=self.tiles)
         return [reply_text(self.bundle, tokens) for tokens, _ in found]
 
-# %% ../../notebooks/library/08_interventions/60_patching.ipynb #f8cc2c2e
+# %% ../../notebooks/library/08_interventions/60_patching.ipynb #fb0873fb
 WAYS = ("one stage", "cumulative")
 
 
@@ -240,7 +240,7 @@ def patch_frame(rows: Sequence[tuple]) -> pd.DataFrame:
     """Judge replies under an exchange."""
     found = []
     for pair, which, way, stage, reply in rows:
-        flipped, stayed = (strictly_right(reply, sample.answers) for sample in (pair.after, pair.before))
+        flipped, stayed = (exactly_right(reply, sample.answers) for sample in (pair.after, pair.before))
         found.append(dict(document=pair.document, id=pair.after.id, tokens=which, way=way,
                           stage="" if stage is None else str(stage), part="" if stage is None else stage.part,
                           layer=-1 if stage is None else stage.layer, own=pair.before.answers[0],

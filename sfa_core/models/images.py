@@ -119,9 +119,9 @@ def grid_boxes(columns: int, rows: int, width: float, height: float, left: float
 def check_tiles(bundle: Bundle, tiles: int | None) -> None:
     "Refuse a tile limit that the family cannot obey, with a ValueError."
     views = bundle.family.views
-    if tiles is not None and (tiles < 1 or views == "native" or views != "tiles" and tiles > 1):
+    if tiles is not None and (tiles < 1 or views in ("native", "served") or views != "tiles" and tiles > 1):
         own = {"anyres": "None for the shapes it was trained on, or 1", "square": "None or 1",
-               "native": "None, it sees images at their own size"}
+               "native": "None, it sees images at their own size", "served": "None, its server decides"}
         expected = {"tiles": "at least 1"} | own
         raise ValueError(f"tiles {tiles}; {bundle.family.name} expects {expected[views]}")
 
@@ -193,7 +193,10 @@ def describe_views(
 ) -> str:
     "Say in words how an image is shown to the model, to be printed beside a score."
     check_tiles(bundle, tiles)
-    processor, views = bundle.processor.image_processor, bundle.family.views
+    views = bundle.family.views
+    if views == "served":
+        return "its own size as PNG; tiles and patches are the server's"
+    processor = bundle.processor.image_processor
     if views == "native":
         patch = processor.patch_size * processor.merge_size
         least, most = processor.size["shortest_edge"], processor.size["longest_edge"]

@@ -90,6 +90,9 @@ def memory_table(
 ) -> pd.DataFrame:  # part, device, stored (dtypes), parameters, MiB, MiB as bfloat16, share of that
     """Report where the weights of a model lie, how they are stored, and what they take; the last row is the whole
     model."""
+    columns = ["part", "device", "stored", "parameters", "MiB", "MiB as bfloat16", "share"]
+    if bundle.family.views == "served":  # nothing of it is here
+        return pd.DataFrame([("all", "served", "not known", 0, 0.0, 0.0, 0.0)], columns=columns).set_index("part")
     model, family, rows = bundle.model, bundle.family, []
     parts = {"encoder": family.tower_of(model), "projector": family.projector_of(model),
              "language model": family.language_of(model)}
@@ -105,9 +108,7 @@ def memory_table(
         places = sorted({str(p.device) for p in module.parameters()})
         rows.append((part, ", ".join(places), ", ".join(names), count, size / 2**20, count * 2 / 2**20,
                      size / (2 * count)))
-    return pd.DataFrame(rows,
-                        columns=["part", "device", "stored", "parameters", "MiB", "MiB as bfloat16",
-                                 "share"]).set_index("part")
+    return pd.DataFrame(rows, columns=columns).set_index("part")
 
 # %% ../../notebooks/library/06_models/60_parts.ipynb #4128d715
 @torch.no_grad()

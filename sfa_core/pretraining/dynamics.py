@@ -19,10 +19,10 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import torch
-from safetensors import safe_open
 from safetensors.torch import save
 
-from ..core.finite import check_finite
+from ..core.finite import read_tensors
+from ..core.reading import parse_json
 from ..structure.inject import inject, structures_of
 from ..structure.rivals import attach_embeddings, attach_rotary, learned_positions, shuffle_structure
 from ..core.files import locked, write_atomic
@@ -33,7 +33,7 @@ from sfa_core.pretraining.dense import (
     DenseHeads,
     dense_binding,
     dense_losses,
-    heads_of_size,
+    heads_from,
     patch_features,
     stack_targets,
 )
@@ -64,12 +64,15 @@ class DenseConfig:
     seed: int = 0  # seed of the weights and the order of the documents
     positions: str = "learned"  # one of POSITIONS: the class's table, rotary in its place, row and column embeddings
     shuffled: bool = False  # the structural terms on a fixed random permutation of the places
+    digits_weight: float = 1.0  # weight of the digits' loss; that of every other head is 1
 
     def __post_init__(self):
         object.__setattr__(self, "terms", check_terms(self.terms) if self.terms else ())
         small = [name for name in ("steps", "batch_size", "every") if getattr(self, name) < 1]
         if small:
             raise ValueError(f"{small[0]} is {getattr(self, small[0])}; at least 1 is expected")
+        if not 0 <= self.digits_weight < float("inf"):
+            raise ValueError(f"digits_weight is {self.digits_weight}; a finite number of at least 0 is expected")
         if self.positions not in POSITIONS:
             raise ValueError(f"positions is {self.positions!r}; one of {', '.join(POSITIONS)} is expected")
         if self.shuffled and not self.terms:
@@ -190,17 +193,21 @@ def read_dense_encoder(
     "Read an encoder trained from nothing: a model whose other parts are random, and the encoder's dense heads."
     if not Path(path).is_file():
         raise FileNotFoundError(f"no encoder at {path}; expected a file written by learn_dense")
-    with safe_open(path, "pt") as file:
-        about, weights = json.loads(file.metadata()["about"]), {name: file.get_tensor(name) for name in file.keys()}
-    check_finite(weights, str(path))
-    bundle = new_bundle(EmbeddedConfig(**about["architecture"]), tokenizer, about["dense"]["seed"],
-                        name=Path(path).parent.name)
-    place_patches(bundle, DenseConfig(**about["dense"]))
-    heads = DenseHeads(weights["heads.read.weight"].shape[1], heads_of_size(len(weights["heads.read.weight"])))
-    for module, prefix in ((bundle.family.tower_of(bundle.model), "tower."), (heads, "heads.")):
-        module.load_state_dict({name.removeprefix(prefix): value
-                                for name, value in weights.items() if name.startswith(prefix)})
-    return bundle, heads.eval(), about
+    weights, notes = read_tensors(path)
+    about = parse_json(notes.get("about", ""), f"{path}: about", "what save_encoder keeps beside the weights")
+    parts = {part: {name.removeprefix(part): value for name, value in weights.items() if name.startswith(part)}
+             for part in ("tower.", "heads.")}
+    heads = heads_from(parts["heads."], str(path))
+    try:
+        config = DenseConfig(**about["dense"])
+        bundle = new_bundle(EmbeddedConfig(**about["architecture"]), tokenizer, config.seed,
+                            name=Path(path).parent.name)
+        place_patches(bundle, config)
+        bundle.family.tower_of(bundle.model).load_state_dict(parts["tower."])
+    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ValueError(f"{path} holds no encoder of its own architecture ({reason})") from error
+    return bundle, heads, about
 
 
 def measure_dense(
@@ -314,7 +321,8 @@ def learn_dense(
 
     def losses(batch):
         features = patch_features(tower, pixel_values(bundle, batch["pixels"]), grid)
-        return dense_losses(heads(features), batch), len(batch["pixels"])
+        found = dense_losses(heads(features), batch)
+        return found | {"digits": config.digits_weight * found["digits"]}, len(batch["pixels"])
 
     loop = LoopConfig(
         config.steps,

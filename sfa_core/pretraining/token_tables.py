@@ -4,19 +4,24 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'TASKS', 'POSITIONS', 'draw_tables', 'table_answers', 'TableConfig', 'rotate_pairs', 'rotate_places',
-           'TableLayer', 'TableReader', 'train_reader', 'ask_reader']
+           'TableLayer', 'TableReader', 'train_reader', 'ask_reader', 'train_and_ask', 'ask_arms']
 
-# %% ../../notebooks/library/10_pretraining/40_token_tables.ipynb #b9747c7c
+# %% ../../notebooks/library/10_pretraining/40_token_tables.ipynb #26aa54f0
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+
+from multiprocessing import get_context
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate, scaled_dot_product_attention
 
-from ..structure.bias import TERMS, Geometry, StructuralBias, check_terms, uniform_geometry
+from ..structure.bias import StructuralBias
+from ..structure.geometry import Geometry, uniform_geometry
+from ..structure.terms import TERMS, check_terms
 
 # %% ../../notebooks/library/10_pretraining/40_token_tables.ipynb #624ca134
 WORDS = 48  # vocabulary
@@ -51,7 +56,7 @@ def table_answers(
         return torch.stack([tables[:, 1:, :1].expand(cells), tables[:, :1, 1:].expand(cells)], -1)
     return torch.stack([tables[:, :-1, 1:], tables[:, 1:, :-1]], -1)
 
-# %% ../../notebooks/library/10_pretraining/40_token_tables.ipynb #15a86520
+# %% ../../notebooks/library/10_pretraining/40_token_tables.ipynb #cf9f0b22
 POSITIONS = ("none", "learned", "additive", "rope")
 
 
@@ -62,6 +67,7 @@ class TableConfig:
     positions: str = "none"  # one of POSITIONS
     terms: tuple[str, ...] = ()  # structural terms; none: plain attention
     shuffled: bool = False  # the terms see a fixed permutation of the places
+    radius: int = 32  # cells up to which an offset has a value of its own, where "offset" is one of the terms
     side: int = 6  # rows and columns of the training tables, headers left out
     width: int = 64  # channels
     heads: int = 4
@@ -99,7 +105,7 @@ def rotate_places(
     return torch.cat([rotate_pairs(part[..., :half], cell // shape[1]),
                       rotate_pairs(part[..., half:], cell % shape[1])], -1)
 
-# %% ../../notebooks/library/10_pretraining/40_token_tables.ipynb #5d9da91c
+# %% ../../notebooks/library/10_pretraining/40_token_tables.ipynb #f66d7992
 class TableLayer(nn.Module):
     "Attend and transform, as a layer of a vision transformer does, with a structural bias where there is one."
 
@@ -111,6 +117,8 @@ class TableLayer(nn.Module):
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
         self.structure = StructuralBias(config.heads, terms=config.terms, seed=config.seed) if config.terms else None
+        if "offset" in config.terms:
+            self.structure.offset = nn.Parameter(torch.zeros(2, 2 * config.radius, config.heads))
 
     def forward(self, x: Tensor, geometry: Geometry) -> Tensor:  # (B, N, width) both
         "Transform the tokens of tables."
@@ -212,3 +220,31 @@ def ask_reader(
                       changed=float(changed[..., i].float().mean()) if task == "headers" else None)
                  for i, question in enumerate(TASKS[task])]
     return pd.DataFrame(rows)
+
+# %% ../../notebooks/library/10_pretraining/40_token_tables.ipynb #4b236b5d
+def train_and_ask(
+    task: str,  # one of TASKS
+    arm: str,  # name for the table
+    config: TableConfig,
+    count: int = 64,  # tables of each size
+) -> pd.DataFrame:  # as `ask_reader`, with task, arm and seed
+    "Train a reader and ask it."
+    asked = ask_reader(train_reader(task, config), task, count=count)
+    return asked.assign(task=task, arm=arm, seed=config.seed)
+
+
+def ask_arms(
+    arms: Mapping[str, TableConfig],
+    seeds: Sequence[int],
+    tasks: Sequence[str] = tuple(TASKS),
+    *,
+    count: int = 64,  # tables of each size
+    workers: int = 1,  # processes; 1: this one
+) -> pd.DataFrame:  # task, arm, seed, side, question, rate, n, changed
+    "Train every arm with every seed on every task and ask it."
+    jobs = [(task, arm, replace(config, seed=seed), count)
+            for task in tasks for arm, config in arms.items() for seed in seeds]
+    if workers == 1:
+        return pd.concat([train_and_ask(*job) for job in jobs], ignore_index=True)
+    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        return pd.concat(pool.map(train_and_ask, *zip(*jobs)), ignore_index=True)

@@ -130,8 +130,8 @@ def place_on(
     if place is None and axis == "block":
         return nn.functional.pad((~geometry.special).to(geometry.row).unsqueeze(-1), (0, bias.blocks - 1))
     if place is None:
-        raise ValueError(f"the structural bias compares {axis}s, the geometry has none: expected set_labels, or "
-                         f"with_labels(geometry, {axis!r}, ...)")
+        raise ValueError(f"the structural bias compares {axis}s, the geometry has none: expected "
+                         f"set_labels(bundle, {axis!r}, ids)")
     return place
 
 

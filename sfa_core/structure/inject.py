@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHILD', 'FUNCTIONS', 'placed_bias', 'structural_attention', 'dense_attention', 'eager_attention', 'inject', 'eject',
            'structures_of', 'vision_attention', 'use_attention', 'visible_weights', 'visible_attention', 'set_geometry',
-           'set_blocks']
+           'set_labels', 'set_blocks']
 
 # %% ../../notebooks/library/03_structure/40_inject.ipynb #2cc488a2
 import contextlib
@@ -23,12 +23,12 @@ from ..core.bundle import Bundle
 from ..core.families import family_of, head_count, vision_of
 from ..core.hooks import PREFIX, AttentionCall, attention_hooks, hooked_name, replaced_name
 from .bias import StructuralBias
-from .geometry import Geometry, grid_geometry, with_blocks
+from .geometry import Geometry, grid_geometry, with_labels
 from .kernels import MASK_BYTES, WIDEST, MaskCache, chunked_attention, combine_masks, constant_mask
 from .kernels import low_rank_attention, may_cache
 from .strips import grid_attention, may_strip
 from .terms import TERMS, check_terms
-from .windows import Calls, follow_sizes, follow_tiles, set_image_blocks, stop_following
+from .windows import Calls, follow_sizes, follow_tiles, set_image_labels, stop_following
 
 # %% ../../notebooks/library/03_structure/40_inject.ipynb #810a3c35
 CHILD = "structure"  # name of the bias below an attention module
@@ -51,8 +51,8 @@ def placed_bias(
         raise ValueError(f"the encoder sees {tokens} tokens, the geometry places {geometry.tokens} on a grid of "
                          f"{geometry.size[0]} x {geometry.size[1]}")
     if geometry.batch not in ((), (1,), (batch,)):
-        raise ValueError(f"the encoder got {batch} images, the geometry (set_blocks) is for {tuple(geometry.batch)}: "
-                         f"one row of block ids per image expected")
+        raise ValueError(f"the encoder got {batch} images, the geometry (set_labels) is for {tuple(geometry.batch)}: "
+                         f"one row of ids per image expected")
     return bias, geometry
 
 
@@ -238,17 +238,26 @@ def set_geometry(
         bias.geometry = ready[kind]
 
 
-def set_blocks(
+def set_labels(
     bundle: Bundle,
-    # (B, cells) int, a row per image (tile), cells row by row; for native sizes a list of (cells,); None: block 0
-    block_ids: Tensor | Sequence[Tensor] | None,
+    label: str,  # one of LABELS: block, group, order, role
+    # (B, cells) int, a row per image (tile), cells row by row; for native sizes a list of (cells,); None: no labels
+    ids: Tensor | Sequence[Tensor] | None,
 ) -> None:
-    """Assign blocks to the patches of the images of the next batch; ValueError for a wrong shape, dtype or id."""
+    """Assign labels to the patches of the images of the next batch; ValueError for a wrong shape, dtype or id."""
     bias = structures_of(bundle)[0]
     if bundle.family.native:
-        return set_image_blocks(bundle.family.tower_of(bundle.model), block_ids)
-    plain = replace(bias.geometry, block=None)
-    if block_ids is not None and block_ids.ndim != 2:
-        raise ValueError(f"block ids have shape {tuple(block_ids.shape)}, expected (images, "
+        return set_image_labels(bundle.family.tower_of(bundle.model), label, ids)
+    plain, count = bias.geometry, bias.blocks if label == "block" else None
+    if ids is not None and ids.ndim != 2:
+        raise ValueError(f"{label} ids have shape {tuple(ids.shape)}, expected (images, "
                          f"{int((~plain.special).sum(-1).max())})")
-    set_geometry(bundle, plain if block_ids is None else with_blocks(plain, block_ids, bias.blocks))
+    set_geometry(bundle, replace(plain, **{label: None}) if ids is None else with_labels(plain, label, ids, count))
+
+
+def set_blocks(
+    bundle: Bundle,
+    block_ids: Tensor | Sequence[Tensor] | None,  # as in `set_labels`; None: every patch is in block 0
+) -> None:
+    """Assign blocks to the patches of the images of the next batch; as `set_labels`."""
+    set_labels(bundle, "block", block_ids)
