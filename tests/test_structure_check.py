@@ -15,8 +15,6 @@ from sfa_core.scores.records import make_records
 from sfa_core.structure.bias import StructuralBias
 from sfa_core.structure.inject import eject, inject, structures_of
 from sfa_core.structure.terms import LADDER
-from sfa_core.tokens.adaptive import adaptive_tokens
-from sfa_core.tokens.patches import PatchConfig
 from sfa_core.training.check import PRODUCTS, bias_size, check_of_records, scaled_structure, structure_check
 
 ARMS = REPOSITORY / "exports" / "reference" / "arms"
@@ -70,13 +68,6 @@ def test_dose_zero_is_the_encoder_without_structure(bundle, asked):
     with pytest.raises(RuntimeError, match="broken"), scaled_structure(bundle, 5):
         raise RuntimeError("broken")
     assert all(torch.equal(p, old) for p, old in zip(bundle.model.parameters(), kept, strict=True))
-    eject(bundle)
-
-
-def test_the_area_of_merged_patches_is_no_part_of_the_bias(bundle, asked):
-    inject(bundle, seed=3)
-    with adaptive_tokens(bundle, PatchConfig(coarse=1.0)), scaled_structure(bundle, 0):
-        assert bias_size(bundle, asked[:2]) == 0
     eject(bundle)
 
 
