@@ -38,6 +38,7 @@ PLACES = {  # module: names it offers here
     "training.consistency": "SCRConfig",
     "training.arms": "ARMS FinetuneConfig load_arm",
     "training.finetune": "finetune",
+    "training.check": "structure_check",
     "figures.style": "save_figure",
     "figures.explorer": "AttentionExplorer",
     "runs.results": "out_folder write_metrics write_timings write_records write_summary write_table write_figure",

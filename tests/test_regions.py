@@ -18,7 +18,7 @@ def table(shift=0.0, n=20, seed=0, heads=1):
     for sample in range(n):
         page = 3 * draw.normal()  # pages differ far more than regions do
         for head in range(heads):
-            rows += [dict(sample=f"d{sample}", layer=0, head=head, region=region,
+            rows += [dict(document=f"d{sample}", layer=0, head=head, region=region,
                           value=page + draw.normal() + shift * (region == "text-dense"))
                      for region in ("text-dense", "sparse")]
     return pd.DataFrame(rows)
@@ -28,7 +28,7 @@ def table(shift=0.0, n=20, seed=0, heads=1):
 def test_difference_and_interval_are_those_of_the_paired_t_test(seed):
     data = table(0.7, seed=seed)
     found = paired_contrast(data, by=()).iloc[0]
-    wide = data.pivot(index="sample", columns="region", values="value")
+    wide = data.pivot(index="document", columns="region", values="value")
     known = ttest_rel(wide["text-dense"], wide["sparse"])
     assert np.allclose((found["low"], found["high"]), known.confidence_interval(0.95)) and np.isclose(
         found["effect"], known.statistic / np.sqrt(20)
@@ -44,9 +44,27 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
 
 def test_documents_without_one_region_are_counted():
     data = table(n=6)
-    data = data[~((data["sample"] == "d2") & (data["region"] == "sparse"))]
+    data = data[~((data["document"] == "d2") & (data["region"] == "sparse"))]
     found = paired_contrast(data)
     assert found["n"].tolist() == [5] and found["left_out"].tolist() == [1]
+
+
+def test_questions_about_one_page_are_one_draw():
+    data = table(0.7, heads=2)
+    asked = pd.concat([data.assign(sample=data["document"] + question) for question in ("-q0", "-q1", "-q2")])
+    pd.testing.assert_frame_equal(paired_contrast(asked), paired_contrast(data))
+
+
+def test_a_record_of_several_questions_knows_their_pages():
+    bundle = load_model("embedded")
+    asked = samples(documents(3, seed=6))[:8]
+    seen = record(bundle, asked)
+    assert seen.document == tuple(sample.document for sample in asked) and len(set(seen.document)) < len(asked)
+    split = by_region(seen, {sample.id: text_map(sample) for sample in asked})
+    of = {sample.id: sample.document for sample in asked}
+    assert (split["sample"].map(of) == split["document"]).all() and (seen.table()["sample"].map(of)
+                                                                     == seen.table()["document"]).all()
+    assert set(paired_contrast(split)["n"]) == {len(set(seen.document))}
 
 
 def test_text_that_covers_a_token_makes_it_dense():
@@ -73,7 +91,8 @@ def test_shuffled_labels_keep_their_number_and_lose_their_difference():
 @pytest.mark.parametrize(("call", "message"), [
     (lambda: paired_contrast(table(), pair=("text-dense", "other")), "no row of region 'other', found sparse, "
                                                                      "text-dense"),
-    (lambda: paired_contrast(table(n=1)), "1 samples have both 'text-dense' and 'sparse', expected at least 2"),
+    (lambda: paired_contrast(table().drop(columns="document")), "expected document among them"),
+    (lambda: paired_contrast(table(n=1)), "1 documents have both 'text-dense' and 'sparse', expected at least 2"),
 ])
 def test_wrong_requests_are_refused(call, message):
     with pytest.raises(ValueError, match=message):

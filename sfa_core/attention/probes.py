@@ -147,6 +147,7 @@ def record_tiles(
         parts.append(
             {
                 "sample": tuple(sample.id for sample, *_ in of_row[rows]),
+                "document": tuple(sample.document for sample, *_ in of_row[rows]),
                 "region": regions[rows],
                 "boxes": np.stack(boxes[rows]),
                 "cells": np.array([(grid.height, grid.width) for grid in grids[rows]]),
@@ -212,6 +213,7 @@ def record_words(
               for (share, area), own in zip(marked, boxes, strict=True)]
     return {
         "sample": tuple(sample.id for sample in batch),
+        "document": tuple(sample.document for sample in batch),
         "region": np.array(regions, dtype=np.float32),
         "boxes": padded(boxes, np.nan),
         "rollout": None,

@@ -43,6 +43,7 @@ class AttentionRecord:
     the table above)."""
 
     sample: tuple[str, ...]  # (B,) id of the sample of a row
+    document: tuple[str, ...]  # (B,) document of the sample: questions of one page are one cluster
     region: np.ndarray = field(repr=False)  # (B, 4) the part of the image a row's keys show, pixels
     layers: tuple[int, ...]  # (L,)
     grid: TokenGrid  # the tokens of a tile, as the tower sees them; of the first image in a native tower
@@ -122,7 +123,8 @@ class AttentionRecord:
                                            names=["tile", "layer", "head"])
         table = pd.DataFrame({name: known_mean(self.counted(name), -1).ravel() for name in UNITS},
                              index=index).reset_index()
-        table.insert(0, "sample", np.asarray(self.sample, dtype=object)[table["tile"]])
+        for place, name in enumerate(("sample", "document")):
+            table.insert(place, name, np.asarray(getattr(self, name), dtype=object)[table["tile"]])
         return table.assign(evidence_share=self.evidence_share[table["tile"]],
                             pointing_chance=self.pointing_chance[table["tile"]])
 

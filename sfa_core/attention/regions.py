@@ -46,7 +46,7 @@ def by_region(
     name: str = "entropy",  # one of UNITS
     threshold: float = DENSE,
     shuffle: int | None = None,  # seed: shuffle the labels of each tile's patches, the control
-) -> pd.DataFrame:  # sample, tile, layer, head, region, value, n
+) -> pd.DataFrame:  # sample, document, tile, layer, head, region, value, n
     """Average a measure over the text-dense, sparse and special queries of every tile; ValueError for the language
     model or a missing density."""
     if seen.tower != "vision" or name not in UNITS:
@@ -65,27 +65,33 @@ def by_region(
         for region in dict.fromkeys(regions):
             part = pd.DataFrame({"value": known_mean(whole[tile][..., regions == region], -1).ravel()},
                                 index=index).reset_index()
-            parts.append(part.assign(sample=sample, tile=tile, region=region, n=int((regions == region).sum())))
-    return pd.concat(parts, ignore_index=True)[["sample", "tile", "layer", "head", "region", "value", "n"]]
+            parts.append(part.assign(sample=sample, document=seen.document[tile], tile=tile, region=region,
+                                     n=int((regions == region).sum())))
+    columns = ["sample", "document", "tile", "layer", "head", "region", "value", "n"]
+    return pd.concat(parts, ignore_index=True)[columns]
 
 # %% ../../notebooks/library/07_attention/50_regions.ipynb #c69aaa2d
 def paired_contrast(
-    table: pd.DataFrame,  # sample, a column that names groups, value, and the columns of `by`
+    table: pd.DataFrame,  # document, a column that names groups, value, and the columns of `by`
     pair: tuple[str, str] = REGIONS[:2],  # the difference is the first minus the second
     by: Sequence[str] = ("layer", "head"),  # () for one difference over all
     group: str = "region",
     confidence: float = 0.95,
 ) -> pd.DataFrame:  # by, first, second, difference, low, high, effect, effect_low, effect_high, n, left_out
-    """Compare two groups within samples; ValueError when a group is missing or fewer than two samples have both."""
+    """Compare two groups within documents, whose questions and tiles are averaged first; ValueError when a group is
+    missing or fewer than two documents have both."""
+    if "document" not in table:
+        raise ValueError(f"the table has the columns {', '.join(table)}, expected document among them: questions of "
+                         f"one page are one cluster")
     if missing := set(pair) - set(table[group]):
         raise ValueError(f"no row of {group} {min(missing)!r}, found {', '.join(sorted(map(str, set(table[group]))))}")
-    means = table.groupby([*by, "sample", group], sort=True)["value"].mean().unstack(group)[list(pair)]
+    means = table.groupby([*by, "document", group], sort=True)["value"].mean().unstack(group)[list(pair)]
     rows = []
     for key, part in means.groupby(list(by)) if by else [((), means)]:
         whole = part.dropna()
         change, n = (whole[pair[0]] - whole[pair[1]]).to_numpy(), len(whole)
         if n < 2:
-            raise ValueError(f"{n} samples have both {pair[0]!r} and {pair[1]!r}, expected at least 2")
+            raise ValueError(f"{n} documents have both {pair[0]!r} and {pair[1]!r}, expected at least 2")
         mean, deviation = change.mean(), change.std(ddof=1)
         reach = t.ppf((1 + confidence) / 2, n - 1) * deviation / np.sqrt(n)
         effect = mean / deviation if deviation > 0 else np.nan

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import safe_open
 from safetensors.torch import save
 
-from ..core.finite import check_finite
+from ..core.finite import read_tensors
+from ..core.reading import parse_json
 from ..structure.inject import inject, structures_of
 from ..structure.rivals import attach_embeddings, attach_rotary, learned_positions, shuffle_structure
 from ..core.files import locked, write_atomic
@@ -30,7 +30,7 @@ from sfa_core.pretraining.dense import (
     DenseHeads,
     dense_binding,
     dense_losses,
-    heads_of_size,
+    heads_from,
     patch_features,
     stack_targets,
 )
@@ -189,17 +189,21 @@ def read_dense_encoder(
     "Read an encoder trained from nothing: a model whose other parts are random, and the encoder's dense heads."
     if not Path(path).is_file():
         raise FileNotFoundError(f"no encoder at {path}; expected a file written by learn_dense")
-    with safe_open(path, "pt") as file:
-        about, weights = json.loads(file.metadata()["about"]), {name: file.get_tensor(name) for name in file.keys()}
-    check_finite(weights, str(path))
-    bundle = new_bundle(EmbeddedConfig(**about["architecture"]), tokenizer, about["dense"]["seed"],
-                        name=Path(path).parent.name)
-    place_patches(bundle, DenseConfig(**about["dense"]))
-    heads = DenseHeads(weights["heads.read.weight"].shape[1], heads_of_size(len(weights["heads.read.weight"])))
-    for module, prefix in ((bundle.family.tower_of(bundle.model), "tower."), (heads, "heads.")):
-        module.load_state_dict({name.removeprefix(prefix): value
-                                for name, value in weights.items() if name.startswith(prefix)})
-    return bundle, heads.eval(), about
+    weights, notes = read_tensors(path)
+    about = parse_json(notes.get("about", ""), f"{path}: about", "what save_encoder keeps beside the weights")
+    parts = {part: {name.removeprefix(part): value for name, value in weights.items() if name.startswith(part)}
+             for part in ("tower.", "heads.")}
+    heads = heads_from(parts["heads."], str(path))
+    try:
+        config = DenseConfig(**about["dense"])
+        bundle = new_bundle(EmbeddedConfig(**about["architecture"]), tokenizer, config.seed,
+                            name=Path(path).parent.name)
+        place_patches(bundle, config)
+        bundle.family.tower_of(bundle.model).load_state_dict(parts["tower."])
+    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ValueError(f"{path} holds no encoder of its own architecture ({reason})") from error
+    return bundle, heads, about
 
 
 def measure_dense(

@@ -19,11 +19,11 @@ import pandas as pd
 import torch
 from datasets import Dataset
 from datasets import Image as ImageFeature
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from ..core.finite import check_finite
+from ..core.finite import read_tensors
 from ..models.sequences import answer_loss, answer_tokens, pack, prompt_tokens, training_batch
-from .dense import DenseHeads, dense_losses, dense_targets, heads_of_size, patch_features
+from .dense import DenseHeads, dense_losses, dense_targets, heads_from, patch_features
 from ..documents.generate import documents, generator_version
 from ..core.pictures import decode
 from ..documents.words import SHORT_WORDS
@@ -302,11 +302,7 @@ def load_heads(folder: str | Path) -> DenseHeads:
     path = Path(folder) / "dense" / "heads.safetensors"
     if not path.is_file():
         raise FileNotFoundError(f"no linear heads at {path}; expected a folder written by the study 05_embedded_model")
-    weights = load_file(path)
-    check_finite(weights, str(path))
-    heads = DenseHeads(weights["read.weight"].shape[1], heads_of_size(len(weights["read.weight"])))
-    heads.load_state_dict(weights)
-    return heads.eval()
+    return heads_from(read_tensors(path)[0], str(path))
 
 
 def dense_batches(bundle: Bundle, data: Dataset,
