@@ -9,6 +9,7 @@ __all__ = ['EMBEDDED', 'PRECISIONS', 'PROCESSOR_FIELDS', 'LARGEST', 'MOST_TILES'
 
 # %% ../../notebooks/library/06_models/20_load.ipynb #f088531c
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ from ..core.address import is_address
 from ..core.bundle import Bundle
 from ..core.families import family_of
 from ..core.finite import check_finite
-from ..core.files import new_folder
+from ..core.files import new_folder, put_back
 from ..core.hub import PATTERNS, SHIPPED_MODELS, cached_commit, folder_revision, local_model, weight_files
 from ..core.reading import check_cache
 from .embedded import EmbeddedConfig, build_processor, image_only, new_model
@@ -119,6 +120,7 @@ def find_model(
         if not (EMBEDDED / "config.json").is_file():
             raise FileNotFoundError(f"no embedded model in {EMBEDDED}; the study 05_embedded_model trains it")
         return EMBEDDED
+    put_back(os.path.expanduser(name))  # a model that a kill left while another took its place
     folder = local_model(name)
     if folder is not None:
         return folder

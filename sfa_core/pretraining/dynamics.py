@@ -5,16 +5,19 @@
 # %% auto #0
 __all__ = ['POSITIONS', 'ATTEMPTS', 'DenseConfig', 'structural_weights', 'FreshPages', 'draw_page', 'draw_batch', 'classes_of',
            'place_patches', 'save_encoder', 'read_dense_encoder', 'measure_dense', 'new_encoder', 'continued_encoder',
-           'learned_from', 'learn_dense', 'fresh_encoder']
+           'learned_from', 'known_curve', 'learn_dense', 'fresh_encoder']
 
 # %% ../../notebooks/library/10_pretraining/30_dynamics.ipynb #e1193fc3
 import copy
 import json
+import shutil
+import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import torch
 from safetensors.torch import save
 
@@ -23,7 +26,7 @@ from ..core.reading import parse_json
 from ..structure.inject import inject, structures_of
 from ..structure.rivals import attach_embeddings, attach_rotary, learned_positions, shuffle_structure
 from ..core.files import locked, write_atomic
-from ..core.identity import file_digest
+from ..core.identity import file_digest, key_of
 from sfa_core.pretraining.dense import (
     HEADS,
     PAGE_HEADS,
@@ -36,6 +39,7 @@ from sfa_core.pretraining.dense import (
 )
 from ..documents.generate import PRESETS, PRESET_KINDS, Document, generator_version, make_document
 from ..models.embedded import EmbeddedConfig
+from ..training.checkpoints import checkpoints
 from ..training.loop import LoopConfig, train
 from ..models.load import new_bundle
 from ..core.bundle import Bundle
@@ -262,6 +266,31 @@ def learned_from(data: TrainingSet | FreshPages) -> dict | str:
         return data.digest
     return json.loads(json.dumps(asdict(data) | {"generator": generator_version()}))
 
+# %% ../../notebooks/library/10_pretraining/30_dynamics.ipynb #fa4c25a9
+def known_curve(
+    folder: Path,  # of a training
+    key: str,  # of what decides it
+    wanted: set[int],  # steps at which it is measured
+) -> list[pd.DataFrame]:  # one, or none where the training begins anew
+    "Read what was measured of a training; ValueError when it is of another one."
+    path, steps = folder / "curve.parquet", checkpoints(folder / "checkpoints")
+    try:
+        found = pd.read_parquet(path) if path.is_file() else pd.DataFrame({"step": []})
+        kept, reason = found.attrs.get("training"), f"{path} does not say what it is of"
+        known = {int(step) for step in found["step"]}
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        kept, known, reason = None, set(), f"{path} cannot be read ({' '.join(str(error).split())[:200]})"
+    if kept not in (None, key):
+        raise ValueError(f"{folder} holds the curve of another training; another folder is expected")
+    if kept and (not wanted - known or not steps or int(steps[-1].name.split("-")[1]) <= min(wanted - known)):
+        return [found]
+    ahead = steps and int(steps[-1].name.split("-")[1]) > min(wanted)
+    if path.is_file() or ahead:
+        print(f"{reason if not kept else path}: trained and measured again", file=sys.stderr)
+        path.unlink(missing_ok=True)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return []
+
 # %% ../../notebooks/library/10_pretraining/30_dynamics.ipynb #020f9c79
 def learn_dense(
     data: TrainingSet | FreshPages,  # pages it learns from
@@ -314,17 +343,19 @@ def learn_dense(
     identity = dict(dense=asdict(config), architecture=asdict(architecture), learned=learned_from(data), asked=asked)
     identity |= {} if start is None else {"start": file_digest(start)}
     with locked(folder):
-        path = Path(folder) / "curve.parquet"
-        curve = [pd.read_parquet(path)] if path.is_file() else []
+        path, wanted = Path(folder) / "curve.parquet", {*range(config.every, config.steps, config.every), config.steps}
+        curve = known_curve(Path(folder), key_of(**identity), wanted)
         known = set(curve[0]["step"]) if curve else set()
-        for until in sorted({*range(config.every, config.steps, config.every), config.steps} - known | {config.steps}):
+        for until in sorted(wanted - known | {config.steps}):
             train(named, batch_at, losses, loop, folder, identity, until=until, progress=progress)
             if until not in known:
                 found = {f"{name} {measure}".strip(): at for name, part in sets.items()
                          for measure, at in measure_dense(bundle, heads, part).items()}
                 curve.append(pd.DataFrame([dict(step=until, measure=measure, **values)
                                            for measure, values in found.items()]))
-                write_atomic(path, pd.concat(curve).to_parquet(index=False))
+                whole = pd.concat(curve)
+                whole.attrs = {"training": key_of(**identity)}  # pandas keeps it in the file
+                write_atomic(path, whole.to_parquet(index=False))
         save_encoder(Path(folder) / "encoder.safetensors", tower, heads, **identity)
     return pd.concat(curve, ignore_index=True), structural_weights(bundle) if config.terms else pd.DataFrame(
         columns=["layer", "term", "head", "weight"]
