@@ -53,13 +53,14 @@ def study_path(study: str) -> Path:
 TYPES = {"bool": bool, "int": int, "float": float, "str": str}
 BOOLEANS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
 TAGS = {  # what a parameter whose meaning begins with [TAG] names
-    "model": "a model: embedded, a folder or a hub id",
+    "model": "a model: embedded, a folder, a hub id, or the address of a server as http://HOST:PORT/v1#NAME",
     "models": "models, separated by commas",
     "arm": "a trained arm: its folder, or the name of a run or reference arm; baseline is the model as it is",
     "data": "benchmarks as NAME/SPLIT@SOURCE, separated by spaces",
     "source": "folder or hub id of the [data] of the study that names none",
     "mixture": "kinds of documents and benchmarks with weights, mixtures separated by |",
     "path": "a file or a folder",
+    "paths": "files or folders, separated by commas",
 }
 SET_BY_RUN = ("out_dir", "interactive")  # the runner decides these
 
@@ -153,8 +154,9 @@ def named_versions(
         return {name: model_version(name) for name in names if name}
     if tag == "arm":
         return {} if text == "baseline" else {text: folder_digest(arm_folder(text))[:16]}
-    if tag == "path":
-        return {text: path_version(text)}
+    if tag in ("path", "paths"):
+        paths = [text] if tag == "path" else [part.strip() for part in text.split(",")]
+        return {path: path_version(path) for path in paths if path}
     if tag == "data":
         return {name: data_version(name, source) for name in text.split()}
     return {name: data_version(name) for part in text.split("|") for name in source_weights(part)}
