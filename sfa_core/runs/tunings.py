@@ -109,7 +109,7 @@ def committed_tunings(folder: str | Path | None = None) -> list[LearningCurve]: 
     return [curve for root in roots for curve in read_curves(root)]
 
 
-def committed_effects(folder: str | Path | None = None) -> pd.DataFrame:  # dose, changed, rate, change, bias ... arm, seed
+def committed_effects(folder: str | Path | None = None) -> pd.DataFrame:  # a row per arm, seed and dose
     "Read what the biases do that lie beside the curves; empty where there are none."
     roots = [Path(folder)] if folder else dict.fromkeys(root / "reference" / TUNINGS
                                                         for root in (exports_root(), REPOSITORY / "exports"))
