@@ -140,6 +140,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(str(error))
     print(f"{write_tuning(given.folder, curve, effect)}: {given.steps} steps in {curve.seconds:.0f} s")
 
-
+# %% ../../notebooks/library/12_runs/67_tunings.ipynb #3d87d467
+#| eval: false
 if __name__ == "__main__":
     main()
