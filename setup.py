@@ -14,7 +14,8 @@ SHIPPED = (  # patterns of files
     "data/README.md", "data/density/*", "data/embedded_model/*", "data/embedded_model/dense/*", "data/fonts/*",
     "data/grids/*.yaml",
     "notebooks/studies/*.ipynb",
-    "exports/reference/arms/**/*", "exports/reference/embedded_model*/*", "exports/rendered/stage_seconds.json")
+    "exports/reference/arms/**/*", "exports/reference/verdict_labels/*", "exports/reference/embedded_model*/*",
+    "exports/rendered/stage_seconds.json")
 cfg = ConfigParser(delimiters=["="])
 cfg.read(ROOT / "settings.ini", encoding="utf-8")
 cfg = cfg["DEFAULT"]

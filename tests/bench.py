@@ -6,6 +6,7 @@ of that run; what is added is starting workers, planning, naming and handing out
 beside it, so that the price of a kernel
 per run is not hidden.
 A report over 1,000,000 records: seconds and peak memory of a process that does nothing else.
+Every crash point of what writes (tests/crash_points.py): killed there, repeated, compared.
 """
 import argparse
 import json
@@ -110,6 +111,17 @@ def only_report(seeds: int) -> None:
     print(json.dumps({"seconds": seconds, "peak_gib": peak / 2**20, "rows_written": len(written)}))
 
 
+CRASHES = ("run", "report", "model", "documents", "finetune", "pretraining")
+
+
+def crash_points() -> dict[str, dict[str, int]]:  # scenario -> touches of the disk, attempts that were killed
+    "Kill everything that writes before each of its touches of the disk; CalledProcessError when something is lost."
+    harness = Path(__file__).with_name("crash_points.py")
+    said = {name: subprocess.run([sys.executable, harness, name], check=True, stdout=subprocess.PIPE, text=True).stdout
+            for name in CRASHES}
+    return {name: json.loads(text) for name, text in said.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=200)
@@ -129,18 +141,21 @@ def main() -> None:
                            "DRAW_LOG": f"{scratch}/log"}
             found[name] = measure()
             del os.environ["SFA_EXPORTS"], os.environ["SFA_STUDIES"]
-    grid, report = found["grid"], found["report"]
+    grid, report, crashes = found["grid"], found["report"], crash_points()
+    killed = sum(entry["killed"] for entry in crashes.values())
     write_timings(options.out, found)
     write_metrics(options.out,
                   {"grid": {"runs": grid["runs"], "workers": grid["workers"]},
-                   "report": {"rows": report["rows_written"], "runs": report["runs"]}})
+                   "report": {"rows": report["rows_written"], "runs": report["runs"]},
+                   "crash_points": crashes})
     write_json(options.out / "provenance.json",
                facts | {"what": "make bench", "wall_seconds": round(time.time() - began, 1)})
     write_summary(options.out,
                   f"""{grid['runs']} runs of {grid['median_run_seconds']:.2f} s (median), {grid['workers']} workers: {grid['wall_seconds']:.0f} s,
 overhead {100 * grid['overhead']:.1f} % (bar: 15 %).
 Of {grid['run_wall_seconds']:.0f} s in the runs, {grid['cells_seconds']:.0f} s were their cells; the rest is a kernel for each.
-{report['rows_written']:,} records of {report['runs']} runs in one report: {report['seconds']:.1f} s, peak {report['peak_gib']:.2f} GiB (bar: 30 s, 2 GiB).""")  # noqa: E501
+{report['rows_written']:,} records of {report['runs']} runs in one report: {report['seconds']:.1f} s, peak {report['peak_gib']:.2f} GiB (bar: 30 s, 2 GiB).
+{killed} crash points of {len(crashes)} writers: nothing lost, nothing half done that looks done, every repetition ended the same.""")  # noqa: E501
     print((options.out / "summary.txt").read_text())
 
 

@@ -175,7 +175,7 @@ def test_evaluate_keeps_broken_images_in_view(model):
 def test_settings_that_decide_the_score_stand_beside_it(model):
     asked = [ask(0), ask(1)]
     _, summary = parts(evaluate(model(max_patches=12), asked, "chartqa", max_new_tokens=16))
-    assert model.calls[-1] == dict(batch_size=32, max_new_tokens=16, suffix=SHORT, tiles=12, progress=False)
+    assert model.calls[-1] == dict(batch_size=32, max_new_tokens=16, suffix=SHORT, tiles=12, progress=False, kept=None)
     assert summary["settings"].pop("packages").keys() == {"torch", "transformers"}
     assert summary["settings"] == dict(
         benchmark="chartqa", scorer="relaxed", profile="pix2struct", suffix=SHORT, tiles=12, max_new_tokens=16,

@@ -364,16 +364,20 @@ def test_a_home_that_cannot_be_written_is_one_line_that_names_the_variable(tmp_p
     write_parquet(tmp_path, "1")
     code = ("import sys\nfrom sfa_core.documents.benchmarks import load_benchmark\ntry:\n    load_benchmark('chartqa', "
             "source=sys.argv[1])\n"
-            "except ValueError as error:\n    print('said:', error)")
-    given_ = {key: value
-              for key, value in os.environ.items() if not key.startswith(("HF_", "XDG_"))} | {"HOME": "/proc/nobody"}
-    command = [sys.executable, "-c", code, str(tmp_path / "copy")]
-    done = subprocess.run(command, env=given_, capture_output=True, text=True, cwd=ROOT)
-    said = [line for line in done.stdout.splitlines() if line.startswith("said:")]
-    assert len(said) == 1 and "set HF_HOME to a folder" in said[0] and "/proc/nobody" in said[0], done.stderr[-500:]
-    done = subprocess.run(command, env=given_ | {"HF_HOME": str(tmp_path / "hf")}, capture_output=True, text=True,
-                          cwd=ROOT)
-    assert done.returncode == 0 and "said:" not in done.stdout, done.stderr[-500:]
+            "except (ValueError, FileNotFoundError) as error:\n    print('said:', error)")
+    given_ = {key: value for key, value in os.environ.items()
+              if not key.startswith(("HF_", "XDG_"))} | {"HOME": "/proc/nobody", "HF_HUB_OFFLINE": "1"}
+
+    def said(source, **more):
+        done = subprocess.run([sys.executable, "-c", code, source], env=given_ | more, capture_output=True, text=True,
+                              cwd=ROOT)
+        assert done.returncode == 0, done.stderr[-500:]
+        return [line for line in done.stdout.splitlines() if line.startswith("said:")]
+    line, = said("me/none")
+    assert "set HF_HOME to a folder" in line and "/proc/nobody" in line
+    line, = said("me/none", HF_HOME=str(tmp_path / "hf"))
+    assert "HF_HOME" not in line and "me/none" in line
+    assert said(str(tmp_path / "copy")) == [], "a local copy is read without a cache"
 
 
 # Text in figures and pages

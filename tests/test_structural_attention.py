@@ -671,15 +671,22 @@ def edit(**changes):
     return apply
 
 
+def deeper(folder):
+    "Let the card speak of five layers."
+    card = json.loads((folder / "structure.json").read_text())
+    edit(encoder=card["encoder"] | {"layers": 5})(folder)
+
+
 @pytest.mark.parametrize("damage, error, words", [
     (lambda folder: (folder / "structure.json").unlink(), FileNotFoundError, "structure.json is missing"),
     (lambda folder: (folder / "structure.safetensors").unlink(), FileNotFoundError, "structure.safetensors is missing"),
     (truncate, ValueError, "does not match the checksum"),
-    (lambda folder: (folder / "structure.json").write_text("{"), ValueError, "damaged"),
-    (lambda folder: (folder / "structure.json").write_text("[]"), ValueError, "damaged"),
+    (lambda folder: (folder / "structure.json").write_text("{"), ValueError, "structure.json: no JSON"),
+    (lambda folder: (folder / "structure.json").write_text("[]"), ValueError, "structure.json holds"),
     (edit(terms=["row", "diagonal"]), ValueError, "'diagonal', expected one or more of row, column, distance, block"),
     (edit(terms=["row"]), ValueError, "6 weights missing, unexpected or not of the shape"),
-    (edit(encoder={"layers": 5, "heads": 2}), ValueError, "12 weights missing"),
+    (edit(encoder={"layers": 5, "heads": 2}), ValueError, "has no encoder.family"),
+    (deeper, ValueError, "12 weights missing"),
 ])
 def test_damaged_folders_are_refused_in_one_line(tmp_path, damage, error, words):
     model = tiny_internvl()

@@ -68,7 +68,7 @@ def stage_hooks(
     with activation_hooks(inside, see, output=True), activation_hooks(behind, see):
         yield
 
-# %% ../../notebooks/library/07_attention/60_stages.ipynb #02594e11
+# %% ../../notebooks/library/07_attention/60_stages.ipynb #8094a7ed
 @dataclass(frozen=True, eq=False)
 class TokenPlaces:
     """Where the image tokens of some questions are, all B prompts padded to one width."""
@@ -114,7 +114,7 @@ def locate(
     index = {(sample.document, id(sample.source)): number for number, sample in enumerate(pages)}
     images = images_of(bundle, pages, tiles)
     prepared = image_batch(bundle, images, tiles)
-    sizes, native = [image.size for image in images], image_sizes(prepared)
+    sizes, native = [image.size for image in images], image_sizes(bundle, prepared)
     own = [language_boxes(bundle, size, tiles, patches) for size, patches in zip(sizes, native, strict=True)]
     patches = encoder_boxes(bundle, sizes, native, tiles)
     numbers = [index[sample.document, id(sample.source)] for sample in asked]

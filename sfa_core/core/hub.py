@@ -126,7 +126,7 @@ def folder_revision(
     loaded = set(weight_files(Path(folder))) if (Path(folder) / "config.json").is_file() else found
     total = hashlib.sha256()
     for path in sorted(path for path in found if path.suffix != ".safetensors" or path in loaded):
-        total.update(path.name.encode() + bytes.fromhex(file_digest(path)))
+        total.update(os.fsencode(path.name) + bytes.fromhex(file_digest(path)))
     return total.hexdigest()[:12]
 
 

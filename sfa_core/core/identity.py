@@ -46,8 +46,11 @@ def read_digest(
     path: str | Path,
 ) -> str:  # 64 hex digits
     "Return the sha256 of a file as it is on the disk now, for checksums."
-    with Path(path).open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    try:
+        with Path(path).open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(path)) from error  # which file, if it cannot be read
 
 
 def file_digest(

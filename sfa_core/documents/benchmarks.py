@@ -26,6 +26,7 @@ from .charthal import charthal_rows
 from .chartqa import chartqa_rows, find_split
 from .folders import folder_rows
 from .generate import documents
+from .parquet import ParquetRows
 from .sroie import sroie_rows
 from .samples import Sample, samples
 
@@ -112,11 +113,11 @@ def image_file(image, images: dict[str, bytes], where: str, folder: Path | None 
 
 # %% ../../notebooks/library/02_documents/55_benchmarks.ipynb #d2bbe915
 def hub_rows(benchmark: Benchmark, split: str, source: str | Path | None,
-             stream: bool) -> datasets.Dataset | datasets.IterableDataset:
+             stream: bool) -> datasets.Dataset | datasets.IterableDataset | ParquetRows:
     """Open a split of a benchmark kept in the hub's layout, images not decoded; FileNotFoundError says how to get
     it, ValueError names the splits there are."""
     if source is not None and is_folder(source):
-        data = local_rows(benchmark, split, Path(source), stream)
+        data = local_rows(benchmark, split, Path(source))
     elif source is not None and not is_hub_id(source):
         raise FileNotFoundError(f"benchmark {benchmark.name}: no folder {source}; expected a local copy or a hub id "
                                 f"such as {benchmark.hubs[0]}")
@@ -140,20 +141,23 @@ def hub_rows(benchmark: Benchmark, split: str, source: str | Path | None,
                                     f"`hf download {hubs[0]} --repo-type dataset --local-dir DIR` and pass source=DIR")
     if data.column_names is not None and "image" not in data.column_names:
         raise ValueError(f"benchmark {benchmark.name}: no field image; it has {', '.join(sorted(data.column_names))}")
-    return data.cast_column("image", datasets.Image(decode=False))
+    return data if isinstance(data, ParquetRows) else data.cast_column("image", datasets.Image(decode=False))
 
 
-def local_rows(benchmark: Benchmark, split: str, folder: Path,
-               stream: bool) -> datasets.Dataset | datasets.IterableDataset:
+def local_rows(benchmark: Benchmark, split: str, folder: Path) -> datasets.Dataset | ParquetRows:
     "Open a split of a local copy: parquet files in the hub's layout, or a dataset saved to disk."
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
         check_saved(folder)
-        saved = datasets.load_from_disk(str(folder))
+        try:
+            saved = datasets.load_from_disk(str(folder))
+        except Exception as error:  # what datasets raises is up to the files
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise ValueError(f"{folder} is no dataset saved to disk ({reason})") from error
         found = saved if isinstance(saved, datasets.DatasetDict) else {str(saved.split or split): saved}
         if split in found:
             return found[split]
     else:
-        files = sorted(folder.rglob("*.parquet"))
+        files = sorted(file for file in folder.rglob("*.parquet") if file.is_file())
         of_config = [f for f in files if benchmark.config in f.relative_to(folder).parts]
         files = (
             of_config
@@ -163,11 +167,7 @@ def local_rows(benchmark: Benchmark, split: str, folder: Path,
         found = sorted({re.split(r"[-.]", f.name)[0] for f in files})
         chosen = [str(f) for f in files if re.split(r"[-.]", f.name)[0] == split]
         if chosen:
-            try:
-                return datasets.load_dataset("parquet", data_files={split: chosen}, split=split, streaming=stream)
-            except OSError as error:
-                check_cache(datasets.config.HF_DATASETS_CACHE, error)
-                raise
+            return ParquetRows(chosen)
         if not files:
             part = f" of configuration {benchmark.config}" if benchmark.config else ""
             raise FileNotFoundError(f"benchmark {benchmark.name}: no parquet files{part} in {folder}; expected "
@@ -266,7 +266,9 @@ def load_benchmark(
     data, images = hub_rows(benchmark, split, source, stream=limit is not None and seed is None), {}
     kind = benchmark.fields.get("kind")
     kinds = (data.features or {}).get(kind)
-    rows = enumerate(data) if seed is None else ((i, data[i]) for i in choose(range(len(data)), limit, seed))
+    chosen = None if seed is None else choose(range(len(data)), limit, seed)
+    rows = (data.take(chosen) if isinstance(data, ParquetRows)
+            else enumerate(data) if chosen is None else ((i, data[i]) for i in chosen))
     found = []
     for i, row in islice(rows, limit):
         named = row | {kind: kinds.int2str(row[kind])} if isinstance(kinds, datasets.ClassLabel) else row

@@ -9,12 +9,11 @@ __all__ = ['PARTS', 'chart_table', 'corner_box', 'label_role', 'figure_texts', '
 # %% ../../notebooks/library/02_documents/45_chartqa.ipynb #c68424c9
 import csv
 import io
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..core.reading import answers_of, inside, read_json, read_text, text_value
+from ..core.reading import answers_of, box_of_edges, inside, read_json, read_text, text_value
 from .numbers import read_numbers
 from .samples import Evidence, TextBox
 
@@ -31,9 +30,7 @@ def chart_table(path: Path) -> tuple[tuple[str, ...], ...]:
 def corner_box(box: dict[str, float]) -> tuple[float, float, float, float]:
     "Turn corner and size into two corners."
     x, y, width, height = (float(box[key]) for key in ("x", "y", "w", "h"))
-    if not all(map(math.isfinite, (x, y, width, height))):
-        raise ValueError(f"a box is {box}; expected finite numbers")
-    return x, y, x + width, y + height
+    return box_of_edges([x, y, x + width, y + height])
 
 
 def label_role(values: Sequence[Any]) -> str:

@@ -4,23 +4,26 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED_KINDS', 'LATIN_FONTS', 'PRESETS', 'SMALLEST', 'PRESET_KINDS', 'DRAW', 'BOX', 'FEATURES', 'Document',
-           'make_document', 'generator_version', 'documents']
+           'make_document', 'generator_version', 'cached_documents', 'documents']
 
 # %% ../../notebooks/library/02_documents/25_generate.ipynb #24e51641
+import warnings
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from pathlib import Path
 
 import cv2
 import numpy as np
 from datasets import Dataset, Features, Image, List, Value
 from datasets.arrow_writer import ArrowWriter
+from pyarrow import ArrowException
 
 from ..core.paths import exports_root
 from .drawing import FONTS, paint, text_box
 from .layout import LAYOUTS, PALETTE, Sheet, Style, varied_palette
 from .page_layout import LARGE_KINDS, SMALLEST_PAGE, draw_page
-from ..core.files import new_file
-from ..core.identity import code_digest, file_digest, key_of, module_facts, module_file
+from ..core.files import new_file, write_atomic
+from ..core.identity import code_digest, file_digest, key_of, read_digest, module_facts, module_file
 from .questions import DOCUMENT_KINDS, Content, NumberFormat, questions
 from .words import SERIES, SHORT_WORDS, TITLES, WORDS
 
@@ -178,6 +181,22 @@ def generator_version() -> str:
                   fonts=[(font.name, file_digest(font)) for font in sorted(FONTS.glob("*.ttf"))])
 
 
+def cached_documents(
+    path: Path,
+) -> Dataset | None:  # None: there are none yet, or not as they were written
+    "Open documents in the cache after comparing them with their checksum; a warning says why they are made again."
+    if not path.is_file():
+        return None
+    try:
+        if path.with_suffix(".sha256").read_text(encoding="ascii") == file_digest(path):
+            return Dataset.from_file(str(path))
+        reason = "does not match its checksum"
+    except (OSError, ValueError, ArrowException) as error:
+        reason = f"cannot be read ({' '.join(str(error).split())[:100]})"
+    warnings.warn(f"{path} {reason} and is made again", stacklevel=3)
+    return None
+
+
 def documents(
     n: int,  # documents
     seed: int,
@@ -189,15 +208,19 @@ def documents(
     "Generate `n` documents, or map them from the cache; ValueError for n < 1 or an unknown kind."
     if n < 1:
         raise ValueError(f"{n} documents asked for; expected at least 1")
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed is {str(seed)[:40]}; expected a whole number from 0, below 2^63")
     kinds = tuple(kinds or PRESET_KINDS.get(preset, DOCUMENT_KINDS))
     key = key_of(n=n, seed=seed, preset=preset, kinds=kinds, size=size, language=language,
                  generator=generator_version())
     path = exports_root() / "cache" / f"documents-{key}.arrow"
-    if not path.exists():
+    if (found := cached_documents(path)) is None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with new_file(path) as unfinished:
             with ArrowWriter(features=FEATURES, path=str(unfinished), writer_batch_size=500) as writer:
                 for i in range(n):
                     writer.write(make_document(kinds[i % len(kinds)], (seed, i), size, language, preset).row())
                 writer.finalize()
-    return Dataset.from_file(str(path))
+            write_atomic(path.with_suffix(".sha256"), read_digest(unfinished))
+        found = Dataset.from_file(str(path))
+    return found

@@ -6,6 +6,8 @@
 __all__ = ['named_benchmark', 'source_weights', 'data_version']
 
 # %% ../../notebooks/library/02_documents/57_named.ipynb #57ab0003
+import math
+
 from ..core.hub import hub_commit
 from ..core.identity import folder_digest
 from ..core.reading import is_folder, is_hub_id
@@ -27,11 +29,19 @@ def source_weights(
     mixture: str,  # sources with weights, as "line:1 pie:1 chartqa/train:2"; no spaces in a name
 ) -> dict[str, float]:
     "Take a mixture apart; ValueError when the text does not say so."
+    parts = [part.rpartition(":") for part in mixture.split()]
     try:
-        return {name: float(weight) for name, _, weight in (part.rpartition(":") for part in mixture.split())}
+        weights = [float(weight) for _, _, weight in parts]
     except ValueError as error:
         expected = "sources with weights such as 'line:1 chartqa/train:2' are expected"
-        raise ValueError(f"a mixture is {mixture!r}; {expected}") from error
+        raise ValueError(f"a mixture is {mixture[:200]!r}; {expected}") from error
+    names = [name for name, _, _ in parts]
+    if wrong := [weight for weight in weights if not 0 < weight < math.inf]:
+        raise ValueError(f"a mixture is {mixture[:200]!r} with the weight {wrong[0]}; finite weights above 0 are "
+                         f"expected")
+    if len(set(names)) < len(names) or not all(names):
+        raise ValueError(f"a mixture is {mixture[:200]!r}; each source once, with its name, is expected")
+    return dict(zip(names, weights, strict=True))
 
 # %% ../../notebooks/library/02_documents/57_named.ipynb #57ab0008
 def data_version(

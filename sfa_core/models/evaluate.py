@@ -11,20 +11,22 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from ..documents.catalogue import find_benchmark
-from ..documents.samples import Sample, data_digest, samples
+from ..documents.samples import data_digest, samples
 from .answers import Answer, answer, ignored_settings
+from .kept import kept_file
 from .images import most_tiles
 from ..core.bundle import Bundle
 from .quantization import stored_as
 from .served import Served
 from ..scores.metrics import PROFILES
-from ..scores.records import SCORERS, Evaluation, make_records, summarise, validate_choice
+from ..scores.records import SCORERS, Evaluation, check_samples, make_records, summarise, validate_choice
 
 # %% ../../notebooks/library/06_models/80_evaluate.ipynb #e0a10005
 def tiles_of(
@@ -55,9 +57,9 @@ def batch_that_ran(
     return min([asked, *(reply.batch for reply in replies if getattr(reply, "batch", 0))])
 
 
-def settings_of(bundle: Any, asked: Sequence[Sample], **given: Any) -> dict[str, Any]:
+def settings_of(bundle: Any, **given: Any) -> dict[str, Any]:
     "Collect everything that decides a score besides the code."
-    given |= {"model": bundle.name, "revision": bundle.revision, "data": data_digest(asked),
+    given |= {"model": bundle.name, "revision": bundle.revision,
               "packages": {name: version(name) for name in ("torch", "transformers")}}
     if isinstance(bundle, Served):
         theirs = "as its server has it"
@@ -109,6 +111,9 @@ def answer_together(
     if accelerator.num_processes == 1 or not asked:
         return answer(bundle, asked, batch_size=batch_size, **options)
     options["progress"] = options.get("progress", False) and accelerator.is_main_process
+    if options.get("kept") is not None:  # each process has its own file
+        file = Path(options["kept"])
+        options["kept"] = file.with_stem(f"{file.stem}-{accelerator.process_index}of{accelerator.num_processes}")
     mine = deal_batches(len(asked), batch_size, accelerator.process_index, accelerator.num_processes)
     replies = answer(bundle, [asked[place] for place in mine], batch_size=batch_size, **options) if mine else []
     return merge_replies(gather_object(list(zip(mine, replies, strict=True))), len(asked))
@@ -132,26 +137,32 @@ def evaluate(
     intervention: Any = None,       # a VARConfig, VHRConfig or KnockoutConfig, at work while the model answers
     # accelerate.Accelerator whose processes share the questions; all get the same records
     accelerator: Any = None,
+    # folder in which replies are kept as they come, and read back when the same evaluation was cut off; None: nowhere
+    kept: str | Path | None = None,
 ) -> Evaluation:
-    """Answer and score questions; names are checked before the model starts, ValueError for an unknown one or an
-    empty set."""
+    """Answer and score questions; names and questions are checked before the model starts, ValueError for an unknown
+    one, an empty set, or a question that could not be scored."""
     row, asked = find_benchmark(benchmark), samples(data)
-    if silent := [sample.id for sample in asked if not sample.answers]:
-        raise ValueError(f"question {silent[0]} has no answers, expected at least one")
     scorer = validate_choice("scorer", row.scorer if scorer is None else scorer, SCORERS)
     validate_choice("profile", profile, PROFILES)
+    check_samples(asked, scorer)
     if tiles is not None and tiles < 1:
         raise ValueError(f"tiles: got {tiles}, expected at least 1")
     suffix = suffix_of(bundle, row.suffix) if suffix is None else suffix
     tiles = tiles_of(bundle, row.tiles) if tiles is None else tiles
 
     reply = answer if accelerator is None else partial(answer_together, accelerator=accelerator)
+    data = data_digest(asked)
+    options = dict(max_new_tokens=max_new_tokens, suffix=suffix, tiles=tiles)
+    file = kept and kept_file(kept, bundle, data, intervention=intervention, **options)
     with nullcontext() if intervention is None else intervention.attach(bundle):
-        replies = reply(bundle, asked, batch_size=batch_size, max_new_tokens=max_new_tokens, suffix=suffix, tiles=tiles,
-                        progress=progress)
-    records, notes = make_records(asked, replies, scorer,
-                                  profile), {getattr(reply, "note", "") for reply in replies} - {""}
-    settings = settings_of(bundle, asked, benchmark=benchmark, scorer=scorer, profile=profile, suffix=suffix,
+        replies = reply(bundle, asked, batch_size=batch_size, progress=progress, kept=file, **options)
+    records = make_records(asked, replies, scorer, profile)
+    notes = {getattr(reply, "note", "") for reply in replies} - {""}
+    if (given := records[records["error"] == ""]["prediction"]).str.strip().eq("").all() and len(given):
+        notes.add(f"every one of {len(given)} replies is empty: a fault of the model or its settings, not of its "
+                  f"reading")
+    settings = settings_of(bundle, data=data, benchmark=benchmark, scorer=scorer, profile=profile, suffix=suffix,
                            tiles=tiles,
                            max_new_tokens=max_new_tokens, batch_size=batch_that_ran(replies, batch_size),
                            bootstrap_seed=seed, bootstrap_draws=draws,

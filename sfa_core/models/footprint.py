@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENCODER_BYTES', 'USABLE', 'patch_numbers', 'patch_bytes', 'patches_at_once', 'Footprint', 'weight_bytes',
-           'answering_footprint', 'largest_fit', 'image_patches', 'free_bytes', 'plan_answers', 'shown_size']
+           'answering_footprint', 'largest_fit', 'image_patches', 'free_bytes', 'plan_answers']
 
 # %% ../../notebooks/library/06_models/47_footprint.ipynb #f0070003
 import math
@@ -18,6 +18,7 @@ from transformers import AutoModelForImageTextToText
 
 from ..core.families import family_of, pair, vision_of
 from ..core.memory import held_bytes
+from ..core.pictures import picture_size
 from ..documents.samples import Sample
 from .images import check_tiles, most_tiles
 from .load import Bundle
@@ -201,7 +202,7 @@ def plan_answers(
     model, family, (here, there) = bundle.model, bundle.family, bundle.devices
     encoder = held_bytes([family.tower_of(model), family.projector_of(model)])
     weights = encoder, held_bytes([model]) - encoder
-    shapes = [size for sample in asked[:batch_size] if (size := shown_size(sample))] if family.native else ()
+    shapes = [size for sample in asked[:batch_size] if (size := picture_size(sample.source))] if family.native else ()
     patches, tokens = image_patches(bundle, tiles, shapes)
     free = {device: free_bytes(device) for device in (here, there)}
     least = patches if family.views in ("native", "anyres") else len(family.grid(model))  # of one image, or of one tile
@@ -227,11 +228,3 @@ def plan_answers(
         return vision <= USABLE * free[here] and language <= USABLE * free[there]
 
     return largest_fit(footprint, min(batch_size, max(len(asked), 1)), fits)
-
-
-def shown_size(sample: Sample) -> tuple[int, int] | None:  # None for an image that cannot be decoded
-    "Return width and height of a sample's image."
-    try:
-        return sample.image.size
-    except ValueError:
-        return None

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IGNORE', 'COLOURS', 'WORD_INDEX', 'HEADS', 'PAGE_HEADS', 'shared_area', 'slice_area', 'crossed_patches',
            'dense_targets', 'stack_targets', 'DenseHeads', 'heads_of_size', 'dense_losses', 'patch_features',
-           'binding_counts', 'dense_binding']
+           'heads_from', 'binding_counts', 'dense_binding']
 
 # %% ../../notebooks/library/10_pretraining/10_dense.ipynb #d87a48fc
 import numpy as np
@@ -201,6 +201,20 @@ def patch_features(tower: nn.Module, pixels: Tensor, grid: tuple[int, int]) -> T
     "Run an encoder and give its patches on the grid, (B, h, w, D), special tokens left out."
     hidden = tower(pixel_values=pixels).last_hidden_state
     return hidden[:, hidden.shape[1] - grid[0] * grid[1] :].unflatten(1, grid)
+
+
+def heads_from(
+    weights: dict[str, torch.Tensor],
+    where: str,  # file, for the error
+) -> DenseHeads:
+    "Build dense heads of their weights; ValueError when these are of other heads."
+    try:
+        heads = DenseHeads(weights["read.weight"].shape[1], heads_of_size(len(weights["read.weight"])))
+        heads.load_state_dict(weights)
+    except (KeyError, IndexError, RuntimeError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{where} holds no dense heads ({reason}); those of a dense training are expected") from error
+    return heads.eval()
 
 # %% ../../notebooks/library/10_pretraining/10_dense.ipynb #e46c2d0e
 def binding_counts(logits: dict[str, Tensor], targets: dict[str, Tensor]) -> dict[str, tuple[int, int]]:

@@ -5,37 +5,41 @@
 # %% auto #0
 __all__ = ['POSITIONS', 'ATTEMPTS', 'DenseConfig', 'structural_weights', 'FreshPages', 'draw_page', 'draw_batch', 'classes_of',
            'place_patches', 'save_encoder', 'read_dense_encoder', 'measure_dense', 'new_encoder', 'continued_encoder',
-           'learned_from', 'learn_dense', 'fresh_encoder']
+           'learned_from', 'known_curve', 'learn_dense', 'fresh_encoder']
 
 # %% ../../notebooks/library/10_pretraining/30_dynamics.ipynb #e1193fc3
 import copy
 import json
+import shutil
+import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import torch
-from safetensors import safe_open
 from safetensors.torch import save
 
-from ..core.finite import check_finite
+from ..core.finite import read_tensors
+from ..core.reading import parse_json
 from ..structure.inject import inject, structures_of
 from ..structure.rivals import attach_embeddings, attach_rotary, learned_positions, shuffle_structure
 from ..core.files import locked, write_atomic
-from ..core.identity import file_digest
+from ..core.identity import file_digest, key_of
 from sfa_core.pretraining.dense import (
     HEADS,
     PAGE_HEADS,
     DenseHeads,
     dense_binding,
     dense_losses,
-    heads_of_size,
+    heads_from,
     patch_features,
     stack_targets,
 )
 from ..documents.generate import PRESETS, PRESET_KINDS, Document, generator_version, make_document
 from ..models.embedded import EmbeddedConfig
+from ..training.checkpoints import checkpoints
 from ..training.loop import LoopConfig, train
 from ..models.load import new_bundle
 from ..core.bundle import Bundle
@@ -189,17 +193,21 @@ def read_dense_encoder(
     "Read an encoder trained from nothing: a model whose other parts are random, and the encoder's dense heads."
     if not Path(path).is_file():
         raise FileNotFoundError(f"no encoder at {path}; expected a file written by learn_dense")
-    with safe_open(path, "pt") as file:
-        about, weights = json.loads(file.metadata()["about"]), {name: file.get_tensor(name) for name in file.keys()}
-    check_finite(weights, str(path))
-    bundle = new_bundle(EmbeddedConfig(**about["architecture"]), tokenizer, about["dense"]["seed"],
-                        name=Path(path).parent.name)
-    place_patches(bundle, DenseConfig(**about["dense"]))
-    heads = DenseHeads(weights["heads.read.weight"].shape[1], heads_of_size(len(weights["heads.read.weight"])))
-    for module, prefix in ((bundle.family.tower_of(bundle.model), "tower."), (heads, "heads.")):
-        module.load_state_dict({name.removeprefix(prefix): value
-                                for name, value in weights.items() if name.startswith(prefix)})
-    return bundle, heads.eval(), about
+    weights, notes = read_tensors(path)
+    about = parse_json(notes.get("about", ""), f"{path}: about", "what save_encoder keeps beside the weights")
+    parts = {part: {name.removeprefix(part): value for name, value in weights.items() if name.startswith(part)}
+             for part in ("tower.", "heads.")}
+    heads = heads_from(parts["heads."], str(path))
+    try:
+        config = DenseConfig(**about["dense"])
+        bundle = new_bundle(EmbeddedConfig(**about["architecture"]), tokenizer, config.seed,
+                            name=Path(path).parent.name)
+        place_patches(bundle, config)
+        bundle.family.tower_of(bundle.model).load_state_dict(parts["tower."])
+    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ValueError(f"{path} holds no encoder of its own architecture ({reason})") from error
+    return bundle, heads, about
 
 
 def measure_dense(
@@ -258,6 +266,31 @@ def learned_from(data: TrainingSet | FreshPages) -> dict | str:
         return data.digest
     return json.loads(json.dumps(asdict(data) | {"generator": generator_version()}))
 
+# %% ../../notebooks/library/10_pretraining/30_dynamics.ipynb #fa4c25a9
+def known_curve(
+    folder: Path,  # of a training
+    key: str,  # of what decides it
+    wanted: set[int],  # steps at which it is measured
+) -> list[pd.DataFrame]:  # one, or none where the training begins anew
+    "Read what was measured of a training; ValueError when it is of another one."
+    path, steps = folder / "curve.parquet", checkpoints(folder / "checkpoints")
+    try:
+        found = pd.read_parquet(path) if path.is_file() else pd.DataFrame({"step": []})
+        kept, reason = found.attrs.get("training"), f"{path} does not say what it is of"
+        known = {int(step) for step in found["step"]}
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        kept, known, reason = None, set(), f"{path} cannot be read ({' '.join(str(error).split())[:200]})"
+    if kept not in (None, key):
+        raise ValueError(f"{folder} holds the curve of another training; another folder is expected")
+    if kept and (not wanted - known or not steps or int(steps[-1].name.split("-")[1]) <= min(wanted - known)):
+        return [found]
+    ahead = steps and int(steps[-1].name.split("-")[1]) > min(wanted)
+    if path.is_file() or ahead:
+        print(f"{reason if not kept else path}: trained and measured again", file=sys.stderr)
+        path.unlink(missing_ok=True)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return []
+
 # %% ../../notebooks/library/10_pretraining/30_dynamics.ipynb #020f9c79
 def learn_dense(
     data: TrainingSet | FreshPages,  # pages it learns from
@@ -310,17 +343,19 @@ def learn_dense(
     identity = dict(dense=asdict(config), architecture=asdict(architecture), learned=learned_from(data), asked=asked)
     identity |= {} if start is None else {"start": file_digest(start)}
     with locked(folder):
-        path = Path(folder) / "curve.parquet"
-        curve = [pd.read_parquet(path)] if path.is_file() else []
+        path, wanted = Path(folder) / "curve.parquet", {*range(config.every, config.steps, config.every), config.steps}
+        curve = known_curve(Path(folder), key_of(**identity), wanted)
         known = set(curve[0]["step"]) if curve else set()
-        for until in sorted({*range(config.every, config.steps, config.every), config.steps} - known | {config.steps}):
+        for until in sorted(wanted - known | {config.steps}):
             train(named, batch_at, losses, loop, folder, identity, until=until, progress=progress)
             if until not in known:
                 found = {f"{name} {measure}".strip(): at for name, part in sets.items()
                          for measure, at in measure_dense(bundle, heads, part).items()}
                 curve.append(pd.DataFrame([dict(step=until, measure=measure, **values)
                                            for measure, values in found.items()]))
-                write_atomic(path, pd.concat(curve).to_parquet(index=False))
+                whole = pd.concat(curve)
+                whole.attrs = {"training": key_of(**identity)}  # pandas keeps it in the file
+                write_atomic(path, whole.to_parquet(index=False))
         save_encoder(Path(folder) / "encoder.safetensors", tower, heads, **identity)
     return pd.concat(curve, ignore_index=True), structural_weights(bundle) if config.terms else pd.DataFrame(
         columns=["layer", "term", "head", "weight"]

@@ -19,11 +19,11 @@ import pandas as pd
 import torch
 from datasets import Dataset
 from datasets import Image as ImageFeature
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save
 
-from ..core.finite import check_finite
+from ..core.finite import read_tensors
 from ..models.sequences import answer_loss, answer_tokens, pack, prompt_tokens, training_batch
-from .dense import DenseHeads, dense_losses, dense_targets, heads_of_size, patch_features
+from .dense import DenseHeads, dense_losses, dense_targets, heads_from, patch_features
 from ..documents.generate import documents, generator_version
 from ..core.pictures import decode
 from ..documents.words import SHORT_WORDS
@@ -32,7 +32,8 @@ from ..models.images import image_tokens, pixel_table
 from ..models.embedded import EmbeddedConfig, train_tokenizer
 from ..models.load import new_bundle
 from ..core.bundle import Bundle
-from ..core.identity import array_digest, key_of, package_versions
+from ..core.files import write_atomic
+from ..core.identity import array_digest, key_of, package_versions, tensor_digest
 from ..core.paths import exports_root
 from ..documents.questions import KINDS, MARK, READ_KINDS, WORDING
 
@@ -184,8 +185,9 @@ def training_tokenizer(data: TrainingSet, recipe: Recipe):
     return train_tokenizer([*SHORT_WORDS] * 300 + texts, recipe.vocabulary)
 
 # %% ../../notebooks/library/10_pretraining/20_recipe.ipynb #099d8946
-def _stage(name, parameters, batch_at, losses, steps, rate, recipe, folder, progress):
-    "Train one stage; its weights are in the parameters afterwards."
+def _stage(name, parameters, batch_at, losses, steps, rate, recipe, learned, folder, progress):
+    """Train one stage; its weights are in the parameters afterwards. Which weights it begins with is part of what it
+    is: a checkpoint that followed another training of the stages before it is refused."""
     if not steps:
         return pd.DataFrame()
     config = LoopConfig(steps=steps, learning_rate=rate, warmup=0.03, decay="cosine", final_rate=0.02,
@@ -193,7 +195,7 @@ def _stage(name, parameters, batch_at, losses, steps, rate, recipe, folder, prog
                         checkpoint_every=recipe.checkpoint_every, log_every=10, seed=recipe.seed)
     size = sum(p.numel() for p in parameters.values())
     identity = dict(recipe={k: v for k, v in asdict(recipe).items() if not k.endswith(("_steps", "_every"))},
-                    stage=name, parameters=size)
+                    stage=name, parameters=size, learned=learned)
     return train(parameters, batch_at, losses, config, Path(folder) / name, identity,
                  progress=progress).log.assign(stage=name)
 
@@ -253,7 +255,9 @@ def train_embedded(
         return batch
 
     reading = named(family.projector_of(model), "projector") | named(family.language_of(model), "language")
-    run = lambda *stage: _stage(*stage, recipe, folder, progress)
+    learned = dict(documents=data.digest, architecture=asdict(architecture))
+    begins = lambda: key_of(**{name: tensor_digest(parameter) for name, parameter in everything.items()})
+    run = lambda *stage: _stage(*stage, recipe, learned | {"begins": begins()}, folder, progress)
     encoder_losses = lambda batch: (dense_named(*batch, 1.0), len(batch[1]))
     logs = [run("encoder", tower | named(heads, "heads"), encoder_batch, encoder_losses, recipe.encoder_steps,
                 recipe.learning_rate)]
@@ -293,8 +297,7 @@ def save_heads(heads: DenseHeads, folder: str | Path) -> Path:
     "Write the linear heads below a model's folder."
     path = Path(folder) / "dense" / "heads.safetensors"
     path.parent.mkdir(exist_ok=True)
-    save_file({name: p.detach().contiguous() for name, p in heads.named_parameters()}, path)
-    return path
+    return write_atomic(path, save({name: p.detach().contiguous() for name, p in heads.named_parameters()}))
 
 
 def load_heads(folder: str | Path) -> DenseHeads:
@@ -302,11 +305,7 @@ def load_heads(folder: str | Path) -> DenseHeads:
     path = Path(folder) / "dense" / "heads.safetensors"
     if not path.is_file():
         raise FileNotFoundError(f"no linear heads at {path}; expected a folder written by the study 05_embedded_model")
-    weights = load_file(path)
-    check_finite(weights, str(path))
-    heads = DenseHeads(weights["read.weight"].shape[1], heads_of_size(len(weights["read.weight"])))
-    heads.load_state_dict(weights)
-    return heads.eval()
+    return heads_from(read_tensors(path)[0], str(path))
 
 
 def dense_batches(bundle: Bundle, data: Dataset,
@@ -371,6 +370,4 @@ def write_card(
                        tried=tried,
                        **{name: getattr(recipe, name)
                           for name in ("seed", "documents", "document_seed", "learning_rate", "joint_rate")})
-    path = Path(folder) / "README.md"
-    path.write_text(text.rstrip() + "\n", encoding="utf-8")
-    return path
+    return write_atomic(Path(folder) / "README.md", text.rstrip() + "\n")

@@ -4,10 +4,14 @@
 
 # %% auto #0
 __all__ = ['ENTROPY', 'GROUNDING', 'STABILITY', 'TABLE_1', 'TABLE_3', 'PER_DOCUMENT', 'MADE_BY', 'Row', 'source_documents',
-           'mixture_of', 'kept_folder', 'run_cell', 'run_rows', 'of_kinds', 'rate_cells', 'compare_arms',
-           'difference_cells', 'compare_rows', 'ablation_table', 'families_caption']
+           'mixture_of', 'kept_folder', 'say_again', 'whole_training', 'kept_records', 'run_cell', 'run_rows',
+           'of_kinds', 'rate_cells', 'compare_arms', 'difference_cells', 'compare_rows', 'ablation_table',
+           'families_caption']
 
 # %% ../../notebooks/library/12_runs/60_ablation.ipynb #019229d3
+import os
+import shutil
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 from datasets import Dataset
 
 from ..core.paths import exports_root
@@ -28,10 +33,11 @@ from ..models.evaluate import evaluate
 from ..core.bundle import Bundle
 from ..core.files import locked, remove_folder, write_atomic
 from ..core.identity import code_digest, key_of, package_versions
+from .folders import one_line
 from .results import shipped_digest
 from ..scores.compare import MARGIN, Comparison, compare_seeds, holm, holm_caption, without_minus_zero
 from ..scores.intervals import clustered_effect, interval_text, points_text
-from ..training.arms import FinetuneConfig, load_arm
+from ..training.arms import FinetuneConfig, load_arm, read_arm
 from ..training.checkpoints import read_log
 from ..training.consistency import SCRConfig
 from ..training.finetune import finetune
@@ -113,7 +119,49 @@ def kept_folder(
     key = key_of(code=code, packages=package_versions(), shipped=shipped_digest(), decides=decides)
     return exports_root() / "cache" / kind / key
 
+# %% ../../notebooks/library/12_runs/60_ablation.ipynb #dd7efd1c
+def say_again(path: Path, error: object) -> None:
+    "Say in one line that something kept is made again, and why."
+    print(f"{path} is made again: {one_line(error)}", file=sys.stderr)
 
+
+def whole_training(
+    folder: Path,  # of a cell, whose lock is held
+    steps: int,
+) -> bool:
+    "Return whether the arm and the log of a cell are there and sound; what is not is removed."
+    if not os.path.lexists(folder / "arm"):
+        return False
+    try:
+        read_arm(folder / "arm")
+        log = read_log(folder)
+        if steps and (log.empty or "step" not in log or log["step"].max() != steps):
+            raise ValueError(f"log.jsonl does not reach step {steps}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        say_again(folder, error)
+        shutil.rmtree(folder)
+        return False
+    return True
+
+
+def kept_records(
+    path: Path,
+    asked: Sequence[Sample],
+) -> pd.DataFrame | None:  # None: to be made
+    "Read the records of a cell, unless they do not open or are not those of the questions."
+    if not os.path.lexists(path):
+        return None
+    try:
+        found = pd.read_parquet(path)
+        if list(found.get("id", [])) != [sample.id for sample in asked]:
+            raise ValueError(f"{path.name} does not hold the {len(asked)} questions")
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        say_again(path, error)
+        path.unlink()
+        return None
+    return found
+
+# %% ../../notebooks/library/12_runs/60_ablation.ipynb #b9001ddf
 def run_cell(
     bundle: Bundle,  # the plain base model
     data: DocumentSet | Mixture,
@@ -127,16 +175,17 @@ def run_cell(
     folder = kept_folder("cells", config=asdict(config), data=data.digest, model=bundle.identity)
     path, arm = folder / f"records-{benchmark}-{data_digest(asked)}-{max_new_tokens}.parquet", folder / "arm"
     with locked(folder):
-        if not arm.is_dir():
+        if not whole_training(folder, config.steps):
             finetune(bundle, data, config, folder, progress=progress)
         if (folder / "checkpoints").is_dir():
             remove_folder(folder / "checkpoints")
-        if not path.is_file():
+        if (records := kept_records(path, asked)) is None:
             with load_arm(bundle, arm):
                 options = dict(batch_size=128, max_new_tokens=max_new_tokens, draws=2, progress=progress)
                 found = evaluate(bundle, asked, benchmark, **options)
             write_atomic(path, found.records.to_parquet(index=False))
-        return pd.read_parquet(path), read_log(folder)
+            records = pd.read_parquet(path)
+        return records, read_log(folder)
 
 
 def run_rows(

@@ -6,7 +6,7 @@
 __all__ = ['SIDE', 'CELLS', 'NORMALISATIONS', 'QUANTILE', 'PUBLISHED', 'WIDTHS', 'STRIDES', 'WEIGHTS_FILE', 'CARD_FILE',
            'SHIPPED', 'overlaps', 'area_resize', 'page_pixels', 'raw_density', 'pseudo_label', 'density_unit',
            'calibrate_thresholds', 'DensityEstimator', 'estimate_density', 'DensityConfig', 'as_pixels',
-           'train_density', 'density_scores', 'save_density', 'load_density', 'density_blocks']
+           'train_density', 'density_scores', 'DensityCard', 'save_density', 'load_density', 'density_blocks']
 
 # %% ../../notebooks/library/05_tokens/10_density.ipynb #bbd434ff
 import hashlib
@@ -14,12 +14,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
 import cv2
 import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
+from pydantic import ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
@@ -29,6 +31,8 @@ from tqdm import tqdm
 from ..core.finite import check_finite
 from ..core.paths import DATA
 from ..core.files import write_atomic
+from ..core.reading import read_content, read_json
+from ..core.schema import Card, Rate, check_card
 
 # %% ../../notebooks/library/05_tokens/10_density.ipynb #9a085914
 SIDE, CELLS = 448, 28  # pixels of the page density is computed on, and cells per side that the estimator gives
@@ -238,6 +242,16 @@ WEIGHTS_FILE, CARD_FILE = "density.safetensors", "density.json"
 SHIPPED = DATA / "density"
 
 
+class DensityCard(Card):
+    "What the card of an estimator has to say; its notes are free."
+
+    model_config = ConfigDict(extra="ignore")
+
+    unit: Rate  # raw density that counts as 1
+    training: dict[str, Any]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
 def save_density(
     estimator: DensityEstimator,
     folder: str | Path,  # made if missing
@@ -264,15 +278,16 @@ def load_density(
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} holds no density estimator: {name} is missing; train_density and "
                                     f"save_density make one")
-    data, estimator = (folder / WEIGHTS_FILE).read_bytes(), DensityEstimator()
+    data, estimator = read_content(folder / WEIGHTS_FILE), DensityEstimator()
+    card = read_json(folder / CARD_FILE)
+    check_card(DensityCard, card, str(folder / CARD_FILE))
     try:
-        card = json.loads((folder / CARD_FILE).read_text(encoding="utf-8"))
         if hashlib.sha256(data).hexdigest() != card["sha256"]:
             raise ValueError(f"{folder / WEIGHTS_FILE} does not match the checksum in {CARD_FILE}: truncated, damaged "
                              f"or written by another save")
         missing, unexpected = estimator.load_state_dict(load(data), strict=False)
-    except (KeyError, TypeError, json.JSONDecodeError, SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{folder} holds a damaged density estimator: {type(error).__name__}: "
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{folder} holds a damaged density estimator: "
                          f"{' '.join(str(error).split())[:200]}") from error
     lost = [name for name in missing if not name.endswith("num_batches_tracked")] + list(unexpected)
     if lost:

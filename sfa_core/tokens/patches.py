@@ -18,6 +18,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from ..core.schema import Seed, check_fields
 from .density import PUBLISHED, area_resize
 
 # %% ../../notebooks/library/05_tokens/20_patches.ipynb #2594308a
@@ -38,12 +39,13 @@ class PatchConfig:
     coarse: float | None = PUBLISHED[0]  # density up to which cells may merge, 0..1; None: density does not matter
     fine: float = PUBLISHED[1]  # density above which a cell is split into 7 px
     guard: float | None = GUARD  # largest difference of a merged leaf, 0..1; None: none
-    random: int | None = None  # seed of a tree that looks at nothing, as a control
+    random: Seed | None = None  # seed of a tree that looks at nothing, as a control
     embedding: str = "pyramid"  # one of EMBEDDINGS
     bucket: int = 64  # sequences are padded to a multiple of this many tokens
 
     def __post_init__(self):
         object.__setattr__(self, "sizes", tuple(sorted(self.sizes)))
+        check_fields(self)
         wrong = set(self.sizes) - set(SIZES)
         steps = [large // small for small, large in zip(self.sizes, self.sizes[1:])]
         if (

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'Arm', 'find_arm', 'FinetuneConfig', 'trainable', 'parameters_of', 'put_back', 'plain_model', 'attach_density',
-           'save_arm', 'LoadedArm', 'read_arm', 'load_arm']
+           'save_arm', 'LoadedArm', 'BaseCard', 'ArmCard', 'patches_of', 'read_arm', 'load_arm']
 
 # %% ../../notebooks/library/09_training/50_arms.ipynb #0253c6b6
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch.nn import Parameter
 
 from ..core.bundle import Bundle
 from ..core.finite import check_finite
+from ..core.schema import Card, Finite, Seed, Weight, check_card, check_fields
 from ..structure.bias import StructuralBias
 from ..structure.terms import TERMS, check_terms
 from ..structure.inject import CHILD, eject
@@ -71,31 +73,32 @@ class FinetuneConfig:
     batch_size: int = 32  # documents in one step
     accumulation: int = 1  # micro-batches a step is cut into, over all processes
     questions: int = 0  # asked of a document at each visit, drawn anew; 0: all
-    learning_rate: float = 2e-5  # peak rate of encoder and projector
-    structure_rate: float = 1e-3  # peak rate of the structural weights
-    warmup: float = 0.05  # share of the steps in which the rates rise, 0..1
+    learning_rate: Finite = 2e-5  # peak rate of encoder and projector
+    structure_rate: Finite = 1e-3  # peak rate of the structural weights
+    warmup: Finite = 0.05  # share of the steps in which the rates rise, 0..1
     decay: str = "cosine"  # what the rates do afterwards: cosine, linear or constant
-    weight_decay: float = 0.0  # weight decay of encoder and projector matrices; structural weights never decay
+    weight_decay: Weight = 0.0  # weight decay of encoder and projector matrices; structural weights never decay
     clip_norm: float = 1.0  # largest gradient norm
-    terms: tuple[str, ...] = TERMS  # structural terms
+    terms: tuple[str, ...] | list[str] = TERMS  # structural terms
     blocks: int = 16  # size of the block table
     patches: PatchConfig = field(default_factory=PatchConfig)  # rule of adaptive patches, for the arms that have them
     scr: SCRConfig | None = None  # consistency losses; None: those of SCRConfig for the arm full, none for the others
     tiles: int | None = None  # most tiles per image; None: as many as the family's own processor cuts
     checkpointing: bool = False  # compute activations again in the backward pass, to save memory
-    seed: int = 0  # first structural weights, and dropout where a model has it
-    data_seed: int = 0  # order of the documents and choice of the questions
+    seed: Seed = 0  # first structural weights, and dropout where a model has it
+    data_seed: Seed = 0  # order of the documents and choice of the questions
     checkpoint_every: int = 100  # steps between checkpoints; 0: only at the end
     keep: int = 2  # checkpoints kept
     log_every: int = 1  # steps between lines of the log
     max_bad_steps: int = 5  # steps without a finite loss in a row that end the run
 
     def __post_init__(self):
+        check_fields(self)
         find_arm(self.arm)
         object.__setattr__(self, "terms", check_terms(self.terms))
         if self.arm == "full" and self.scr is None:
             object.__setattr__(self, "scr", SCRConfig())
-        for name, least in dict(batch_size=1, blocks=1, questions=0, data_seed=0, seed=0).items():
+        for name, least in dict(batch_size=1, blocks=1, questions=0).items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; at least {least} is expected")
         if self.tiles is not None and self.tiles < 1:
@@ -223,6 +226,36 @@ class LoadedArm:
         self.remove()
 
 # %% ../../notebooks/library/09_training/50_arms.ipynb #27c3c31e
+class BaseCard(Card):
+    "The model that an arm was trained on."
+
+    name: str
+    revision: str
+    family: str
+    identity: str = ""
+
+
+class ArmCard(Card):
+    "What arm.json holds."
+
+    arm: str
+    against: str
+    config: dict[str, Any]  # of the training, as it was then
+    training: dict[str, Any]
+    base: BaseCard
+    density: str | None  # checksum of the density estimator
+
+
+def patches_of(about: dict, where: str) -> PatchConfig:
+    "Return the rule of patches that an arm was trained with; ValueError for one that is none."
+    given = about["config"].get("patches")
+    try:
+        return PatchConfig(**given)
+    except (TypeError, ValueError) as error:
+        said = f"{where}: config.patches is {str(given)[:80]} ({error})"
+        raise ValueError(f"{said}; a PatchConfig is expected") from error
+
+
 # what arm.json says, weights of encoder and projector
 def read_arm(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
     "Read the folder of a trained arm; FileNotFoundError or ValueError says what is missing or damaged."
@@ -230,7 +263,9 @@ def read_arm(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
     if not (folder / "arm.json").is_file():
         raise FileNotFoundError(f"no trained arm at {folder}: arm.json is missing")
     tensors, notes = read_folder(folder)
-    find_arm(notes["arm"]["arm"])
+    check_card(ArmCard, notes["arm"], str(folder / "arm.json"))
+    if find_arm(notes["arm"]["arm"]).density and notes["arm"]["density"] is None:
+        raise ValueError(f"{folder / 'arm.json'} names no density estimator; its checksum is expected")
     for name, weights in tensors.items():
         check_finite(weights, str(folder / f"{name}.safetensors"))
     return notes["arm"], tensors.get("weights", {})
@@ -261,12 +296,13 @@ def load_arm(
     if not bundle.revision and (theirs := base.get("identity")) and theirs != (here := bundle.identity):
         raise ValueError(f"arm in {folder} was trained on {base['name']} of identity {theirs}; {bundle.name}, which "
                          f"was never saved, has {here}")
+    patches = patches_of(about, str(Path(folder) / "arm.json")) if ARMS[about["arm"]].density else None
     before = {name: p.detach().to("cpu", copy=True) for name, p in expected.items()}
     try:
         if "structure" in ARMS[about["arm"]].parts:
             load_structure(bundle, folder)
         if ARMS[about["arm"]].density:
-            attach_density(bundle, about["arm"], PatchConfig(**about["config"]["patches"]))
+            attach_density(bundle, about["arm"], patches)
         put_back(model, weights)
     except BaseException:
         if hasattr(family.tower_of(model), CONTROL):

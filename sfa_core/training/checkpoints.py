@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TIMING', 'random_state', 'set_random_state', 'random_kept', 'checkpoints', 'write_folder', 'read_folder',
-           'write_checkpoint', 'read_log', 'rewind_log', 'memory_gib', 'Recorder']
+           'write_checkpoint', 'log_rows', 'read_log', 'rewind_log', 'memory_gib', 'Recorder']
 
 # %% ../../notebooks/library/09_training/20_checkpoints.ipynb #b5d3f1f7
 import json
@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from ..core.files import new_folder, remove_folder, write_atomic
 from ..core.identity import read_digest
+from ..core.reading import parse_json, read_json, read_text
 
 # %% ../../notebooks/library/09_training/20_checkpoints.ipynb #4fb6acdf
 def random_state() -> dict:
@@ -93,20 +94,23 @@ def read_folder(path: str | Path) -> tuple[dict, dict]:  # tensors and notes, as
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"no folder {path}")
-    if not (path / "SHA256SUMS").exists():
+    if not (path / "SHA256SUMS").is_file():
         raise ValueError(f"{path} is refused: it has no SHA256SUMS")
-    sums = dict(reversed(line.split("  ", 1))
-                for line in (path / "SHA256SUMS").read_text(errors="replace").splitlines() if "  " in line)
+    sums = dict(reversed(line.split("  ", 1)) for line in read_text(path / "SHA256SUMS").split("\n") if "  " in line)
     present = {file.name for file in path.iterdir()} - {"SHA256SUMS"}
+    if other := sorted(name for name in present if not (path / name).is_file()):
+        raise ValueError(f"{path} is refused: {other[0]!a} is no regular file")
     if present != set(sums):
         raise ValueError(f"{path} is refused: it holds {sorted(present)} where SHA256SUMS lists {sorted(sums)}")
     for name, expected in sums.items():
         if read_digest(path / name) != expected:
             raise ValueError(f"{path} is refused: {name} does not match its checksum (truncated or altered)")
-    tensors = {name.removesuffix(".safetensors"): load_file(path / name)
-               for name in sums if name.endswith(".safetensors")}
-    return tensors, {name.removesuffix(".json"): json.loads((path / name).read_text())
-                     for name in sums if name.endswith(".json")}
+    try:
+        tensors = {name.removesuffix(".safetensors"): load_file(path / name)
+                   for name in sums if name.endswith(".safetensors")}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is refused: its weights cannot be read ({error})") from error
+    return tensors, {name.removesuffix(".json"): read_json(path / name) for name in sums if name.endswith(".json")}
 
 # %% ../../notebooks/library/09_training/20_checkpoints.ipynb #a7fcd558
 def write_checkpoint(
@@ -131,21 +135,28 @@ def write_checkpoint(
 TIMING = ("tokens_per_second", "memory_gib", "seconds")  # fields of the log that two equal runs do not share
 
 
+def log_rows(path: Path) -> tuple[list[str], list[dict]]:  # lines and what they hold
+    "Read the whole lines of a log; ValueError names the one that is damaged."
+    lines = read_text(path).split("\n")[:-1]
+    rows = [parse_json(line, f"{path} line {number}", "a step") for number, line in enumerate(lines, start=1)]
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            raise ValueError(f"{path} line {number} is no step of a training; an object with its step is expected")
+    return lines, rows
+
+
 def read_log(folder: str | Path) -> pd.DataFrame:
     "Read the log of a run, one row per logged step; a last line that a kill cut short is left out."
-    path, rows = Path(folder) / "log.jsonl", []
-    if not path.exists():
+    path = Path(folder) / "log.jsonl"
+    if not path.is_file():
         raise FileNotFoundError(f"no training log at {path}")
-    for line in path.read_text().split("\n")[:-1]:
-        rows.append(json.loads(line))
-    return pd.DataFrame(rows)
+    return pd.DataFrame(log_rows(path)[1])
 
 
 def rewind_log(folder: Path, step: int) -> float:  # seconds already spent
     "Keep the lines of a log up to a step, and give the time of the last line there was."
     path = folder / "log.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    rows = [json.loads(line) for line in lines]
+    lines, rows = log_rows(path) if path.exists() else ([], [])
     kept = "".join(f"{line}\n" for line, row in zip(lines, rows) if row["step"] <= step)
     write_atomic(path, kept)
     return rows[-1]["seconds"] if rows else 0.0

@@ -23,6 +23,7 @@ from ..documents.samples import Sample
 from ..models.images import tile_regions
 from ..attention.capture import catching
 from ..core.bundle import Bundle
+from ..core.schema import Finite, check_fields
 from ..tokens.patches import PatchPlan
 from .entropy import Placed, dense_queries, entropy_loss, tile_density
 from .second_view import second_view
@@ -33,22 +34,23 @@ from .visible import number_pages, number_targets, shown_boxes
 class SCRConfig:
     "Return how much of which consistency is asked for; a coefficient of 0 computes nothing."
 
-    entropy: float = 0.1  # coefficient a_e
-    grounding: float = 0.1  # a_g
-    stability: float = 0.1  # a_s
+    entropy: Finite = 0.1  # coefficient a_e
+    grounding: Finite = 0.1  # a_g
+    stability: Finite = 0.1  # a_s
     density: float = 0.3  # a patch is text-dense above this, 0..1
     layers: int | None = None  # last layers of the encoder whose entropy counts; None: the last quarter
-    floor: float = 0.5  # nats below which entropy is not lowered further: exp(0.5), less than two tokens
+    floor: Finite = 0.5  # nats below which entropy is not lowered further: exp(0.5), less than two tokens
     rows: int = 128  # queries whose attention is held at a time
-    temperature: float = 0.07  # temperature of InfoNCE
+    temperature: Finite = 0.07  # temperature of InfoNCE
     # sides of the second view of an encoder on the uniform grid; one with adaptive patches gets the uniform grid
     # instead
-    scale: float = 1.5
+    scale: Finite = 1.5
     distance: str = "cosine"  # distance of two features: cosine, or l2 after normalisation
     both: bool = False  # let the second view learn too, which doubles the memory of the encoder
     norms_every: int = 20  # steps between lines of the log with the gradient norm of each loss; 0: none
 
     def __post_init__(self):
+        check_fields(self)
         for name, low, high in (
             ("entropy", 0, np.inf),
             ("grounding", 0, np.inf),

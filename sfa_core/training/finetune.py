@@ -7,6 +7,7 @@ __all__ = ['give_back', 'prepared', 'model_autocast', 'FinetuneResult', 'finishe
 
 # %% ../../notebooks/library/09_training/55_finetune.ipynb #a568efd5
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -38,7 +39,7 @@ from sfa_core.training.arms import (
 )
 from .arms import trainable
 from .consistency import SCRConfig, with_consistency
-from .checkpoints import checkpoints, read_log
+from .checkpoints import read_log
 from .loop import train
 from .state import Position, first_difference
 from .schedule import FREE_ON_RESUME
@@ -111,10 +112,14 @@ def finished_arm(
     config: FinetuneConfig,
     identity: dict,  # as `train` compares it
 ) -> FinetuneResult | None:  # None: there is no arm yet
-    "Return the arm that a folder holds already; ValueError when it is that of another training."
-    if not (folder / "arm" / "arm.json").is_file():
+    "Return the arm that a folder holds already; ValueError when it is damaged, or that of another training."
+    if not os.path.lexists(folder / "arm"):
         return None
-    about = read_arm(folder / "arm")[0]
+    try:
+        about = read_arm(folder / "arm")[0]
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder / 'arm'} is there and is no whole arm ({error}); a folder without it is expected"
+                         ) from error
     settings = {name: value for name, value in about["config"].items() if name not in FREE_ON_RESUME}
     there = dict(arm=about["arm"], base=about["base"].get("identity"), data=about["training"]["data"],
                  finetune=settings)
@@ -151,11 +156,10 @@ def finetune(
                          "with grounding 0, is expected")
     settings = {name: value for name, value in asdict(config).items() if name not in FREE_ON_RESUME}
     identity = dict(arm=config.arm, base=bundle.identity, data=documents.digest, finetune=settings)
-    if (
-        resume == "latest"
-        and not checkpoints(Path(folder) / "checkpoints")
-        and (there := finished_arm(Path(folder), config, identity))
-    ):
+    there = finished_arm(Path(folder), config, identity)
+    if there and resume == "never":
+        raise ValueError(f"{folder} already holds the arm of this training; resume it or choose another folder")
+    if there:
         return there
 
     def losses(units):
@@ -188,7 +192,7 @@ def finetune(
         finished = result.position.step == config.steps
         kept = {name: gather_tensor(parameter.detach()) for name, parameter in parameters.items()} if finished else {}
         check_finite(kept, f"training of {config.arm} in {folder} ended with weights that are no numbers")
-        if finished and not arm.exists() and accelerator.is_main_process:
+        if finished and accelerator.is_main_process:
             training = dict(steps=config.steps, skipped=result.position.skipped, data=documents.digest,
                             documents=len(documents))
             save_arm(bundle, kept, config, training, arm, identity=identity["base"])

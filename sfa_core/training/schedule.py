@@ -13,6 +13,8 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
+from ..core.schema import Finite, Seed, Share, Weight, check_fields
+
 # %% ../../notebooks/library/09_training/15_schedule.ipynb #df79dfbc
 DECAYS = ("cosine", "linear", "constant")
 FREE_ON_RESUME = ("checkpoint_every", "keep", "log_every")  # do not change what is trained
@@ -23,14 +25,14 @@ class LoopConfig:
     "Return how long, how fast and how carefully to train."
 
     steps: int  # optimiser steps of the whole run
-    learning_rate: float = 1e-3  # peak rate
+    learning_rate: Finite = 1e-3  # peak rate
     # (part of a parameter's name, its own peak rate); the first match counts
-    group_rates: tuple[tuple[str, float], ...] = ()
+    group_rates: tuple[tuple[str, Finite], ...] = ()
     warmup: float = 0.05  # share of the steps in which the rate rises, 0..1
     decay: str = "cosine"  # what the rate does afterwards: cosine, linear or constant
     final_rate: float = 0.0  # share of the peak rate that is left at the end, 0..1
-    betas: tuple[float, float] = (0.9, 0.999)  # AdamW averages of gradient and squared gradient
-    weight_decay: float = 0.0  # AdamW decay of tensors with two or more dimensions
+    betas: tuple[Share, Share] = (0.9, 0.999)  # AdamW averages of gradient and squared gradient
+    weight_decay: Weight = 0.0  # AdamW decay of tensors with two or more dimensions
     undecayed: tuple[str, ...] = ()  # parts of the names of parameters that never decay
     clip_norm: float = 1.0  # largest gradient norm; infinity never clips
     accumulation: int = 1  # micro-batches in one step, over all processes
@@ -38,7 +40,7 @@ class LoopConfig:
     keep: int = 2  # checkpoints kept
     log_every: int = 1  # steps between lines of the log
     max_bad_steps: int = 5  # steps without a finite loss in a row that end the run
-    seed: int = 0  # dropout and other draws; the order of the data is batch_at's
+    seed: Seed = 0  # dropout and other draws; the order of the data is batch_at's
 
     def __post_init__(self):
         for name, least in dict(steps=1, accumulation=1, checkpoint_every=0, keep=1, log_every=1,
@@ -54,6 +56,7 @@ class LoopConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; a share from 0 to 1 is expected")
         if self.decay not in DECAYS:
             raise ValueError(f"decay is {self.decay!r}; one of {', '.join(DECAYS)} is expected")
+        check_fields(self)
 
 # %% ../../notebooks/library/09_training/15_schedule.ipynb #eafdf148
 def rate_share(

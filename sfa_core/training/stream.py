@@ -123,9 +123,9 @@ class Mixture:
         weights: Mapping[str, float] | None = None,  # name -> how often, in any unit; None: all alike
     ):
         weights = dict.fromkeys(sources, 1.0) if weights is None else weights
-        if not sources or set(weights) != set(sources) or not all(weight > 0 for weight in weights.values()):
-            raise ValueError(f"a mixture of {sorted(sources)} has the weights {dict(weights)}; a weight above 0 for "
-                             f"each is expected")
+        if not sources or set(weights) != set(sources) or not all(0 < w < np.inf for w in weights.values()):
+            raise ValueError(f"a mixture of {sorted(sources)} has the weights {dict(weights)}; a finite weight above "
+                             f"0 for each is expected")
         self.names, self.weights = tuple(sources), tuple(float(weights[name]) for name in sources)
         self.sets = [DocumentSet(data) for data in sources.values()]
 
