@@ -210,7 +210,7 @@ def find_run(
     matches = [path for path in finished_runs(study) if path.name == run or path in aliases]
     if not matches and study == "*":
         arms = [root / "reference" / "arms" / run for root in (exports_root(), REPOSITORY / "exports")]
-        matches = [path for path in arms if path.is_dir()][:1]
+        matches = [path for path in arms if is_folder(path)][:1]
     if len(matches) > 1:
         raise ValueError(f"several runs are named {name!r}: "
                          f"{', '.join(f'{path.parent.name}/{path.name}' for path in matches)}")
