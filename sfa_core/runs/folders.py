@@ -215,7 +215,8 @@ def find_run(
         raise ValueError(f"several runs are named {name!r}: "
                          f"{', '.join(f'{path.parent.name}/{path.name}' for path in matches)}")
     if not matches:
-        raise FileNotFoundError(f"no finished run is named {name!r}; `sfa list` shows the runs in {exports_root()}")
+        listed = f"`sfa list` shows the runs in {exports_root()}"
+        raise FileNotFoundError(f"no finished run is named {name[:200]!r}; {listed}")
     return matches[0]
 
 
@@ -231,7 +232,7 @@ def arm_folder(
     try:
         return find_run(text)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}; a folder is written with a slash, such as ./{text}") from error
+        raise FileNotFoundError(f"{error}; a folder is written with a slash, such as ./{text[:200]}") from error
     except ValueError as error:
         if "/" not in text:
             raise

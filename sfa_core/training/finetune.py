@@ -104,14 +104,14 @@ def begin_from(
     config: FinetuneConfig,
     parameters: dict[str, Parameter],  # what learns
     folder: str | Path,  # a trained arm
+    base: str,  # identity of the plain base model
 ) -> None:
     "Copy what another arm learned into a prepared one; ValueError unless both learn the same parts of one model."
     about, weights = read_arm(folder)
     if ARMS[about["arm"]].parts != ARMS[config.arm].parts:
         raise ValueError(f"{folder} holds the arm {about['arm']}, which trains {', '.join(ARMS[about['arm']].parts)}; "
                          f"{config.arm} trains {', '.join(ARMS[config.arm].parts)}")
-    theirs = about["base"].get("identity") or bundle.identity
-    if theirs != bundle.identity or not set(weights) <= set(parameters):
+    if about["base"].get("identity", base) != base or not set(weights) <= set(parameters):
         raise ValueError(f"{folder} was trained on another model than {bundle.name}; the same base is expected")
     put_back(bundle.model, weights)
     if "structure" in ARMS[config.arm].parts:
@@ -202,7 +202,7 @@ def finetune(
     order = batches(documents, config.batch_size, config.accumulation, config.questions, config.data_seed)
     with prepared(bundle, config) as parameters:
         if start is not None:
-            begin_from(bundle, config, parameters, start)
+            begin_from(bundle, config, parameters, start, identity["base"])
         if sharded:
             parameters = trainable(shard(bundle), config.arm)
         result = train(
