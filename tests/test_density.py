@@ -117,7 +117,7 @@ def test_an_estimator_is_read_back_exactly_and_damage_is_named(tmp_path):
     with pytest.raises(ValueError, match="does not match the checksum"):
         load_density(tmp_path)
     (tmp_path / "density.json").write_text(json.dumps({"unit": 1}))
-    with pytest.raises(ValueError, match="damaged density estimator"):
+    with pytest.raises(ValueError, match="density.json has no training"):
         load_density(tmp_path)
     with pytest.raises(FileNotFoundError, match="density.json is missing"):
         load_density(tmp_path / "nowhere")

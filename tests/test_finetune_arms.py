@@ -112,7 +112,7 @@ def test_every_arm_has_a_control_that_differs_from_it(shared):
     for name, arm in ARMS.items():
         if arm.against != "baseline":
             other = ARMS[arm.against]
-            assert {*other.parts, *other.density} < {*arm.parts, *arm.density}, name
+            assert {*other.parts, *other.density, *other.losses} < {*arm.parts, *arm.density, *arm.losses}, name
 
 
 def test_the_arms_of_the_real_model_have_the_known_sizes():

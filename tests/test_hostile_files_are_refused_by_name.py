@@ -201,7 +201,9 @@ def complaint(call, folder, seconds=SECONDS):
         said = str(error)
         if len(said.splitlines()) != 1 or len(said) > 1500 or "\x1b" in said:
             return f"{len(said.splitlines())} lines, {len(said)} characters: {said[:200]!r}"
-        return "" if folder.name in said or folder.parent.name in said else f"no name: {said[:200]}"
+        # the file, the benchmark it is read for, or where a link leads
+        named = any(name in said for name in (f"{folder.parent.name}/{folder.name}", "benchmark ", "/proc/"))
+        return "" if named else f"no name: {said[:200]}"
     except BaseException as error:
         return f"{type(error).__name__}: {str(error)[:200]}"
     return ""

@@ -299,7 +299,7 @@ def test_a_run_that_is_killed_while_it_answers_goes_on_behind_its_replies(bundle
     kept = lambda: list(exports.glob("runs/10_baseline_eval/*/checkpoint/replies-*.jsonl"))
     process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL)
-    wait_for(lambda: kept() and kept()[0].read_bytes().count(b"\n") >= 8, "some replies")
+    wait_for(lambda: kept() and kept()[0].read_bytes().count(b"\n") >= 8, "some replies", seconds=900)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     first = kept()[0].read_bytes()

@@ -158,6 +158,26 @@ def test_a_killed_server_loses_no_reply_that_came(asked):
     assert [found[n].prediction for n in range(5)] == [reply.prediction for reply in local]
 
 
+def test_an_evaluation_goes_on_where_its_server_was_killed(asked, tmp_path):
+    script, kept = str(Path(__file__).with_name("answer_server.py")), tmp_path / "kept"
+    options = dict(max_new_tokens=20)
+    with subprocess.Popen([sys.executable, script, "--dies", "5"], stdout=subprocess.PIPE, text=True) as process:
+        address = process.stdout.readline().strip()
+        with pytest.raises(ServerStopped, match="5 of 12 questions were answered before"):
+            sfa.evaluate(open_served(address, tries=1, concurrent=1), asked, kept=kept, **options)
+    [file] = kept.glob("replies-*.jsonl")
+    assert len(file.read_text().splitlines()) == 5
+    port = str(parse_address(address).base.rpartition(":")[2].partition("/")[0])
+    with subprocess.Popen([sys.executable, script, port], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline().strip() == address
+        served = open_served(address)
+        found = sfa.evaluate(served, asked, kept=kept, **options)
+        process.kill()
+    local = sfa.evaluate(load_model("embedded"), asked, **options)
+    assert served.usage.replies == 7
+    assert found.records.drop(columns="seconds").equals(local.records.drop(columns="seconds"))
+
+
 # What cannot be
 
 def test_a_server_that_is_not_there_is_one_line(capsys, asked):

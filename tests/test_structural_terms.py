@@ -13,25 +13,26 @@ from test_structural_attention import (
     random_assignment,
     step,
 )
-from tiny_internvl import bundle_of, tiny_internvl
+from tiny_internvl import bundle_of, pixels, tiny_internvl
 from torch.nn.functional import scaled_dot_product_attention
 
 import sfa_core.structure.inject as attention_module
 from sfa_core.models.images import image_batch
-from sfa_core.structure.bias import StructuralBias
+from sfa_core.structure.bias import PUBLISHED, StructuralBias, visible_pairs
 from sfa_core.structure.geometry import LABELS, REGIONS, ROLES, merge_cells, uniform_geometry, with_labels
 from sfa_core.structure.inject import inject, set_labels, structures_of, use_attention
-from sfa_core.structure.kernels import chunked_attention, low_rank_attention
+from sfa_core.structure.kernels import chunked_attention, combine_masks, low_rank_attention, masked_attention
 from sfa_core.structure.store import load_structure, save_structure
 from sfa_core.structure.strips import grid_attention, may_strip
 from sfa_core.structure.terms import LADDER, RADIUS, TERMS, Term
 
-NEW = tuple(term for term in LADDER if term not in TERMS)
+SOFT = tuple(term for term in LADDER if LADDER[term].table is not None)
+NEW = tuple(term for term in SOFT if term not in TERMS)
 COUNT = {"block": 4, "group": 3, "order": REGIONS, "role": len(ROLES)}
-SETS = [*((term,) for term in LADDER), tuple(LADDER), ("row", "offset"), ("order", "group")]
+SETS = [*((term,) for term in SOFT), SOFT, ("row", "offset"), ("order", "group")]
 
 
-def learned(heads=2, terms=tuple(LADDER), seed=0, dtype=torch.float64, **settings):
+def learned(heads=2, terms=SOFT, seed=0, dtype=torch.float64, **settings):
     "A bias with weights of order one, new terms too."
     bias, generator = StructuralBias(heads, 4, terms, seed, **settings).to(dtype), torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -167,7 +168,7 @@ def label_all(bundle, batch):
 def test_every_term_is_exact_in_every_family(name, monkeypatch):
     "The low-rank path, forced on the CPU, against the dense bias; windowed and native sizes included."
     monkeypatch.setattr(attention_module, "may_strip", lambda *given: False)
-    bundle = attached(name, terms=tuple(LADDER))
+    bundle = attached(name, terms=SOFT)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for bias in structures_of(bundle):
@@ -181,7 +182,7 @@ def test_every_term_is_exact_in_every_family(name, monkeypatch):
         output = features(bundle)
         output.square().mean().backward()
         found[way] = [output.detach(), *(w.grad.clone() for w in tower.parameters() if w.grad is not None)]
-    assert len(found["sfa"]) == len(found["sfa_dense"]) > len(structures_of(bundle)) * len(LADDER)
+    assert len(found["sfa"]) == len(found["sfa_dense"]) > len(structures_of(bundle)) * len(SOFT)
     assert all(error_of(a, b) < 1e-4 for a, b in zip(*found.values(), strict=True))
 
 
@@ -196,7 +197,7 @@ def test_new_terms_change_nothing_until_they_learn_and_do_learn():
         seen = [RADIUS - 3, RADIUS - 2, RADIUS - 1, RADIUS, RADIUS + 1, RADIUS + 2]  # a grid of 4 x 4
         assert (gradient[:, seen] != 0).all() and gradient.count_nonzero() == gradient[:, seen].numel()
     whole = tiny_internvl()
-    inject(bundle_of(whole), tuple(LADDER), blocks=4)
+    inject(bundle_of(whole), SOFT, blocks=4)
     ids = torch.arange(48).reshape(3, 16)
     for label in LABELS[1:]:
         set_labels(bundle_of(whole), label, ids % COUNT[label])
@@ -277,7 +278,7 @@ def test_a_folder_from_before_there_were_settings_loads_as_published(tmp_path):
     card = json.loads(path.read_text())
     path.write_text(json.dumps({name: card[name] for name in ("encoder", "terms", "blocks", "sha256")}))
     (bias, _), (same, _) = load_structure(bundle_of(tiny_internvl()), tmp_path), structures_of(bundle_of(model))
-    assert bias.settings == {"distance_unit": "page", "absolute_distance": False} and torch.equal(bias.row, same.row)
+    assert bias.settings == PUBLISHED and torch.equal(bias.row, same.row)
 
 
 def test_a_term_of_ones_own_is_one_row():
@@ -294,3 +295,86 @@ def test_a_term_of_ones_own_is_one_row():
         assert torch.equal(bias.row, inject(bundle_of(tiny_internvl()))[0].row)
     finally:
         del LADDER["diagonal"]
+
+
+# --- hard terms -------------------------------------------------------------------------------------------------------
+
+HARD = [("row_heads",), ("window",), ("row_heads", "window", "row", "offset"), (*TERMS, "window", "group")]
+
+
+@pytest.mark.parametrize("special", [0, 1])
+def test_hard_terms_are_their_definition(special):
+    "Against loops: own row for the first half of the heads, near patches for all; special tokens and oneself always."
+    geometry = uniform_geometry(3, 4, special)
+    bias = StructuralBias(4, terms=("row_heads", "window"), window=1)
+    assert not list(bias.parameters())
+    seen = visible_pairs(bias, geometry)
+    for head in range(4):
+        for i in range(geometry.tokens):
+            for j in range(geometry.tokens):
+                (y, x), (v, u) = divmod(i - special, 4), divmod(j - special, 4)
+                near = abs(y - v) <= 1 and abs(x - u) <= 1 and (head >= 2 or y == v)
+                assert seen[head, i, j] == (min(i, j) < special or i == j or near)
+    assert (bias.dense(geometry).isinf() == ~seen).all()
+
+
+def test_a_merged_token_is_visible_where_any_of_its_cells_is():
+    cells, bias = uniform_geometry(4, 4, 1), StructuralBias(2, terms=("row_heads", "window"), window=1)
+    assignment = torch.zeros(6, 17)  # the class token, two squares, a row, a cell, and padding
+    for token, members in enumerate(([0], [1, 2, 5, 6], [3, 4, 7, 8], [9, 10, 11, 12], [13])):
+        assignment[token, members] = 1
+    every, seen = visible_pairs(bias, cells), visible_pairs(bias, merge_cells(cells, assignment))
+    member = assignment.bool()
+    for i in range(5):
+        for j in range(5):
+            expected = every[:, member[i]][:, :, member[j]].flatten(1).any(1) | torch.tensor(i == j)
+            assert torch.equal(seen[:, i, j], expected)
+
+
+@pytest.mark.parametrize("chunk", [5, 512])
+@pytest.mark.parametrize("dtype", CLOSE)
+@pytest.mark.parametrize("kind", ["uniform", "merged"])
+@pytest.mark.parametrize("terms", HARD, ids="+".join)
+def test_masked_attention_equals_the_dense_oracle(dtype, kind, terms, chunk, monkeypatch):
+    "Outputs and all gradients, soft terms as factors beside the mask, with and without a mask of the model's own."
+    monkeypatch.setattr("sfa_core.structure.kernels.QUERY_CHUNK", chunk)
+    bias, geometry = learned(terms=terms, dtype=dtype, window=1), labelled(1, kind)
+    *tensors, projection = torch.randn(4, 3, 2, geometry.tokens, 8, dtype=dtype,
+                                       generator=torch.Generator().manual_seed(5))
+    mask = torch.rand(3, 1, 1, geometry.tokens, generator=torch.Generator().manual_seed(6)) > 0.2
+    mask[..., 0] = True
+    for own in (None, mask, torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, -1e4)):
+        def dense(query, key, value, own=own):
+            logits = combine_masks(bias.dense(geometry).expand(3, -1, -1, -1), own)
+            return scaled_dot_product_attention(query, key, value, attn_mask=logits, scale=0.3)
+
+        ours = outputs_and_gradients(lambda q, k, v, own=own: masked_attention(q, k, v, bias, geometry, 0.3, own), bias,
+                                     tensors, projection)
+        for mine, theirs in zip(ours, outputs_and_gradients(dense, bias, tensors, projection), strict=True):
+            assert error_of(mine, theirs) < CLOSE[dtype]
+
+
+@each_family
+def test_hard_terms_are_exact_in_every_family_without_any_weight(name):
+    bundle, found = attached(name, terms=("row_heads", "window"), window=2), {}
+    plain = features(attached(name, terms=("row",), factor=0.0))
+    for way in ("sfa", "sfa_dense", "sfa_eager"):
+        use_attention(bundle.model, way)
+        with torch.no_grad():
+            found[way] = features(bundle)
+    assert all(error_of(other, found["sfa"]) < 1e-5 for other in found.values())
+    assert not torch.allclose(found["sfa"], plain, atol=1e-4)
+
+
+def test_hard_terms_hold_in_half_precision_and_come_back_from_disk(tmp_path):
+    model = tiny_internvl().to(torch.bfloat16)
+    (bias, _) = inject(bundle_of(model), ("row_heads", "distance"), row_share=1.0)
+    with torch.no_grad():
+        assert torch.isfinite(model.model.vision_tower(pixels().bfloat16()).last_hidden_state).all()
+    assert bias.unit.dtype == torch.float32 and bias.geometry.row.dtype == torch.float32
+    save_structure(bundle_of(model), tmp_path)
+    again = load_structure(bundle_of(tiny_internvl()), tmp_path)[0]
+    assert again.hard == ("row_heads",) and again.settings["row_share"] == 1.0
+    for wrong in (dict(row_share=1.5), dict(window=-1)):
+        with pytest.raises(ValueError, match="expected a share of 0..1 and at least 0"):
+            StructuralBias(2, terms="window", **wrong)

@@ -2,7 +2,6 @@
 it came from stays as it was."""
 import dataclasses
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -10,11 +9,11 @@ import torch
 import sfa_core.pretraining.tuning as tuning
 from sfa_core.documents.generate import documents
 from sfa_core.models.miniatures import miniature, miniature_encoder
+from sfa_core.pretraining.check import encoder_check
 from sfa_core.pretraining.dense import DenseHeads
 from sfa_core.pretraining.dynamics import FreshPages
 from sfa_core.pretraining.recipe import decode_documents
-from sfa_core.pretraining.tuning import TUNE_ARMS, TuneConfig, bias_size, predictions, scaled_structure
-from sfa_core.pretraining.tuning import structure_effect, tune_dense
+from sfa_core.pretraining.tuning import TUNE_ARMS, TuneConfig, tune_dense
 from sfa_core.structure.inject import inject, structures_of
 
 
@@ -119,38 +118,13 @@ def test_an_encoder_with_structure_is_refused_as_a_control(pages, tmp_path):
             tuned(pages, tmp_path, arm, bundle)
 
 
-# what the bias does
-
-def test_the_effect_of_a_bias_is_counted_by_page(pages, tmp_path):
+def test_the_learned_bias_can_be_checked_in_the_trained_encoder(pages, tmp_path):
     found = tuned(pages, tmp_path, "sfa")
     with torch.no_grad():
         for bias in structures_of(found.bundle):
             bias.row.fill_(5.0)
-    weights = {name: value.clone() for name, value in found.bundle.model.state_dict().items()}
-    effect = structure_effect(found, pages, (0.0, 1.0))
-    assert same(found.bundle.model.state_dict(), weights), "the weights are given back"
-    with scaled_structure(found.bundle, 0.0):
-        assert bias_size(found.bundle) == 0
-        off = predictions(found.bundle, found.heads, pages)[0]
-    on, counts = predictions(found.bundle, found.heads, pages)
-    moved = effect[(effect["factor"] == 0) & (effect["what"] == "patches with another prediction")].iloc[0]
-    assert moved["change"] == pytest.approx(np.mean((on != off).any(1))) and moved["change"] > 0
-    assert moved["low"] <= moved["change"] <= moved["high"] and moved["n"] == 5
-    assert (effect[effect["factor"] == 1]["change"].dropna() == 0).all()
-    assert set(effect["what"]) - {"patches with another prediction"} == set(counts["measure"])
-    whole = counts.groupby("measure")[["right", "n"]].sum()
-    last = found.curve[found.curve["step"] == 3].set_index("measure")
-    assert (whole["n"] == last["n"].loc[whole.index]).all()
-
-
-def test_the_size_of_a_bias_is_that_of_its_table():
-    bundle = miniature_encoder("clip_vision", (28, 56))
-    for bias in inject(bundle, terms=("row", "block")):
-        table = bias.dense(bias.geometry)[:, 1:, 1:]
-        with scaled_structure(bundle, 4.0):
-            assert torch.allclose(bias.dense(bias.geometry)[:, 1:, 1:], 4 * table, atol=1e-6)
-    tables = torch.stack([bias.dense(bias.geometry)[:, 1:, 1:] for bias in structures_of(bundle)])
-    assert bias_size(bundle) == pytest.approx(tables.detach().square().mean().sqrt().item(), rel=1e-4)
+    check = encoder_check(found.bundle, found.heads, pages)
+    assert check.size > 1 and check.at(0)["changed"] > 0 and check.at(1)["changed"] == 0 and check.documents == 5
 
 
 def test_the_result_is_frozen_and_small(pages, tmp_path):

@@ -11,7 +11,7 @@ __all__ = ['BUDGET', 'Rows', 'catching', 'watching', 'widened', 'logits_of', 'st
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..core.families import TokenGrid
 from ..core.hooks import AttentionCall, activation_hooks, attention_hooks, replaced_name
+from ..structure.bias import visible_pairs
 from ..structure.inject import CHILD, FUNCTIONS, placed_bias
 from ..structure.windows import Calls
 from .records import STORED
@@ -68,7 +69,7 @@ Rows = slice | Tensor  # some queries of a call, by their places
 
 def logits_of(
     call: AttentionCall,
-# rows, their structural factors or None, and perhaps their queries (B, H, R, D) -> (B, H, R, K)
+# rows, what `structural_factors` gives for them, and perhaps their queries (B, H, R, D) -> (B, H, R, K)
 ) -> Callable[..., Tensor]:
     """Prepare the logits of a call; the function it gives computes them for some of its queries.
 
@@ -77,12 +78,14 @@ def logits_of(
     (batch, groups, keys, width), queries = call.key.shape, call.query.shape[2]
     folded = widened(call.key).reshape(batch * groups, keys, width).mT
 
-    def logits(rows: Rows, factors: tuple[Tensor, Tensor] | None = None, query: Tensor | None = None) -> Tensor:
+    def logits(rows: Rows, factors: tuple | None = None, query: Tensor | None = None) -> Tensor:
         asked = widened(call.query[:, :, rows] if query is None else query) * call.scaling
         scores = torch.bmm(asked.reshape(batch * groups, -1, width), folded).view(*asked.shape[:3], keys)
         least = torch.finfo(scores.dtype).min
         if factors is not None:
             scores = scores + factors[0].to(scores) @ factors[1].to(scores).mT
+            if factors[2] is not None:
+                scores = scores.masked_fill(~factors[2], least)
         if call.causal and queries > 1:
             # the keys before the first query come from a cache
             place = torch.arange(keys - queries, keys, device=scores.device)[rows, None]
@@ -97,8 +100,8 @@ def logits_of(
 
 def structural_factors(
     call: AttentionCall,
-# rows -> (..., H, R, F) and (..., H, N, F); None where attention runs without structure
-) -> Callable[[Rows], tuple[Tensor, Tensor] | None]:
+# rows -> (..., H, R, F), (..., H, N, F) and what hard terms let be seen; None where attention runs without structure
+) -> Callable[[Rows], tuple[Tensor, Tensor, Tensor | None] | None]:
     """Prepare the factors of the structural bias that a module adds to its logits; those of the queries are made
     for a few at a time."""
     bias = getattr(call.module, CHILD, None)
@@ -111,11 +114,8 @@ def structural_factors(
     keys = bias.factors(whole)[1]
 
     def factors(rows):
-        some = {name: getattr(whole, name)[..., rows, :]
-                for name in ("row", "column", "block") if getattr(whole, name) is not None}
-        some |= {name: getattr(whole, name)[..., rows]
-                 for name in ("special", "log_area") if getattr(whole, name) is not None}
-        return bias.factors(replace(whole, **some))[0], keys
+        visible = visible_pairs(bias, whole, rows) if bias.hard else None
+        return bias.factors(whole.take(rows))[0], keys, visible
 
     return factors
 

@@ -258,7 +258,8 @@ def load_benchmark(
         return unique(found[:limit], name)
     if not benchmark.hubs:
         if source is None or not is_folder(source):
-            raise FileNotFoundError(f"benchmark {name}: got source {source}, expected a local folder; {benchmark.note}")
+            given = str(source)[:200]
+            raise FileNotFoundError(f"benchmark {name}: got source {given}, expected a local folder; {benchmark.note}")
         return from_rows(folder_rows(Path(source)) if name == "folder"
                          else release_rows(benchmark, split, Path(source)), limit, seed, name)
     if name == "chartqa" and source is not None and is_folder(source) and is_release(Path(source)):

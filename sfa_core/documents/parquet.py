@@ -14,6 +14,8 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 
+from ..core.reading import is_file
+
 # %% ../../notebooks/library/02_documents/53_parquet.ipynb #18794f04
 TOGETHER = 16  # rows that are unfolded at a time
 MOST_BYTES = 4 << 30  # of a row group, unfolded
@@ -27,7 +29,9 @@ class ParquetRows:
         self.files = [self.open(path) for path in self.paths]
 
     def open(self, path: Path) -> pyarrow.parquet.ParquetFile:
-        "Open a file and look at what it says about itself."
+        "Open a file and look at what it says about itself; FileNotFoundError for a pipe or a device."
+        if not is_file(path):
+            raise FileNotFoundError(f"{path} is no file; rows in parquet are expected")
         try:
             file = pyarrow.parquet.ParquetFile(path)
             sizes = [file.metadata.row_group(place).total_byte_size for place in range(file.num_row_groups)]

@@ -126,7 +126,7 @@ def structural_maps(
         limits = f"a layer below {len(biases)}, a token below {len(grid)} and a head below {biases[0].heads}"
         raise ValueError(f"no structural bias of layer {layer}, query {query}, head {head}: expected {limits}")
     bias, maps, patch = biases[layer], {}, ~grid.special
-    for terms in (*((term,) for term in bias.terms), bias.terms):
+    for terms in (*((term,) for term in bias.soft), bias.soft):
         # (H, N, R)
         left, right = (factor if factor.ndim == 3 else factor[image]
                        for factor in bias.part(terms).factors(bias.geometry))

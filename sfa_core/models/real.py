@@ -205,6 +205,7 @@ def main() -> None:
     print(f"largest difference to the graph {found['graph']:.1e} of the largest state, as InternViT "
           f"{found['internvit']:.1e}")
 
-
+# %% ../../notebooks/library/06_models/24_real.ipynb #c67ff6be
+#| eval: false
 if __name__ == "__main__":
     main()

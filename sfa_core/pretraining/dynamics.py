@@ -5,19 +5,16 @@
 # %% auto #0
 __all__ = ['POSITIONS', 'ATTEMPTS', 'DenseConfig', 'structural_weights', 'FreshPages', 'draw_page', 'draw_batch', 'classes_of',
            'place_patches', 'save_encoder', 'read_dense_encoder', 'measure_dense', 'new_encoder', 'continued_encoder',
-           'learned_from', 'known_curve', 'learn_dense', 'fresh_encoder']
+           'learned_from', 'learn_dense', 'fresh_encoder']
 
 # %% ../../notebooks/library/10_pretraining/30_dynamics.ipynb #e1193fc3
 import copy
 import json
-import shutil
-import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import torch
 from safetensors.torch import save
 
@@ -39,7 +36,7 @@ from sfa_core.pretraining.dense import (
 )
 from ..documents.generate import PRESETS, PRESET_KINDS, Document, generator_version, make_document
 from ..models.embedded import EmbeddedConfig
-from ..training.checkpoints import checkpoints
+from .measured import known_curve
 from ..training.loop import LoopConfig, train
 from ..models.load import new_bundle
 from ..core.bundle import Bundle
@@ -265,31 +262,6 @@ def learned_from(data: TrainingSet | FreshPages) -> dict | str:
     if not isinstance(data, FreshPages):
         return data.digest
     return json.loads(json.dumps(asdict(data) | {"generator": generator_version()}))
-
-# %% ../../notebooks/library/10_pretraining/30_dynamics.ipynb #fa4c25a9
-def known_curve(
-    folder: Path,  # of a training
-    key: str,  # of what decides it
-    wanted: set[int],  # steps at which it is measured
-) -> list[pd.DataFrame]:  # one, or none where the training begins anew
-    "Read what was measured of a training; ValueError when it is of another one."
-    path, steps = folder / "curve.parquet", checkpoints(folder / "checkpoints")
-    try:
-        found = pd.read_parquet(path) if path.is_file() else pd.DataFrame({"step": []})
-        kept, reason = found.attrs.get("training"), f"{path} does not say what it is of"
-        known = {int(step) for step in found["step"]}
-    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-        kept, known, reason = None, set(), f"{path} cannot be read ({' '.join(str(error).split())[:200]})"
-    if kept not in (None, key):
-        raise ValueError(f"{folder} holds the curve of another training; another folder is expected")
-    if kept and (not wanted - known or not steps or int(steps[-1].name.split("-")[1]) <= min(wanted - known)):
-        return [found]
-    ahead = steps and int(steps[-1].name.split("-")[1]) > min(wanted)
-    if path.is_file() or ahead:
-        print(f"{reason if not kept else path}: trained and measured again", file=sys.stderr)
-        path.unlink(missing_ok=True)
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    return []
 
 # %% ../../notebooks/library/10_pretraining/30_dynamics.ipynb #020f9c79
 def learn_dense(

@@ -103,7 +103,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     "Read a JSON or YAML file that holds a mapping; ValueError or OSError says why it is none."
     try:
         text = read_text(path)
-        found = parse_json(text, path.name, "JSON") if path.suffix == ".json" else yaml.load(text, SafeYaml)
+        found = parse_json(text, path.name, "JSON") if path.suffix == ".json" else SafeYaml(text).get_single_data()
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(one_line(f"{path.name} cannot be read ({error})")) from error
     if not isinstance(found, dict):
@@ -210,12 +210,13 @@ def find_run(
     matches = [path for path in finished_runs(study) if path.name == run or path in aliases]
     if not matches and study == "*":
         arms = [root / "reference" / "arms" / run for root in (exports_root(), REPOSITORY / "exports")]
-        matches = [path for path in arms if path.is_dir()][:1]
+        matches = [path for path in arms if is_folder(path)][:1]
     if len(matches) > 1:
         raise ValueError(f"several runs are named {name!r}: "
                          f"{', '.join(f'{path.parent.name}/{path.name}' for path in matches)}")
     if not matches:
-        raise FileNotFoundError(f"no finished run is named {name!r}; `sfa list` shows the runs in {exports_root()}")
+        listed = f"`sfa list` shows the runs in {exports_root()}"
+        raise FileNotFoundError(f"no finished run is named {name[:200]!r}; {listed}")
     return matches[0]
 
 
@@ -231,7 +232,7 @@ def arm_folder(
     try:
         return find_run(text)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}; a folder is written with a slash, such as ./{text}") from error
+        raise FileNotFoundError(f"{error}; a folder is written with a slash, such as ./{text[:200]}") from error
     except ValueError as error:
         if "/" not in text:
             raise

@@ -24,9 +24,10 @@ from ..core.paths import REPOSITORY, exports_root, working_root
 from ..documents.generate import documents, generator_version
 from ..models.encoders import load_encoder
 from ..models.real import real_encoder
+from ..pretraining.check import encoder_check
 from ..pretraining.dynamics import FreshPages
 from ..pretraining.recipe import TrainingSet, decode_documents
-from ..pretraining.tuning import TUNE_ARMS, TuneConfig, structure_effect, tune_dense
+from ..pretraining.tuning import TUNE_ARMS, TuneConfig, tune_dense
 from .ablation import kept_folder
 from .curves import BINDING_KINDS, LearningCurve, changed, read_curves, write_curve
 from .results import git_commit
@@ -87,7 +88,10 @@ def tuning_curve(
     commit = (git["commit"] or "") + (" with changes" if git["dirty"] else "")
     curve = LearningCurve(config.arm, config.seed, task.name, wanted, folder.name, commit, changed(config), found.curve,
                           found.weights, time.perf_counter() - began)
-    return curve, structure_effect(found, task.asked) if TUNE_ARMS[config.arm].structure else None
+    if not TUNE_ARMS[config.arm].structure:
+        return curve, None
+    check = encoder_check(found.bundle, found.heads, task.asked)
+    return curve, check.doses.assign(bias=check.size, measure=check.measure, patches=check.n, pages=check.documents)
 
 
 def write_tuning(folder: str | Path, curve: LearningCurve, effect: pd.DataFrame | None = None) -> Path:
@@ -105,14 +109,15 @@ def committed_tunings(folder: str | Path | None = None) -> list[LearningCurve]: 
     return [curve for root in roots for curve in read_curves(root)]
 
 
-def committed_effects(folder: str | Path | None = None) -> pd.DataFrame:  # arm, seed, and as by `structure_effect`
+def committed_effects(folder: str | Path | None = None) -> pd.DataFrame:  # a row per arm, seed and dose
     "Read what the biases do that lie beside the curves; empty where there are none."
     roots = [Path(folder)] if folder else dict.fromkeys(root / "reference" / TUNINGS
                                                         for root in (exports_root(), REPOSITORY / "exports"))
     parts = [pd.read_csv(path).assign(arm=path.stem.rsplit("-", 1)[0], seed=int(path.stem.rsplit("-", 1)[1]))
              for root in roots for path in sorted(root.rglob("*.csv"))]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(
-        columns=["factor", "bias", "what", "change", "low", "high", "n", "arm", "seed"])
+        columns=["dose", "changed", "changed_low", "changed_high", "rate", "change", "low", "high", "bias", "measure",
+                 "patches", "pages", "arm", "seed"])
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -135,6 +140,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(str(error))
     print(f"{write_tuning(given.folder, curve, effect)}: {given.steps} steps in {curve.seconds:.0f} s")
 
-
+# %% ../../notebooks/library/12_runs/67_tunings.ipynb #3d87d467
+#| eval: false
 if __name__ == "__main__":
     main()

@@ -70,7 +70,8 @@ def table_rows(path: Path) -> list[dict]:
             table = pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", **options)
     except (ValueError, KeyError, OSError, pd.errors.ParserError, UnicodeDecodeError) as error:
         expected = f"a table of texts as {path.suffix[1:]}"
-        raise ValueError(f"{path} cannot be read ({str(error)[:200]}); expected {expected}") from error
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} cannot be read ({reason}); expected {expected}") from error
     return table.to_dict("records")
 
 # %% ../../notebooks/library/04_scores/75_harness.ipynb #5de23bbe

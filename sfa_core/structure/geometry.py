@@ -65,6 +65,16 @@ class Geometry:
         """Return the labellings that were assigned, by name."""
         return {name: getattr(self, name) for name in LABELS if getattr(self, name) is not None}
 
+    def take(
+        self,
+        rows: slice | Tensor,  # some tokens, by their places
+    ) -> "Geometry":
+        """Return the places of some tokens."""
+        chosen = {name: place[..., rows, :] for name, place in (("row", self.row), ("column", self.column),
+                                                                *self.labels.items())}
+        area = None if self.log_area is None else self.log_area[..., rows]
+        return replace(self, special=self.special[..., rows], log_area=area, **chosen)
+
     def map(
         self,
         function: Callable[[Tensor], Tensor],  # moves or converts one tensor

@@ -25,7 +25,7 @@ from ..core.hooks import PREFIX, AttentionCall, attention_hooks, hooked_name, re
 from .bias import StructuralBias
 from .geometry import Geometry, grid_geometry, with_labels
 from .kernels import MASK_BYTES, WIDEST, MaskCache, chunked_attention, combine_masks, constant_mask
-from .kernels import low_rank_attention, may_cache
+from .kernels import low_rank_attention, masked_attention, may_cache
 from .strips import grid_attention, may_strip
 from .terms import TERMS, check_terms
 from .windows import Calls, follow_sizes, follow_tiles, set_image_labels, stop_following
@@ -75,7 +75,9 @@ def structural_attention(
     bias, geometry = found
     cache = module.structure_cache
     with torch.autocast(query.device.type, enabled=False):
-        if cache is not None and may_cache(bias, geometry, query, cache):
+        if bias.hard:
+            output = masked_attention(query, key, value, bias, geometry, scaling, attention_mask, dropout)
+        elif cache is not None and may_cache(bias, geometry, query, cache):
             mask = combine_masks(constant_mask(bias, geometry, cache, query.dtype), attention_mask)
             output = scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
         elif may_strip(geometry, query, attention_mask, dropout):
@@ -132,8 +134,7 @@ def inject(
     *,
     blocks: int = 16,  # size of the block table
     seed: int = 0,  # seed of the initial weights
-    distance_unit: str = "page",  # unit of the term distance: page (h + w patches, as published) or patch
-    absolute_distance: bool = False,  # -|w| in place of -w for the term distance, as in the published code
+    **settings,  # distance_unit, absolute_distance, row_share, window: as `StructuralBias` has them
 ) -> list[StructuralBias]:  # one per encoder layer that the projector depends on, first to last
     """Attach structural attention to a model's encoder; ValueError for an unsupported model, unknown terms or one
     that has it already."""
@@ -145,7 +146,6 @@ def inject(
         raise ValueError("the model has structural attention already: call eject first")
     grid = None if family.native else bundle.grid
     seeds = np.random.SeedSequence(seed).generate_state(len(attentions))
-    settings = dict(distance_unit=distance_unit, absolute_distance=absolute_distance)
     biases = [StructuralBias(head_count(attention), blocks, terms, int(own), **settings)
               for attention, own in zip(attentions, seeds, strict=True)]
     replaced = vision_attention(model)
@@ -231,7 +231,7 @@ def set_geometry(
                          f"expected a family with fixed tiles")
     ready: dict[tuple, Geometry] = {}
     for bias in structures_of(bundle):
-        weight = next(bias.parameters())
+        weight = bias.unit
         kind = weight.device, weight.dtype
         if kind not in ready:
             ready[kind] = geometry.map(lambda tensor, weight=weight: tensor.to(weight))

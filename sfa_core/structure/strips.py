@@ -65,13 +65,13 @@ def grid_tables(
 # (H, h, h) and (H, w, w) between rows and between columns, (B or 1, H, N) block scalars
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the small tables that the bias of a whole grid is the sum of."""
-    weight = next(bias.parameters())
+    weight = bias.unit
     for axis in bias.axes:
         place_on(bias, axis, geometry)  # groups, order and roles that nobody assigned
     rows, columns = (axis_table(bias, axis, side, geometry.extent) if axis in bias.axes
                      else weight.new_zeros(bias.heads, side, side)
                      for axis, side in zip(("row", "column"), geometry.size, strict=True))
-    if bias.block is None:
+    if "block" not in bias.soft:
         return rows, columns, None
     if geometry.block is None:  # all patches in block 0: a constant between patches
         return rows + bias.block[0].square()[:, None, None], columns, None

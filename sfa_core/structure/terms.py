@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['RADIUS', 'INITIAL_STD', 'LADDER', 'TERMS', 'distance_table', 'same_table', 'far_table', 'check_places', 'pair_table',
-           'product_table', 'difference_table', 'offset_table', 'order_table', 'Term', 'check_terms']
+           'product_table', 'difference_table', 'offset_table', 'order_table', 'own_row', 'near_places', 'Term',
+           'check_terms']
 
 # %% ../../notebooks/library/03_structure/08_terms.ipynb #f18f32ea
 from collections.abc import Callable, Sequence
@@ -110,18 +111,43 @@ def order_table(
     """Return the value of the difference of two ranks in reading order."""
     return difference_table(weight, side)
 
+# %% ../../notebooks/library/03_structure/08_terms.ipynb #1e3b325b
+def own_row(
+    axis: str,  # row
+    side: int,  # K
+    heads: int,  # H
+    settings: dict,  # row_share: share of the heads that see their own row only
+) -> Tensor:  # (H, K, K) bool
+    """Return which rows a head sees: the first heads their own, the others all."""
+    bound = torch.arange(heads) < round(settings["row_share"] * heads)
+    return torch.eye(side, dtype=torch.bool) | ~bound[:, None, None]
+
+
+def near_places(
+    axis: str,  # row or column
+    side: int,
+    heads: int,
+    settings: dict,  # window: rows and columns that are seen on each side
+) -> Tensor:  # (H, K, K) bool
+    """Return which rows or columns are near enough to be seen."""
+    place = torch.arange(side)
+    return ((place[:, None] - place[None, :]).abs() <= settings["window"]).expand(heads, -1, -1)
+
 # %% ../../notebooks/library/03_structure/08_terms.ipynb #00fee7a4
 INITIAL_STD = 0.02
 
 
 @dataclass(frozen=True)
 class Term:
-    """One part of a structural bias: a table between the places of its axes."""
+    """One part of a structural bias: a table between the places of its axes, of logits (soft) or of what is seen at
+    all (hard, without weights)."""
 
     axes: tuple[str, ...]  # fields of a geometry whose places it compares
-    shape: Callable[[int, int], tuple[int, ...]]  # heads, blocks -> shape of its weight, heads last
-    table: Callable[[Tensor, str, int, float], Tensor]  # weight, axis, places, unit of distances -> (H, K, K) logits
+    shape: Callable[[int, int], tuple[int, ...]] | None = None  # heads, blocks -> shape of its weight, heads last
+    # weight, axis, places, unit of distances -> (H, K, K) logits
+    table: Callable[[Tensor, str, int, float], Tensor] | None = None
     start: float = 0.0  # standard deviation of the first weights
+    allowed: Callable[[str, int, int, dict], Tensor] | None = None  # axis, places, heads, settings -> (H, K, K) bool
 
 
 LADDER: dict[str, Term] = {  # in the order in which first weights are drawn: new rows at the end
@@ -133,6 +159,8 @@ LADDER: dict[str, Term] = {  # in the order in which first weights are drawn: ne
     "group": Term(("group",), lambda heads, blocks: (heads,), same_table),
     "order": Term(("order",), lambda heads, blocks: (2 * (REGIONS - 1), heads), order_table),
     "roles": Term(("role",), lambda heads, blocks: (len(ROLES), len(ROLES), heads), pair_table),
+    "row_heads": Term(("row",), allowed=own_row),
+    "window": Term(("row", "column"), allowed=near_places),
 }
 TERMS = ("row", "column", "distance", "block")  # those of SFA
 

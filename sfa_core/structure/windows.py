@@ -118,7 +118,7 @@ def biases_in(tower: nn.Module) -> list[StructuralBias]:
 def place_calls(tower: nn.Module, args: tuple, kwargs: dict) -> None:
     """Before the tower: give every layer the geometries of the images it is about to see."""
     followed, biases = tower.structure_followed, biases_in(tower)
-    weight = next(biases[0].parameters())
+    weight = biases[0].unit
     sizes = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
     lists = [tuple(g.map(lambda tensor: tensor.to(weight)) for g in made)
              for made in call_lists(tower, followed, sizes)]
@@ -203,7 +203,7 @@ def place_tile(tower: nn.Module, args: tuple, kwargs: dict) -> None:
     own = biases[0].geometry
     if own is None or own.size == size or not same_geometry(own, uniform_geometry(*own.size, special)):
         return
-    weight = next(biases[0].parameters())
+    weight = biases[0].unit
     plain = uniform_geometry(*size, special).map(lambda tensor: tensor.to(weight))
     for bias in biases:
         bias.geometry = plain

@@ -39,10 +39,14 @@ class Arm:
     against: str  # the arm, or the untrained baseline, that differs only in what is asked about
     meaning: str
     density: tuple[str, ...] = ()  # what density decides: blocks of the structural bias, patches
+    losses: tuple[str, ...] = ()  # consistency losses it trains with, where none are given
 
 
 ARMS = {
     "sfa": Arm(("structure",), "baseline", "structural weights learn, everything else is frozen"),
+    "sfa_blocks": Arm(("structure",), "sfa", "as sfa, with density blocks", ("blocks",)),
+    "sfa_blocks_entropy": Arm(("structure",), "sfa_blocks", "as sfa_blocks, with the entropy loss alone: the published "
+                                                            "best row", ("blocks",), ("entropy",)),
     "control": Arm(("tower", "projector"), "baseline", "encoder and projector learn, without structural attention"),
     "vision": Arm(("structure", "tower", "projector"), "control", "encoder and projector learn, with structural "
                                                                   "attention: control + SFA"),
@@ -53,7 +57,8 @@ ARMS = {
     "vision_adat": Arm(("structure", "tower", "projector"), "vision", "as vision, on adaptive patches: SFA + ADAT",
                        ("patches",)),
     "full": Arm(("structure", "tower", "projector"), "vision_adat", "SFA with density blocks + ADAT + consistency "
-                                                                    "losses (SCR)", ("blocks", "patches")),
+                                                                    "losses (SCR)", ("blocks", "patches"),
+                ("entropy", "grounding", "stability")),
 }
 
 
@@ -82,7 +87,7 @@ class FinetuneConfig:
     terms: tuple[str, ...] | list[str] = TERMS  # structural terms
     blocks: int = 16  # size of the block table
     patches: PatchConfig = field(default_factory=PatchConfig)  # rule of adaptive patches, for the arms that have them
-    scr: SCRConfig | None = None  # consistency losses; None: those of SCRConfig for the arm full, none for the others
+    scr: SCRConfig | None = None  # consistency losses; None: those of the arm
     tiles: int | None = None  # most tiles per image; None: as many as the family's own processor cuts
     checkpointing: bool = False  # compute activations again in the backward pass, to save memory
     seed: Seed = 0  # first structural weights, and dropout where a model has it
@@ -96,8 +101,9 @@ class FinetuneConfig:
         check_fields(self)
         find_arm(self.arm)
         object.__setattr__(self, "terms", check_terms(self.terms))
-        if self.arm == "full" and self.scr is None:
-            object.__setattr__(self, "scr", SCRConfig())
+        if (losses := ARMS[self.arm].losses) and self.scr is None:
+            left_out = {name: 0.0 for name in ("entropy", "grounding", "stability") if name not in losses}
+            object.__setattr__(self, "scr", SCRConfig(**left_out))
         for name, least in dict(batch_size=1, blocks=1, questions=0).items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; at least {least} is expected")

@@ -9,7 +9,7 @@ __all__ = ['PRODUCTS', 'DOSES', 'scaled_structure', 'bias_sums', 'bias_size', 'S
 # %% ../../notebooks/library/09_training/60_check.ipynb #ba212480
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,8 @@ def bias_sums(bundle: Bundle) -> Iterator[np.ndarray]:  # (2,) squares of logits
         bias = getattr(call.module, CHILD)
         places = bias.geometry
         places = places.geometries[places.taken] if isinstance(places, Calls) else places
-        phi, shown = bias.dense(places).double(), (~places.special).double()  # (..., H, N, N), (..., N)
+        # the area of merged patches is no part of what is learned
+        phi, shown = bias.dense(replace(places, log_area=None)).double(), (~places.special).double()
         pairs = (shown[..., :, None] * shown[..., None, :]).unsqueeze(-3).expand(phi.shape)
         sums[:] += float((phi.square() * pairs).sum()), float(pairs.sum())
 
