@@ -107,7 +107,8 @@ def test_every_run_on_the_report_is_a_reference_of_committed_code():
 @pytest.mark.parametrize("name, study", [
     ("tour", "00_tour"), ("embedded_model", "05_embedded_model"), ("tokens", "20_density_and_tokens"),
     ("finetune", "30_finetune"),
-    ("grounding", "50_grounding"), ("sinks", "55_sinks"), ("ablation", "60_ablation"), ("cost", "65_cost"),
+    ("grounding", "50_grounding"), ("binding", "52_where_binding_is_lost"),
+    ("sinks", "55_sinks"), ("ablation", "60_ablation"), ("cost", "65_cost"),
     ("baseline", "10_baseline_eval"), ("entropy", "45_entropy"), ("explorer", "40_attention_explorer")])
 def test_a_reference_is_the_run_of_the_page_beside_it(name, study):
     run = facts(REFERENCE / name)

@@ -37,8 +37,8 @@ def source_weights(
         raise ValueError(f"a mixture is {mixture[:200]!r}; {expected}") from error
     names = [name for name, _, _ in parts]
     if wrong := [weight for weight in weights if not 0 < weight < math.inf]:
-        raise ValueError(f"a mixture is {mixture[:200]!r} with the weight {wrong[0]}; finite weights above 0 are "
-                         f"expected")
+        raise ValueError(f"a mixture is {mixture[:200]!r} with the weight {wrong[0]}; a weight above 0, and "
+                         f"a finite one, is expected")
     if len(set(names)) < len(names) or not all(names):
         raise ValueError(f"a mixture is {mixture[:200]!r}; each source once, with its name, is expected")
     return dict(zip(names, weights, strict=True))

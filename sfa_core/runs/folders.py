@@ -104,7 +104,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     "Read a JSON or YAML file that holds a mapping; ValueError or OSError says why it is none."
     try:
         text = read_text(path)
-        found = parse_json(text, path.name, "JSON") if path.suffix == ".json" else yaml.load(text, SafeYaml)
+        found = parse_json(text, path.name, "JSON") if path.suffix == ".json" else SafeYaml(text).get_single_data()
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(one_line(f"{path.name} cannot be read ({error})")) from error
     if not isinstance(found, dict):

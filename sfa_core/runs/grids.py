@@ -71,7 +71,7 @@ class StrictYaml(yaml.SafeLoader):
 def read_yaml(path: Path) -> dict[str, Any]:
     "Read a YAML file that holds a mapping; ValueError names what is wrong."
     try:
-        said = yaml.load(read_text(path), StrictYaml)
+        said = StrictYaml(read_text(path)).get_single_data()
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no YAML: {one_line(error)}") from error
     if not isinstance(said, dict):

@@ -8,7 +8,6 @@ __all__ = ['HELD', 'SOCKETS', 'HIDDEN', 'IDLE', 'holds_sockets', 'held_places', 
            'leftovers', 'remove_leftover']
 
 # %% ../../notebooks/library/12_runs/27_leftovers.ipynb #c7dccd95
-import atexit
 import os
 import re
 import secrets
@@ -21,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -119,7 +119,7 @@ def process_folder(
 ) -> Path:
     "Return a temporary folder that this process holds until it ends."
     stack = ExitStack()
-    atexit.register(stack.close)
+    Finalize(None, stack.close, exitpriority=-200)  # multiprocessing deletes what it has in the folder at -100
     return stack.enter_context(held_folder())
 
 # %% ../../notebooks/library/12_runs/27_leftovers.ipynb #5c1498df
