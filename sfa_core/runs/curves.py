@@ -162,7 +162,7 @@ def encoder_folder(task: BindingTask, config: DenseConfig) -> Path:
     return kept_folder("dynamics", config=asdict(config), **task.facts)
 
 # %% ../../notebooks/library/12_runs/65_curves.ipynb #06f7324c
-CURVES = "binding"  # folder of the committed curves
+CURVES = "curves"  # folder of the committed curves
 
 
 def write_curve(folder: str | Path, curve: LearningCurve) -> Path:
