@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..figures.effects import detectable_effects
-from .results import find_run
+from .folders import find_run
 from ..scores.compare import compare_seeds
 from ..scores.power import Design, design_from_rates, design_of, plan_table, power_curves
 
