@@ -1,8 +1,8 @@
 """Draw the pictures that README.md shows, from committed results and from the model that ships.
 
-    python site/pictures.py        writes exports/reference/pictures/explorer.png and main_table.png
+    python site/pictures.py        writes explorer.png, main_table.png and attention.png to exports/reference/pictures
 
-The table is that of the tour's reference run; the explorer shows a page with the first seed of a trained arm from
+The table is that of the reference run of 30_finetune, the attention that of the tour's; the explorer shows a page with the first seed of a trained arm from
 exports/reference/arms where there is
 one, else the model as it is. Needs Chromium.
 """
@@ -22,10 +22,11 @@ PICTURES = REFERENCE / "pictures"
 
 
 def table_figure(metrics):
-    "Draw the main table of a tour's metrics.json."
-    groups = {"baseline": [metrics["baseline"]]}
-    for run, summary in metrics["arms"].items():
-        groups.setdefault(run.rsplit("-", 1)[0], []).append(summary)
+    "Draw the main table of the metrics.json of 30_finetune."
+    groups = {}
+    for run, summary in metrics["summaries"].items():
+        if (arm := run.rsplit("-", 1)[0]) in ("baseline", "control", "vision"):
+            groups.setdefault(arm, []).append(summary)
     rows = []
     for arm, runs in groups.items():
         span, rate = runs[0]["by_document"], sum(run["rate"] for run in runs) / len(runs)
@@ -63,6 +64,8 @@ def explorer_figure():
 
 
 if __name__ == "__main__":
-    metrics = json.loads((REFERENCE / "tour" / "metrics.json").read_text())
-    for name, figure, width in (("main_table", table_figure(metrics), 900), ("explorer", explorer_figure(), 1000)):
+    metrics = json.loads((REFERENCE / "finetune" / "metrics.json").read_text())
+    attention = go.Figure(json.loads((REFERENCE / "tour" / "figures" / "figure_3.json").read_text()))
+    for name, figure, width in (("main_table", table_figure(metrics), 900), ("explorer", explorer_figure(), 1000),
+                                ("attention", attention, 900)):
         print(save_figure(figure, PICTURES / name, ("png",), width=width)[0])

@@ -371,7 +371,7 @@ def test_what_cannot_be_attached_is_named(internvl):
 
 def test_other_families_are_refused():
     model = tiny_llava(LlavaForConditionalGeneration, 56)
-    with pytest.raises(ValueError, match="got family llava; expected internvl or llava_onevision"):
+    with pytest.raises(ValueError, match="got family llava; expected internvl, llava_onevision"):
         attach_tokens(bundle_of(model, MEAN, STD, FAMILIES["llava"]), GUARDED)
 
 

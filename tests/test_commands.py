@@ -106,7 +106,7 @@ def test_an_installation_that_fails_by_itself_keeps_the_environment(checkout):
     assert (checkout / ".venv/half").exists() and not (checkout / ".venv/.unfinished").exists()
 
 
-@pytest.mark.parametrize("fails", ["", "lint", "test"])
+@pytest.mark.parametrize("fails", ["", "lint", "real", "test"])
 def test_the_check_lints_first_tests_and_builds_and_stops_where_one_fails(tmp_path, fails):
     shutil.copytree(ROOT / ".ci", tmp_path / ".ci")
     tools = tmp_path / "tools"
@@ -117,7 +117,7 @@ def test_the_check_lints_first_tests_and_builds_and_stops_where_one_fails(tmp_pa
     program(tools / "make", f'echo "$@" >> {tmp_path}/made; test "$1" != "{fails}"')
     done = subprocess.run([tmp_path / ".ci/run"], env=alone() | {"PATH": f"{tools}:{os.environ['PATH']}"},
                           capture_output=True, text=True)
-    steps = ["lint", "test", "wheel"]
+    steps = ["lint", "real", "test", "wheel"]
     assert (tmp_path / "made").read_text().split() == (steps[: steps.index(fails) + 1] if fails else steps)
     assert (done.returncode == 0) == (not fails)
 

@@ -336,7 +336,7 @@ def test_a_mixture_is_the_same_however_it_is_cut_and_resumes_exactly(bundle, tmp
     for until in (1, 2, None):
         parted = finetune(bundle, mixed, config, tmp_path / "b", until=until, progress=False)
     assert parted.log.drop(columns=list(TIMING)).equals(full.log.drop(columns=list(TIMING)))
-    with pytest.raises(ValueError, match="identity.data is"):
+    with pytest.raises(ValueError, match="holds the arm of another training, data is"):
         finetune(bundle, other, config, tmp_path / "a", progress=False)
     single = DocumentSet(parts["bars"])
     assert [index for _, index in single.visit(0, 0, 5)] == [
@@ -346,5 +346,5 @@ def test_a_mixture_is_the_same_however_it_is_cut_and_resumes_exactly(bundle, tmp
 
 @pytest.mark.parametrize("sources,weights", [({}, None), ({"a": [1]}, {"b": 1}), ({"a": [1]}, {"a": 0})])
 def test_a_mixture_without_weights_is_refused(sources, weights):
-    with pytest.raises(ValueError, match="a weight above 0 for each is expected"):
+    with pytest.raises(ValueError, match="a finite weight above 0 for each is expected"):
         Mixture(sources, weights)

@@ -138,7 +138,8 @@ def test_the_cache_is_used_and_left_clean_when_generation_fails(tmp_path, monkey
     )
     with pytest.raises(ValueError, match="at least 64"):
         documents(3, seed=6, size=16)
-    assert set(tmp_path.rglob("*.*")) == set(stamp), "nothing half-written stays"
+    checked = {path.with_suffix(".sha256") for path in stamp}
+    assert set(tmp_path.rglob("*.*")) == {*stamp, *checked}, "nothing half-written stays"
 
 
 def test_samples_carry_their_evidence_and_pass_through():

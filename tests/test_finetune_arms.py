@@ -143,7 +143,8 @@ def test_the_arms_of_the_real_model_have_the_known_sizes():
     inject(bundle_of(model))
     sizes = {arm: sum(p.numel() for p in trainable(bundle_of(model), arm).values()) for arm in ARMS}
     known = dict(sfa=7_296, control=337_583_104, vision=337_590_400, projector=33_570_816)
-    assert sizes == known | dict(vision_blocks=known["vision"], adat=known["control"], vision_adat=known["vision"],
+    assert sizes == known | dict(sfa_blocks=known["sfa"], sfa_blocks_entropy=known["sfa"],
+                                 vision_blocks=known["vision"], adat=known["control"], vision_adat=known["vision"],
                                  full=known["vision"])
     # of the last call, nothing is left awake
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == sizes["full"]
@@ -193,7 +194,7 @@ def test_all_arms_see_the_same_documents_and_questions_in_the_same_order(bundle,
     monkeypatch.setattr(finetune_module, "training_batch", spy)
     for arm in ARMS:
         # a measurement of norms would see a batch several times
-        scr = SCRConfig(norms_every=0) if arm == "full" else None
+        scr = SCRConfig(norms_every=0) if arm == "full" or ARMS[arm].losses else None
         run(bundle, charts, arm, tmp_path / arm, seed=len(arm), scr=scr)
     assert len({json.dumps(order) for order in seen.values()}) == 1 and len(seen) == len(ARMS)
     for arm in ("other",):
@@ -402,7 +403,7 @@ def test_an_arm_that_fails_while_it_is_put_on_leaves_nothing_behind(bundle, char
 @pytest.mark.parametrize(
     "wrong, said",
     [
-        (dict(arm="half"), "arm is 'half'; one of sfa, control, vision, projector"),
+        (dict(arm="half"), "arm is 'half'; one of sfa, sfa_blocks, sfa_blocks_entropy, control, vision, projector"),
         (dict(steps=0), "steps is 0"),
         (dict(steps=-1), "steps is -1"),
         (dict(batch_size=0), "batch_size is 0"),

@@ -57,7 +57,7 @@ def test_questions_about_one_page_are_one_draw():
 
 def test_a_record_of_several_questions_knows_their_pages():
     bundle = load_model("embedded")
-    asked = samples(documents(3, seed=6))[:8]
+    asked = samples(documents(3, seed=6))[::5]
     seen = record(bundle, asked)
     assert seen.document == tuple(sample.document for sample in asked) and len(set(seen.document)) < len(asked)
     split = by_region(seen, {sample.id: text_map(sample) for sample in asked})

@@ -161,6 +161,8 @@ def as_internvit(
         use_mean_pooling=False, attn_implementation=given._attn_implementation)
     weights = {}
     for name, value in model.state_dict().items():
+        if name == "embeddings.mask_token":  # of its pretraining; no page is masked
+            continue
         for old, new in INTERNVIT.items():
             name = name.replace(old, new)
         weights[name] = value
