@@ -15,7 +15,8 @@ SHIPPED = (  # patterns of files
     "data/grids/*.yaml",
     "notebooks/studies/*.ipynb",
     "exports/reference/arms/**/*", "exports/reference/verdict_labels/*", "exports/reference/embedded_model*/*",
-    "exports/reference/finetune/metrics.json", "exports/reference/curves/*/*.json", "exports/rendered/stage_seconds.json")
+    "exports/reference/finetune/metrics.json", "exports/reference/curves/*/*.json",
+    "exports/rendered/stage_seconds.json")
 cfg = ConfigParser(delimiters=["="])
 cfg.read(ROOT / "settings.ini", encoding="utf-8")
 cfg = cfg["DEFAULT"]

@@ -2,7 +2,8 @@
 
     python site/pictures.py        writes explorer.png, main_table.png and attention.png to exports/reference/pictures
 
-The table is that of the reference run of 30_finetune, the attention that of the tour's; the explorer shows a page with the first seed of a trained arm from
+The table is that of the reference run of 30_finetune, the attention that of the tour's; the explorer shows
+a page with the first seed of a trained arm from
 exports/reference/arms where there is
 one, else the model as it is. Needs Chromium.
 """
