@@ -44,9 +44,6 @@ KNOWN_DISAGREEMENTS = {"020": ("format_only", "correct"), "323": ("misread_cell"
 fast = settings(max_examples=150, deadline=None)
 
 
-OPEN = "subsets and lines of a table are read otherwise once further loose numbers are known"
-
-
 def evidence_of_case(case):
     return Evidence(tuple(map(tuple, case["table"])),
                     tuple(TextBox(text, NOWHERE, role) for text, role in case["texts"]))
@@ -239,10 +236,9 @@ def test_a_visible_number_is_never_ungrounded(question, answer, evidence, data):
     assert verdict.category != "ungrounded" and verdict.support != "none"
 
 
-@pytest.mark.xfail(strict=False, reason=OPEN)
 @fast
-@given(QUESTION, CELL, REPLY, EVIDENCE, EVIDENCE, st.randoms(use_true_random=False))
-def test_the_order_of_the_evidence_does_not_matter(question, answer, reply, first, second, random):
+@given(QUESTION, CELL, REPLY, EVIDENCE, st.randoms(use_true_random=False))
+def test_the_order_of_rows_columns_and_texts_does_not_matter(question, answer, reply, first, random):
     texts, rows = list(first.texts), list(first.table[1:])
     random.shuffle(texts)
     random.shuffle(rows)
@@ -250,17 +246,24 @@ def test_the_order_of_the_evidence_does_not_matter(question, answer, reply, firs
     random.shuffle(columns)
     shuffled = Evidence(tuple(tuple(line[c] for c in (0, *columns)) for line in (*first.table[:1], *rows)),
                         tuple(texts))
-    one, other = judge(question, answer, reply, first, second), judge(question, answer, reply, second, shuffled)
+    one, other = judge(question, answer, reply, first), judge(question, answer, reply, shuffled)
     assert (one.category, one.support, one.level, one.covered) == (other.category, other.support, other.level,
                                                                    other.covered)
 
 
-@pytest.mark.xfail(strict=False, reason=OPEN)
+@pytest.mark.xfail(strict=True, reason="the total of a table is lost where a loose number stands before it")
+def test_the_order_of_a_table_and_a_loose_number_does_not_matter():
+    table = Evidence((("", "c0", "c1", "c2"), ("row a", "1", "1", "1"), ("row b", "1", "6", "10")))
+    loose = Evidence((), (TextBox("10", NOWHERE, "value"),))
+    ask = "What is the sum of row a and row b?", "1", "19"
+    assert judge(*ask, table, loose).category == judge(*ask, loose, table).category
+
+
 @fast
 @given(QUESTION, CELL, REPLY, EVIDENCE, EVIDENCE)
-def test_more_evidence_never_turns_grounded_into_ungrounded(question, answer, reply, evidence, more):
+def test_more_evidence_never_turns_a_number_that_is_seen_into_ungrounded(question, answer, reply, evidence, more):
     before, after = judge(question, answer, reply, evidence), judge(question, answer, reply, evidence, more)
-    if before.support in GROUNDED:
+    if before.support in ("visible", "counted"):  # what is derived from the lines of a table can be lost with more
         assert after.support in GROUNDED and after.category != "ungrounded"
     # texts of an OCR engine join the same reader's table
     joined = judge(question, answer, reply, replace(evidence, texts=evidence.texts + more.texts))
