@@ -23,6 +23,7 @@ from sfa_core.runs.collect import (
     references,
     uncommitted,
 )
+from sfa_core.runs.curves import read_curves
 from sfa_core.scores.records import COLUMNS
 from sfa_core.figures.charts import training_loss
 from sfa_core.runs.results import out_folder, write_figure, write_json, write_metrics, write_records, write_table
@@ -231,3 +232,29 @@ def test_a_figure_is_found_by_its_number_and_an_unknown_number_is_refused(export
                                                                                      "00_tour/0123456789ab"]
     with pytest.raises(ValueError, match="figure '11' is unknown, expected one of 1, 2"):
         write_figure(run, "11", go.Figure())
+
+
+def test_readme_gives_the_findings_of_the_references():
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    at = {arm: {row["measure"]: row["rate"] for row in curve.rates[curve.rates["step"] == 1_500].to_dict("records")}
+          for curve in read_curves(REFERENCE / "curves") for arm in [curve.arm]
+          if (curve.task, curve.seed) == ("16 x 16", 0)}
+    share = lambda arm, measure: f"{at[arm][measure]:.0%}".replace("%", " %")
+    for text in (f"read in {share('vision', 'label_colour')} of its patches with SFA and in "
+                 f"{share('control', 'label_colour')} without",
+                 f"in {share('vision', 'value_binding')} against {share('control', 'value_binding')}",
+                 f"digits {share('vision', 'digits')} against {share('control', 'digits')}"):
+        assert text in readme, text
+    race = next(row for row in json.loads((REFERENCE / "tour" / "metrics.json").read_text())["race"]
+                if row["measure"] == "label_colour")
+    assert f"label colour {100 * race['vision']:.0f} % against {100 * race['control']:.0f} %, difference " \
+           f"+{100 * race['low']:.0f} to +{100 * race['high']:.0f} points" in readme
+    tuned = json.loads((REFERENCE / "finetune" / "metrics.json").read_text())
+    rates = {arm: [found["rate"] for name, found in tuned["summaries"].items() if name.rsplit("-", 1)[0] == arm]
+             for arm in ("baseline", "control", "vision")}
+    for arm, shown in (("baseline", "baseline"), ("control", "control"), ("vision", "control + SFA")):
+        assert f"| {shown} | {len(rates[arm])} | 1,538 | {sum(rates[arm]) / len(rates[arm]):.3f} |" in readme
+    off = next(row for row in tuned["check"]["doses"] if row["dose"] == 0)
+    assert f"is {tuned['check']['size']:.3f} logits; switched off, {100 * off['changed']:.1f} % of" in readme
+    found = tuned["vision_against_control"]
+    assert f"{100 * found['low']:+.1f} to {100 * found['high']:+.1f} over seeds and documents" in readme
