@@ -1,4 +1,4 @@
-"""What places explain of an attention: planted biases are found again in every family, noise is explained by nothing."""
+"""What places explain of an attention: planted biases are found again in every family, noise is not explained."""
 import pytest
 import torch
 from test_families import IMAGES, each_family, fresh
