@@ -30,7 +30,8 @@ from sfa_core.core.identity import folder_digest, tensor_digest
 from sfa_core.documents.generate import documents
 from sfa_core.models.embedded import EmbeddedConfig, train_tokenizer
 from sfa_core.models.load import load_model, new_bundle, save_model
-from sfa_core.pretraining.recipe import Recipe, save_heads, train_embedded
+from sfa_core.pretraining.recipe import Recipe, save_heads
+from sfa_core.pretraining.stages import train_embedded
 from sfa_core.runs.collect import tidy_records
 from sfa_core.runs.folders import find_run, finished_runs, run_states
 from sfa_core.runs.leftovers import leftovers, remove_leftover
