@@ -29,8 +29,8 @@ from toy_study import write_study
 from sfa_core.runs.grids import Grid, plan, run_grid
 from sfa_core.core.paths import REPOSITORY
 from sfa_core.runs.report import report_grid
+from sfa_core.runs.folders import finished_runs
 from sfa_core.runs.results import (
-    finished_runs,
     provenance,
     write_json,
     write_metrics,
