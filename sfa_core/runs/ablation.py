@@ -117,7 +117,8 @@ def mixture_of(
 
 
 # kind of what is kept -> module that makes it
-MADE_BY = {"cells": "runs.ablation", "dynamics": "pretraining.dynamics", "tuning": "pretraining.tuning"}
+MADE_BY = {"cells": "runs.ablation", "dynamics": "pretraining.dynamics", "tuning": "pretraining.tuning",
+           "towers": "pretraining.towers"}
 
 
 def kept_folder(
