@@ -123,5 +123,6 @@ def test_the_command_asks_about_a_picture_and_refuses_half_a_question(tmp_path, 
     assert "question" in capsys.readouterr().err and not (tmp_path / "a.html").exists()
     assert main(["demo", "--image", str(tmp_path / "no.png"), "--question", "What?"]) == 2
     assert "no picture" in capsys.readouterr().err
-    assert main(["demo", "--image", str(page), "--question", "List all values.", "--out", str(tmp_path / "a.html")]) == 0
+    asked = ["--question", "List all values."]
+    assert main(["demo", "--image", str(page), *asked, "--out", str(tmp_path / "a.html")]) == 0
     assert "List all values." in capsys.readouterr().out and (tmp_path / "a.html").stat().st_size < LARGEST_FILE
