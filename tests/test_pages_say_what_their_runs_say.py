@@ -34,7 +34,6 @@ PLOTLY = "application/vnd.plotly.v1+json"
 # made before their changes were committed; each is replaced when its study is written anew, and none is added here
 LATER = {
     "architectures": "five random miniatures have nothing to compare",
-    "dynamics": "stops at step 125, before anything but the colour of a label is learned",
     "embedded_model_shipped": "the training of the weights that ship, whose score is measured anew in embedded_model",
     "embedded_model_without_lookup": "an earlier recipe",
 }
