@@ -6,7 +6,8 @@
 __all__ = ['BINDING_KINDS', 'HELD_OUT', 'LARGER', 'PATCH', 'TRAINED_ROWS', 'TESTED_ROWS', 'TALL', 'BINDING', 'BINDING_ARMS',
            'CURVES', 'TASKS', 'BindingTask', 'TowerTask', 'changed', 'binding_task', 'table_task', 'tower_task',
            'BindingArm', 'LearningCurve', 'asked_for', 'binding_config', 'learn_curve', 'encoder_folder', 'write_curve',
-           'read_curves', 'curve_table', 'paired_differences', 'steps_to', 'TaskPlan', 'unlimited', 'main']
+           'read_curves', 'curve_table', 'paired_differences', 'steps_to', 'steps_saved', 'table_rates', 'TaskPlan',
+           'unlimited', 'main']
 
 # %% ../../notebooks/library/12_runs/65_curves.ipynb #dab3dcb5
 import argparse
@@ -280,6 +281,41 @@ def steps_to(
     last = part.groupby(["arm", "seed"])["step"].max()
     found = [f"{first[place]:,}" if place in first.index else f"> {end:,}" for place, end in last.items()]
     return pd.Series(found, index=last.index).unstack("seed")
+
+
+def steps_saved(
+    table: pd.DataFrame,  # one task of `curve_table`
+    arm: str,
+    level: float,  # rate to reach
+    measure: str = "label_colour",
+    against: str = "control",
+) -> pd.DataFrame:  # seed, the first measured steps of both arms or ">" their last, steps saved or a bound of them
+    "Compare seed by seed how many steps two arms took to reach a rate; a training that ended before gives a bound."
+    part, rows = table[(table["measure"] == measure) & table["arm"].isin([arm, against])], []
+    for seed, own in part.groupby("seed"):
+        first = own[own["rate"] >= level].groupby("arm")["step"].min().to_dict()
+        last = own.groupby("arm")["step"].max().to_dict()
+        if len(last) == 2:
+            sign = {(True, True): "", (True, False): ">= ", (False, True): "<= "}.get((arm in first, against in first))
+            steps = {name: first.get(name, end) for name, end in last.items()}
+            told = {name: f"{'' if name in first else '> '}{steps[name]:,}" for name in (arm, against)}
+            rows.append(dict(seed=seed, **told, saved="neither reached it" if sign is None else
+                             f"{sign}{steps[against] - steps[arm]:,}"))
+    return pd.DataFrame(rows, columns=["seed", arm, against, "saved"])
+
+
+def table_rates(
+    curves: Iterable[LearningCurve],  # those of the task tables are read
+) -> pd.DataFrame:  # arm, seed, step, measure, rows (3 to 5: those learned from), page (same or taller), rate, n
+    "Return what encoders that learned from small tables say of larger ones, at their last step."
+    found = []
+    for curve in (curve for curve in curves if curve.task == "tables"):
+        for step, name, rate, n in curve.rates[["step", "measure", "rate", "n"]].itertuples(index=False):
+            size, _, measure = name.rpartition(" ")
+            rows = size.split(" ")[0] or " to ".join(map(str, TRAINED_ROWS))
+            found += [dict(arm=curve.arm, seed=curve.seed, step=step, measure=measure, rows=rows, rate=rate, n=n,
+                           page="taller" if "taller" in size else "same")] if step == curve.rates["step"].max() else []
+    return pd.DataFrame(found, columns=["arm", "seed", "step", "measure", "rows", "page", "rate", "n"])
 
 # %% ../../notebooks/library/12_runs/65_curves.ipynb #1ef6fa24
 @dataclass(frozen=True)
