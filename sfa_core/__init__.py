@@ -42,6 +42,7 @@ PLACES = {  # module: names it offers here
     "training.check": "structure_check",
     "figures.style": "save_figure",
     "figures.explorer": "AttentionExplorer",
+    "figures.page": "save_explorer",
     "runs.results": "out_folder write_metrics write_timings write_records write_summary write_table write_figure",
     "runs.runs": "run_study",
     "runs.grids": "run_grid",
