@@ -1,11 +1,13 @@
 """A grid makes every run once, whatever dies on the way, and says what became of each."""
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
 import sys
-from contextlib import ExitStack
+import time
+from contextlib import ExitStack, suppress
 
 import pandas as pd
 import pytest
@@ -16,7 +18,7 @@ from sfa_core.core.paths import DATA, exports_root
 from sfa_core.runs.report import report_grid
 from sfa_core.runs.folders import finished_runs
 from sfa_core.runs.runs import run_table
-from sfa_core.runs.workers import on_this_machine, slots
+from sfa_core.runs.workers import Event, on_this_machine, slots
 from toy_study import CODE, SFA, everything, wait_for, write_study
 
 CARD = CODE + "\nwith open(os.environ['DRAW_LOG'] + '.card', 'a') as stream: print(os.environ['CUDA_VISIBLE_DEVICES'], file=stream)"  # noqa: E501
@@ -267,6 +269,31 @@ def test_a_cluster_makes_a_grid_and_survives_its_workers_and_its_client(home, wr
     )
     assert sorted(row[1] for row in run_table()) == ["failed", "finished"] and not alive(kernels(home)[0])
     assert executions(home) <= 3, "taken up from the checkpoint, not made twice"
+
+
+def test_a_terminal_that_is_closed_ends_no_grid(home, monkeypatch):
+    "The board is drawn on a terminal, which goes away between two runs."
+    grid = home / "small.yaml"
+    grid.write_text("study: draw\nseeds: [1, 2]\n")
+    master, slave = pty.openpty()
+    drawn = []
+
+    def pretend(todo, environments):
+        for task in todo:
+            yield Event(task.identity, "running")
+            time.sleep(1.2)  # the board is drawn twice a second
+            if not drawn:
+                drawn.append(os.read(master, 100_000).decode())
+                os.close(master)
+            yield Event(task.identity, "finished")
+
+    monkeypatch.setattr("sfa_core.runs.grids.on_this_machine", pretend)
+    with suppress(OSError), open(slave, "w") as terminal:  # what is left in it can be written nowhere
+        monkeypatch.setattr(sys, "stderr", terminal)
+        monkeypatch.setattr(sys, "stdout", terminal)
+        ended = main(["grid", str(grid)])
+        monkeypatch.undo()
+    assert ended == 0 and "0 of 2 finished, 1 running" in drawn[0] and "\x1b[" in drawn[0]
 
 
 def test_the_grids_that_ship_fit_their_studies():

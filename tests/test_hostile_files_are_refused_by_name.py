@@ -11,7 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
+from accelerate import Accelerator
 from hostile_files import CONTENTS, KINDS, MARK, png
+from toy_training import DEFAULT, model, run
 
 from sfa_core.core.hub import folder_revision
 from sfa_core.core.identity import folder_digest
@@ -30,7 +32,9 @@ from sfa_core.scores.harness import read_answers
 from sfa_core.structure.store import read_structure
 from sfa_core.tokens.density import SHIPPED, load_density
 from sfa_core.training.arms import read_arm
-from sfa_core.training.checkpoints import read_folder, read_log
+from sfa_core.training.checkpoints import read_folder, read_log, read_sums
+from sfa_core.training.schedule import LoopConfig, make_optimizer
+from sfa_core.training.state import Run, load_run
 
 ROOT = Path(__file__).resolve().parents[1]
 ARMS = ROOT / "exports" / "reference" / "arms"
@@ -116,6 +120,27 @@ def arm(read):
     return call
 
 
+STEP = "checkpoints/step-00000002"
+
+
+def trained(folder):
+    run(folder / "copy", until=2)
+
+
+def resumed(folder):
+    "Go on from a checkpoint with sound checksums; when it is refused, no weight has changed."
+    sums(folder / STEP)
+    net = model()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    parameters, config = dict(net.named_parameters()), LoopConfig(**DEFAULT)
+    going = Run(parameters, make_optimizer(parameters, config), config, folder, Accelerator(cpu=True))
+    try:
+        load_run(going, folder / STEP)
+    except ValueError:
+        assert all(before[name].equal(value) for name, value in net.state_dict().items()) and not going.optimizer.state
+        raise
+
+
 def questions(name, **options):
     return lambda folder: [sample.image for sample in load_benchmark(name, source=folder, **options)]
 
@@ -168,6 +193,9 @@ READERS = {  # name -> lays out what is sound, the file that is replaced, what r
     "weights of an arm": (copied(ARMS / "control"), "weights.safetensors", arm(read_arm)),
     "a further file of an arm": (copied(ARMS / "control"), "more.json", arm(read_folder)),
     "SHA256SUMS": (copied(ARMS / "control"), "SHA256SUMS", read_arm),
+    "checksums": single("SHA256SUMS", read_sums),
+    **{f"{name} of a checkpoint": (trained, f"{STEP}/{name}", resumed)
+       for name in ("run.json", "position.json", "random.json", "weights.safetensors", "optimizer.safetensors")},
     "density card": (copied(SHIPPED), "density.json", load_density),
     "density weights": (copied(SHIPPED), "density.safetensors", load_density),
     "dense heads": (copied(EMBEDDED), "dense/heads.safetensors", load_heads),

@@ -75,8 +75,10 @@ TABLE_3 = {
                                dict(arm="vision", terms=("row", "column", "distance"))),
     "vision_blocks": Row("control", "row + column + distance + density block", dict(arm="vision_blocks")),
 }
-PUBLISHED = {  # rows as they were published: a frozen backbone, and one arm trained on from another
+# rows as they were published: a frozen backbone, and one arm trained on from another; beside them a rival of SFA
+PUBLISHED = {
     "sfa": Row("baseline", "SFA only, frozen backbone", dict(arm="sfa")),
+    "lora": Row("sfa", "low-rank updates with as many parameters as SFA, frozen backbone", dict(arm="lora")),
     "sfa_blocks": Row("sfa", "SFA + density blocks, frozen backbone", dict(arm="sfa_blocks")),
     "sfa_blocks_entropy": Row("sfa_blocks", "SFA + density blocks + entropy loss, frozen backbone",
                               dict(arm="sfa_blocks_entropy")),
@@ -117,7 +119,8 @@ def mixture_of(
 
 
 # kind of what is kept -> module that makes it
-MADE_BY = {"cells": "runs.ablation", "dynamics": "pretraining.dynamics", "tuning": "pretraining.tuning"}
+MADE_BY = {"cells": "runs.ablation", "dynamics": "pretraining.dynamics", "tuning": "pretraining.tuning",
+           "towers": "pretraining.towers"}
 
 
 def kept_folder(
