@@ -54,11 +54,11 @@ def mended(texts: Sequence[TextBox]) -> tuple[TextBox, ...]:
     tenths = any(re.fullmatch(r"\d+\.\d{1,2}", text) for text in own)
     found: list[TextBox] = []
     for one in texts:
-        parts = split_values(one.text) if one.role == "ocr" else [one.text]
+        parts = split_values(one.text) if one.role == "ocr" else [one.text.strip()]
         if len(parts) == 1 and one.role == "ocr" and grouped and not tenths:
             parts = [thousands(one.text.strip())]
         x0, y0, x1, y1 = one.box
         ends = [x0 + (x1 - x0) * i / len(parts) for i in range(len(parts) + 1)]
-        whole = parts == [one.text] or parts == [one.text.strip()]
-        found += [one] if whole else [replace(one, text=part, box=(a, y0, b, y1)) for part, a, b in zip(parts, ends, ends[1:])]
+        cut = [replace(one, text=part, box=(a, y0, b, y1)) for part, a, b in zip(parts, ends, ends[1:])]
+        found += [one] if parts == [one.text.strip()] else cut
     return tuple(found)

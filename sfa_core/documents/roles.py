@@ -269,4 +269,5 @@ def with_roles(evidence: Evidence) -> Evidence:
     "Mend the OCR texts of a page and give them their roles."
     texts = mended(evidence.texts)
     roles = text_roles(texts)
-    return replace(evidence, texts=tuple(t if t.role == role else replace(t, role=role) for t, role in zip(texts, roles)))
+    told = (t if t.role == role else replace(t, role=role) for t, role in zip(texts, roles))
+    return replace(evidence, texts=tuple(told))

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from ..documents.numbers import Number, agree, is_numeric, read_numbers, rounds_to
 from .cells import name_key
+from .claims import within
 from .facts import Facts, Place
 from .operations import asks_for_count, counts_marks, named_operations
 from sfa_core.scores.subsets import (
@@ -248,7 +249,7 @@ def named_value(question: str, known: Facts) -> int | None:
     chosen = known.named_results(question).named.chosen
     if not chosen:
         words = set(stem_words(question)) - PLAIN_WORDS
-        named = [i for i, (row, _) in enumerate(known.under) if 2 * len(words & set(name_words(row))) > len(name_words(row))]
+        named = any(2 * len(words & set(name_words(row))) > len(name_words(row)) for row, _ in known.under)
         chosen = () if named else tuple(i for i, (row, _) in enumerate(known.under) if name_key(row) in WHOLE)
     values = {known.values[i] for i in chosen}
     return chosen[0] if len(values) == 1 else None
@@ -266,7 +267,8 @@ def other_cell(question: str, label: Number, known: Facts, stated: Sequence[Numb
     others = [number for number, _ in known.operands if number.value == label.value]
     if not others or agree(own, label) or rounds_to(own.value, label):
         return None
-    confirmed = len(stated) == 1 and (agree(stated[0], own) or rounds_to(own.value, stated[0]))
+    apart = not within(label.value, own.value, 0.05)  # else a reply that fits the page is right as well
+    confirmed = apart and len(stated) == 1 and (agree(stated[0], own) or rounds_to(own.value, stated[0]))
     if not confirmed and (AWAY.search(question) or not is_one_series(known) or not known.under[at][0]):
         return None
     name = " and ".join(filter(None, known.under[at])) or "what is named"

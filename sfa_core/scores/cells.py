@@ -209,7 +209,8 @@ def place_values(
     second = {i: text for text, line in zip(legend, series) for i in line}
     told = [(names[name][0] if name >= 0 else "", second.get(i, "")) for i, name in enumerate(own.tolist())]
     rows = sorted(set(own.tolist()) - {-1})
-    slots = (aligned(of_names, rows, float(np.median(boxes[:, 3] - boxes[:, 1]))) if rows else 0) if across else len(row)
+    height = float(np.median(boxes[:, 3] - boxes[:, 1]))
+    slots = aligned(of_names, rows, height) if across and rows else len(row)
     return told, [line for line in (*lines, *series) if len(line) > 1], slots
 
 # %% ../../notebooks/library/04_scores/45_cells.ipynb #ae3bd8df
