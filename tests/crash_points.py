@@ -16,9 +16,11 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
-os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+if __name__ == "__main__":  # before torch is imported
+    os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 import nbformat
 import pandas as pd
@@ -223,6 +225,14 @@ def crash(name: str, points: int | None) -> dict[str, int]:
                 shutil.rmtree(root / "killed", ignore_errors=True)
     assert not lost, "\n".join(lost)
     return {"touches": count, "killed": len(chosen)}
+
+
+def tell(name: str, points: int | None, line: Connection) -> None:
+    "Send what `crash` returns, or why it failed; for a process of its own."
+    try:
+        line.send(crash(name, points))
+    except BaseException as error:
+        line.send(f"{type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":

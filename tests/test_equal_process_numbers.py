@@ -1,13 +1,18 @@
 """Two containers have processes of equal numbers and one folder of results: neither takes the other's files, locks or
 reports."""
+import socket
 import subprocess
 import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 
 import nbformat
 import pandas as pd
 import pytest
+from sfa_core.core.files import write_atomic
 from sfa_core.core.paths import exports_root
 from sfa_core.runs.grids import plan, read_grid
+from sfa_core.runs.leftovers import held_folder
 from test_looking_never_raises import write_run
 from toy_study import SFA
 
@@ -68,7 +73,25 @@ def test_two_processes_of_one_number_make_the_same_data_and_the_same_table(tmp_p
     assert numbers == [{"faked": "7", "namespaces": "1"}[way]] * 2
     assert len(pd.read_parquet(tmp_path / "records.parquet")) == 200_000
     assert (tmp_path / "count").read_text() == "60", "no two held the lock at once"
-    assert not list(tmp_path.rglob("*.part*")) and not list((tmp_path / "exports" / "temporary").iterdir())
+    assert not list(tmp_path.rglob("*.part*")) and not list((tmp_path / "exports" / "temporary").glob("*"))
+
+
+def test_threads_that_write_one_file_all_succeed(tmp_path):
+    path = tmp_path / "a.json"
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: write_atomic(path, str(number) * 1000), range(200)))
+    assert len(set(path.read_text())) <= 3 and [file.name for file in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_temporary_folder_of_a_long_name_is_left_for_one_that_can_hold_sockets(tmp_path, monkeypatch):
+    deep = tmp_path / ("d" * 100)
+    deep.mkdir()
+    monkeypatch.setenv("SFA_EXPORTS", str(deep))
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    with held_folder() as held, socket.socket(socket.AF_UNIX) as heard:
+        heard.bind(str(held / "kernel.json-ipc-12345"))
+        assert held.is_relative_to("/tmp") or held.is_relative_to("/dev/shm")
+    assert not held.exists()
 
 
 def test_two_whole_reports_of_one_grid_at_once_are_one_report(home):

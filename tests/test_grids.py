@@ -102,7 +102,7 @@ def test_a_grid_is_made_once_failures_are_kept_and_only_they_are_made_again_on_r
     )
 
 
-def test_a_report_holds_every_run_and_everything_in_it_is_text(home, write_grid):
+def test_a_report_holds_every_run_and_everything_in_it_is_text(home, write_grid, forked_kernels):
     write_study(home / "studies", code=RECORDS)
     grid = write_grid(parameters={"size": [300, 0], "label": "<script>alert(1)</script>"}, seeds=[0, 1])
     run_grid(grid, workers=2)
@@ -301,7 +301,7 @@ def test_the_grids_that_ship_fit_their_studies():
     assert {"small"} <= {grid.name for grid in grids} and all(plan(grid) for grid in grids)
 
 
-def test_the_small_grid_runs_as_it_ships(forkserver, tmp_path, monkeypatch):
+def test_the_small_grid_runs_as_it_ships(forked_kernels, tmp_path, monkeypatch):
     monkeypatch.setenv("SFA_EXPORTS", str(tmp_path))
     assert main(["grid", "small", "--workers", "2"]) == 0 and main(["report", "small"]) == 0
     table = pd.read_parquet(tmp_path / "reports" / "small" / "records.parquet")
