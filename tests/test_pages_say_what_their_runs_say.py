@@ -108,6 +108,7 @@ def test_every_run_on_the_report_is_a_reference_of_committed_code():
     ("tour", "00_tour"), ("embedded_model", "05_embedded_model"), ("tokens", "20_density_and_tokens"),
     ("finetune", "30_finetune"),
     ("grounding", "50_grounding"), ("binding", "52_where_binding_is_lost"),
+    ("binding_from_nothing", "61_binding_from_nothing"),
     ("sinks", "55_sinks"), ("ablation", "60_ablation"), ("cost", "65_cost"),
     ("baseline", "10_baseline_eval"), ("entropy", "45_entropy"), ("explorer", "40_attention_explorer")])
 def test_a_reference_is_the_run_of_the_page_beside_it(name, study):
