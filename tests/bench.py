@@ -6,7 +6,8 @@ of that run; what is added is starting workers, planning, naming and handing out
 beside it, so that the price of a kernel
 per run is not hidden.
 A report over 1,000,000 records: seconds and peak memory of a process that does nothing else.
-Every crash point of what writes (tests/crash_points.py): killed there, repeated, compared.
+Every crash point of what writes (tests/crash_points.py): killed there, repeated, compared. `--crash-points` measures
+these alone, all of them or those that are named, and keeps the other results as they are.
 """
 import argparse
 import json
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +29,8 @@ from toy_study import write_study
 from sfa_core.runs.grids import Grid, plan, run_grid
 from sfa_core.core.paths import REPOSITORY
 from sfa_core.runs.report import report_grid
+from sfa_core.runs.folders import finished_runs
 from sfa_core.runs.results import (
-    finished_runs,
     provenance,
     write_json,
     write_metrics,
@@ -114,12 +116,22 @@ def only_report(seeds: int) -> None:
 CRASHES = ("run", "report", "model", "documents", "finetune", "pretraining")
 
 
-def crash_points() -> dict[str, dict[str, int]]:  # scenario -> touches of the disk, attempts that were killed
-    "Kill everything that writes before each of its touches of the disk; CalledProcessError when something is lost."
-    harness = Path(__file__).with_name("crash_points.py")
-    said = {name: subprocess.run([sys.executable, harness, name], check=True, stdout=subprocess.PIPE, text=True).stdout
-            for name in CRASHES}
-    return {name: json.loads(text) for name, text in said.items()}
+def crash_points(names: Sequence[str], out: Path) -> None:
+    """Kill what writes before each of its touches of the disk, and add the counts to the results, each scenario with
+    the commit it was run at; CalledProcessError when something is lost."""
+    harness, facts = Path(__file__).with_name("crash_points.py"), provenance({}, {})
+    for name in names:
+        said = subprocess.run([sys.executable, harness, name], check=True, stdout=subprocess.PIPE, text=True).stdout
+        metrics, known = (json.loads((out / file).read_text("utf-8")) for file in ("metrics.json", "provenance.json"))
+        write_metrics(out, metrics | {"crash_points": metrics.get("crash_points", {}) | {name: json.loads(said)}})
+        origin = known.get("crash_points", {}) | {name: facts["git"]}
+        write_json(out / "provenance.json", known | {"crash_points": origin})
+        print(f"{name}: {said.strip()}", flush=True)
+    found = json.loads((out / "metrics.json").read_text("utf-8"))["crash_points"]
+    killed, lines = sum(entry["killed"] for entry in found.values()), (out / "summary.txt").read_text("utf-8")
+    rest = [line for line in lines.splitlines() if "crash points" not in line]
+    write_summary(out, "\n".join([*rest, f"{killed} crash points of {len(found)} writers: nothing lost, nothing half "
+                                         f"done that looks done, every repetition ended the same."]))
 
 
 def main() -> None:
@@ -129,9 +141,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--out", type=Path, default=REPOSITORY / "exports" / "reference" / "bench")
     parser.add_argument("--only-report", type=int)
+    parser.add_argument("--crash-points", nargs="*", choices=CRASHES)
     options = parser.parse_args()
     if options.only_report:
         return only_report(options.only_report)
+    if options.crash_points is not None:
+        return crash_points(options.crash_points or CRASHES, options.out)
     options.out.mkdir(parents=True, exist_ok=True)
     found, began, facts = {}, time.time(), provenance({}, {})
     for name, measure in (("grid", lambda: grid_overhead(options.runs, options.workers)),
@@ -141,21 +156,19 @@ def main() -> None:
                            "DRAW_LOG": f"{scratch}/log"}
             found[name] = measure()
             del os.environ["SFA_EXPORTS"], os.environ["SFA_STUDIES"]
-    grid, report, crashes = found["grid"], found["report"], crash_points()
-    killed = sum(entry["killed"] for entry in crashes.values())
+    grid, report = found["grid"], found["report"]
     write_timings(options.out, found)
     write_metrics(options.out,
                   {"grid": {"runs": grid["runs"], "workers": grid["workers"]},
-                   "report": {"rows": report["rows_written"], "runs": report["runs"]},
-                   "crash_points": crashes})
+                   "report": {"rows": report["rows_written"], "runs": report["runs"]}})
     write_json(options.out / "provenance.json",
                facts | {"what": "make bench", "wall_seconds": round(time.time() - began, 1)})
     write_summary(options.out,
                   f"""{grid['runs']} runs of {grid['median_run_seconds']:.2f} s (median), {grid['workers']} workers: {grid['wall_seconds']:.0f} s,
 overhead {100 * grid['overhead']:.1f} % (bar: 15 %).
 Of {grid['run_wall_seconds']:.0f} s in the runs, {grid['cells_seconds']:.0f} s were their cells; the rest is a kernel for each.
-{report['rows_written']:,} records of {report['runs']} runs in one report: {report['seconds']:.1f} s, peak {report['peak_gib']:.2f} GiB (bar: 30 s, 2 GiB).
-{killed} crash points of {len(crashes)} writers: nothing lost, nothing half done that looks done, every repetition ended the same.""")  # noqa: E501
+{report['rows_written']:,} records of {report['runs']} runs in one report: {report['seconds']:.1f} s, peak {report['peak_gib']:.2f} GiB (bar: 30 s, 2 GiB).""")  # noqa: E501
+    crash_points(CRASHES, options.out)
     print((options.out / "summary.txt").read_text())
 
 

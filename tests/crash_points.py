@@ -14,10 +14,13 @@ import shutil
 import signal
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
-os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+if __name__ == "__main__":  # before torch is imported
+    os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 import nbformat
 import pandas as pd
@@ -30,7 +33,8 @@ from sfa_core.core.identity import folder_digest, tensor_digest
 from sfa_core.documents.generate import documents
 from sfa_core.models.embedded import EmbeddedConfig, train_tokenizer
 from sfa_core.models.load import load_model, new_bundle, save_model
-from sfa_core.pretraining.recipe import Recipe, save_heads, train_embedded
+from sfa_core.pretraining.recipe import Recipe, save_heads
+from sfa_core.pretraining.stages import train_embedded
 from sfa_core.runs.collect import tidy_records
 from sfa_core.runs.folders import find_run, finished_runs, run_states
 from sfa_core.runs.leftovers import leftovers, remove_leftover
@@ -211,12 +215,24 @@ def crash(name: str, points: int | None) -> dict[str, int]:
         chosen = range(1, count + 1)
         if points and points < count:
             chosen = sorted({round(1 + i * (count - 1) / (points - 1)) for i in range(points)})
+        lost = []
         for at in chosen:
             try:
                 assert attempt(at, root / "killed")[1] == whole, "the end is another one"
             except Exception as error:
-                raise AssertionError(f"{name}, killed before touch {at} of {count}: {error}") from error
+                line = traceback.extract_tb(error.__traceback__)[-1]
+                lost.append(f"{name}, killed before touch {at} of {count}: {line.line}: {error}")
+                shutil.rmtree(root / "killed", ignore_errors=True)
+    assert not lost, "\n".join(lost)
     return {"touches": count, "killed": len(chosen)}
+
+
+def tell(name: str, points: int | None, line: Connection) -> None:
+    "Send what `crash` returns, or why it failed; for a process of its own."
+    try:
+        line.send(crash(name, points))
+    except BaseException as error:
+        line.send(f"{type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":

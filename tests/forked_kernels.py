@@ -4,6 +4,7 @@ is, papermill and sockets included.
 jupyter_client finds `ForkedKernels` by the entry point `forked` in forked_kernels-1.dist-info, and starts kernels
 by it where it is the default provisioner.
 """
+import gc
 import multiprocessing
 import os
 import signal
@@ -19,6 +20,7 @@ FORKS = multiprocessing.get_context("forkserver")
 
 def serve_kernel(ready: Connection, arguments: list[str], environment: Mapping[str, str], folder: str) -> None:
     "Be an IPython kernel; for a process of its own."
+    gc.freeze()  # what is inherited is no garbage of this process: looking through it again and again would copy it
     os.setsid()
     ready.send("a group of its own")  # whoever stops the kernel stops its group
     os.environ.clear()

@@ -3,6 +3,7 @@ import json
 import os
 
 import pytest
+from forked_kernels import fork_kernels
 from sfa_core.runs.collect import differing
 from sfa_core.runs.runs import run_study
 
@@ -16,9 +17,10 @@ def repeated(smoke_run, monkeypatch):
     first = smoke_run(STUDY)
     monkeypatch.setenv("SFA_EXPORTS", str(first.parents[2]))
 
-    def again(threads=None):
-        monkeypatch.setenv("OMP_NUM_THREADS", threads) if threads else None
-        return run_study(STUDY, dict(limit=40), force=True, timeout=300)
+    def again(threads=None):  # a forked kernel cannot have another number of threads
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("OMP_NUM_THREADS", threads) if threads else fork_kernels(patch)
+            return run_study(STUDY, dict(limit=40), force=True, timeout=300)
     return first, again
 
 

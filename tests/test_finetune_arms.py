@@ -25,6 +25,7 @@ from sfa_core.documents.generate import documents
 from sfa_core.documents.samples import samples
 from sfa_core.models.embedded import train_tokenizer
 from sfa_core.training.finetune import finetune, prepared
+from sfa_core.structure.rivals import attach_low_rank, bias_parameters, detach_low_rank
 from sfa_core.training.arms import ARMS, FinetuneConfig, load_arm, read_arm, trainable
 from sfa_core.models.load import new_bundle
 from sfa_core.tokens.adaptive import CONTROL
@@ -85,8 +86,8 @@ def outputs(bundle, data):
 
 
 def part_of(name):
-    if ".structure." in name:
-        return "structure"
+    if ".structure." in name or ".low_rank." in name:
+        return "structure" if ".structure." in name else "low_rank"
     return {"model.vision_tower": "tower",
             "model.multi_modal_projector": "projector"}.get(".".join(name.split(".")[:2]), "language")
 
@@ -102,8 +103,9 @@ def test_an_arm_changes_all_of_its_parts_and_nothing_else(bundle, charts, tmp_pa
         after = weights_of(bundle.model)
         changed = {name for name in after if name not in before or not torch.equal(after[name], before[name])}
     learned = {name for name, _ in bundle.model.named_parameters() if part_of(name) in ARMS[arm].parts}
-    structure = {name for name in after if part_of(name) == "structure"}
-    assert changed == learned | structure and bool(structure) == ("structure" in ARMS[arm].parts)
+    attached = {part: {name for name in after if part_of(name) == part} for part in ("structure", "low_rank")}
+    assert changed == learned.union(*attached.values())
+    assert all(bool(names) == (part in ARMS[arm].parts) for part, names in attached.items())
     start = read_folder(sorted((tmp_path / "checkpoints").glob("*"))[0])[0]["weights"]
     assert set(start) == changed and all(not torch.equal(start[name], after[name]) for name in changed)
 
@@ -140,8 +142,15 @@ def test_the_arms_of_the_real_model_have_the_known_sizes():
         model = InternVLForConditionalGeneration(InternVLConfig(vision_config=vision, text_config=text))
     with pytest.raises(ValueError, match="trains structural weights"):
         trainable(bundle_of(model), "sfa")
+    with pytest.raises(ValueError, match="trains low-rank updates"):
+        trainable(bundle_of(model), "lora")
+    assert bias_parameters(bundle_of(model)) == 7_296
+    attach_low_rank(bundle_of(model), 7_296)  # 4 of 24 layers, 2,048 each: nearer than 3
+    assert sum(p.numel() for p in trainable(bundle_of(model), "lora").values()) == 8_192
+    assert sum(p.numel() for p in trainable(bundle_of(model), "control").values()) == 337_583_104
+    detach_low_rank(bundle_of(model))
     inject(bundle_of(model))
-    sizes = {arm: sum(p.numel() for p in trainable(bundle_of(model), arm).values()) for arm in ARMS}
+    sizes = {arm: sum(p.numel() for p in trainable(bundle_of(model), arm).values()) for arm in ARMS if arm != "lora"}
     known = dict(sfa=7_296, control=337_583_104, vision=337_590_400, projector=33_570_816)
     assert sizes == known | dict(sfa_blocks=known["sfa"], sfa_blocks_entropy=known["sfa"],
                                  vision_blocks=known["vision"], adat=known["control"], vision_adat=known["vision"],

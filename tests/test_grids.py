@@ -1,11 +1,13 @@
 """A grid makes every run once, whatever dies on the way, and says what became of each."""
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
 import sys
-from contextlib import ExitStack
+import time
+from contextlib import ExitStack, suppress
 
 import pandas as pd
 import pytest
@@ -16,7 +18,7 @@ from sfa_core.core.paths import DATA, exports_root
 from sfa_core.runs.report import report_grid
 from sfa_core.runs.folders import finished_runs
 from sfa_core.runs.runs import run_table
-from sfa_core.runs.workers import on_this_machine, slots
+from sfa_core.runs.workers import Event, on_this_machine, slots
 from toy_study import CODE, SFA, everything, wait_for, write_study
 
 CARD = CODE + "\nwith open(os.environ['DRAW_LOG'] + '.card', 'a') as stream: print(os.environ['CUDA_VISIBLE_DEVICES'], file=stream)"  # noqa: E501
@@ -100,7 +102,7 @@ def test_a_grid_is_made_once_failures_are_kept_and_only_they_are_made_again_on_r
     )
 
 
-def test_a_report_holds_every_run_and_everything_in_it_is_text(home, write_grid):
+def test_a_report_holds_every_run_and_everything_in_it_is_text(home, write_grid, forked_kernels):
     write_study(home / "studies", code=RECORDS)
     grid = write_grid(parameters={"size": [300, 0], "label": "<script>alert(1)</script>"}, seeds=[0, 1])
     run_grid(grid, workers=2)
@@ -269,12 +271,37 @@ def test_a_cluster_makes_a_grid_and_survives_its_workers_and_its_client(home, wr
     assert executions(home) <= 3, "taken up from the checkpoint, not made twice"
 
 
+def test_a_terminal_that_is_closed_ends_no_grid(home, monkeypatch):
+    "The board is drawn on a terminal, which goes away between two runs."
+    grid = home / "small.yaml"
+    grid.write_text("study: draw\nseeds: [1, 2]\n")
+    master, slave = pty.openpty()
+    drawn = []
+
+    def pretend(todo, environments):
+        for task in todo:
+            yield Event(task.identity, "running")
+            time.sleep(1.2)  # the board is drawn twice a second
+            if not drawn:
+                drawn.append(os.read(master, 100_000).decode())
+                os.close(master)
+            yield Event(task.identity, "finished")
+
+    monkeypatch.setattr("sfa_core.runs.grids.on_this_machine", pretend)
+    with suppress(OSError), open(slave, "w") as terminal:  # what is left in it can be written nowhere
+        monkeypatch.setattr(sys, "stderr", terminal)
+        monkeypatch.setattr(sys, "stdout", terminal)
+        ended = main(["grid", str(grid)])
+        monkeypatch.undo()
+    assert ended == 0 and "0 of 2 finished, 1 running" in drawn[0] and "\x1b[" in drawn[0]
+
+
 def test_the_grids_that_ship_fit_their_studies():
     grids = [read_grid(path) for path in sorted((DATA / "grids").glob("*.yaml"))]
     assert {"small"} <= {grid.name for grid in grids} and all(plan(grid) for grid in grids)
 
 
-def test_the_small_grid_runs_as_it_ships(forkserver, tmp_path, monkeypatch):
+def test_the_small_grid_runs_as_it_ships(forked_kernels, tmp_path, monkeypatch):
     monkeypatch.setenv("SFA_EXPORTS", str(tmp_path))
     assert main(["grid", "small", "--workers", "2"]) == 0 and main(["report", "small"]) == 0
     table = pd.read_parquet(tmp_path / "reports" / "small" / "records.parquet")

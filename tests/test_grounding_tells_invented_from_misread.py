@@ -40,7 +40,16 @@ NOWHERE = (0.0, 0.0, 1.0, 1.0)
 # A blank before the percent sign was labelled as a difference in writing; the published scorer reads "62 %" as a
 # number, so it is simply right.
 # A count was labelled as misread where its number is printed too; now what a question counts is no printed number.
-KNOWN_DISAGREEMENTS = {"020": ("format_only", "correct"), "323": ("misread_cell", "count_error")}
+# A result on two operands within 10 % of the right one was labelled as ungrounded; readers of real pages call it a
+# slip, and the definition in exports/reference/verdict_labels/README.md follows them. So it does for "40 billion" on a
+# page in billions, which is 40.0 written otherwise.
+KNOWN_DISAGREEMENTS = {
+    "020": ("format_only", "correct"),
+    "306": ("scale_or_sign", "format_only"),
+    "323": ("misread_cell", "count_error"),
+} | {
+    case: ("ungrounded", "calculation_error") for case in ("204", "230", "304")
+}
 fast = settings(max_examples=150, deadline=None)
 
 
@@ -251,7 +260,6 @@ def test_the_order_of_rows_columns_and_texts_does_not_matter(question, answer, r
                                                                    other.covered)
 
 
-@pytest.mark.xfail(strict=True, reason="the total of a table is lost where a loose number stands before it")
 def test_the_order_of_a_table_and_a_loose_number_does_not_matter():
     table = Evidence((("", "c0", "c1", "c2"), ("row a", "1", "1", "1"), ("row b", "1", "6", "10")))
     loose = Evidence((), (TextBox("10", NOWHERE, "value"),))

@@ -1,6 +1,7 @@
 """Whatever stands in a file, and whatever stands where a file should be: every reader takes it for what it is, or
 refuses it in one line with its name; none hangs, none runs anything."""
 import json
+import os
 import shutil
 import signal
 import warnings
@@ -11,7 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
+from accelerate import Accelerator
 from hostile_files import CONTENTS, KINDS, MARK, png
+from toy_training import DEFAULT, model, run
 
 from sfa_core.core.hub import folder_revision
 from sfa_core.core.identity import folder_digest
@@ -30,7 +33,9 @@ from sfa_core.scores.harness import read_answers
 from sfa_core.structure.store import read_structure
 from sfa_core.tokens.density import SHIPPED, load_density
 from sfa_core.training.arms import read_arm
-from sfa_core.training.checkpoints import read_folder, read_log
+from sfa_core.training.checkpoints import read_folder, read_log, read_sums
+from sfa_core.training.schedule import LoopConfig, make_optimizer
+from sfa_core.training.state import Run, load_run
 
 ROOT = Path(__file__).resolve().parents[1]
 ARMS = ROOT / "exports" / "reference" / "arms"
@@ -116,6 +121,27 @@ def arm(read):
     return call
 
 
+STEP = "checkpoints/step-00000002"
+
+
+def trained(folder):
+    run(folder / "copy", until=2)
+
+
+def resumed(folder):
+    "Go on from a checkpoint with sound checksums; when it is refused, no weight has changed."
+    sums(folder / STEP)
+    net = model()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    parameters, config = dict(net.named_parameters()), LoopConfig(**DEFAULT)
+    going = Run(parameters, make_optimizer(parameters, config), config, folder, Accelerator(cpu=True))
+    try:
+        load_run(going, folder / STEP)
+    except ValueError:
+        assert all(before[name].equal(value) for name, value in net.state_dict().items()) and not going.optimizer.state
+        raise
+
+
 def questions(name, **options):
     return lambda folder: [sample.image for sample in load_benchmark(name, source=folder, **options)]
 
@@ -168,6 +194,9 @@ READERS = {  # name -> lays out what is sound, the file that is replaced, what r
     "weights of an arm": (copied(ARMS / "control"), "weights.safetensors", arm(read_arm)),
     "a further file of an arm": (copied(ARMS / "control"), "more.json", arm(read_folder)),
     "SHA256SUMS": (copied(ARMS / "control"), "SHA256SUMS", read_arm),
+    "checksums": single("SHA256SUMS", read_sums),
+    **{f"{name} of a checkpoint": (trained, f"{STEP}/{name}", resumed)
+       for name in ("run.json", "position.json", "random.json", "weights.safetensors", "optimizer.safetensors")},
     "density card": (copied(SHIPPED), "density.json", load_density),
     "density weights": (copied(SHIPPED), "density.safetensors", load_density),
     "dense heads": (copied(EMBEDDED), "dense/heads.safetensors", load_heads),
@@ -221,6 +250,51 @@ def test_a_reader_takes_every_file_for_what_it_is(tmp_path, monkeypatch, reader)
             bad[f"{kind}, {name}"] = said
     assert not bad, f"{len(bad)} of {len(list(cases(reader)))}: {json.dumps(bad, indent=1)}"
     assert not MARK.exists(), "something was run"
+
+
+def renamed(file, change):
+    "Let a listing name another file."
+    def edit(folder):
+        path = folder / "copy" / file
+        path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    return edit
+
+
+NAMING = {  # how a data set names a file -> lays out what is sound, names another file, what reads it
+    "a split of a saved set": (saved, lambda name: renamed("dataset_dict.json", lambda _: {"splits": [name]}),
+                               questions("chartqa")),
+    "a file of a saved set": (saved, lambda name: renamed("test/state.json", lambda state: state | {
+        "_data_files": [{"filename": name}]}), questions("chartqa")),
+    "a picture of ChartQA": (release, lambda name: renamed("test/test_human.json", lambda _: [
+        {"imgname": name, "query": "?", "label": "1"}]), questions("chartqa")),
+    "a picture of DVQA": (listing("dvqa", "val_easy_qa.json")[0], lambda name: renamed("val_easy_qa.json", lambda _: [
+        {"image": name, "template_id": "t", "question": "?", "answer": "1"}]), questions("dvqa", split="val_easy")),
+    "a picture of FigureQA": (listing("figureqa", "validation1/qa_pairs.json")[0], lambda name: renamed(
+        "validation1/qa_pairs.json", lambda _: {"qa_pairs": [{"image_index": name, "question_id": 0, "answer": 1,
+                                                              "question_string": "?"}]}),
+        questions("figureqa", split="validation1")),
+}
+
+
+PICTURES = ("a picture of ChartQA", "a picture of DVQA")  # whose names have their ending
+
+
+@pytest.mark.parametrize("name", ["../../secret", "../../../secret", "{}/secret", "/dev/zero", "link", "pipe"])
+@pytest.mark.parametrize("naming", NAMING)
+def test_no_listing_names_a_file_outside_of_its_folder(tmp_path, monkeypatch, naming, name):
+    monkeypatch.chdir(tmp_path)
+    make, edit, read = NAMING[naming]
+    make(tmp_path)
+    for ending in ("", ".png", ".arrow"):
+        (tmp_path / f"secret{ending}").write_bytes(png())
+    for folder in [path for path in (tmp_path / "copy").rglob("*") if path.is_dir()]:
+        for ending in ("", ".png"):
+            (folder / f"link{ending}").symlink_to(tmp_path / "secret.png")
+            os.mkfifo(folder / f"pipe{ending}")
+    edit(f"{name.format(tmp_path)}{'.png' if naming in PICTURES else ''}")(tmp_path)
+    with no_longer(SECONDS), pytest.raises((ValueError, FileNotFoundError)) as error:
+        read(tmp_path / "copy")
+    assert len(str(error.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("target", MODEL_FILES)

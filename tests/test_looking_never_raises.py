@@ -1,16 +1,25 @@
 """Whatever lies in exports, looking at it lists every sound run, and shows the rest with a reason."""
 import json
 import os
+import shutil
+from pathlib import Path
 
+import pandas as pd
 import pytest
+from bs4 import BeautifulSoup
 from build_site import plotly_html
 from sfa_core.core.identity import folder_digest
 from sfa_core.core.paths import exports_root, working_root
 from sfa_core.runs.commands import main
 from sfa_core.runs.folders import PROMISED, find_run, finished_runs, one_line, run_states, set_alias
 from sfa_core.runs.grids import combinations, plan, read_grid
+from sfa_core.runs.readable import readable_runs
+from sfa_core.runs.report import report_grid
+from sfa_core.runs.results import write_records
+from sfa_core.runs.runs import run_study
 from sfa_core.runs.studies import path_version
 
+STUDIES = Path(__file__).resolve().parents[1] / "notebooks" / "studies"
 SOUND, OTHER = "0123456789ab", "bbbbbbbbbbbb"
 
 
@@ -71,6 +80,76 @@ def test_a_damaged_run_is_a_row_and_the_others_answer(home, capsys, damage):
     assert main(["grid", str(home / "one.yaml"), "--dry-run"]) == 0 and main(["show", OTHER]) == 2
     said = capsys.readouterr()
     assert f"draw/{SOUND}" in said.out and f"no finished run is named '{OTHER}'" in said.err
+
+
+def records(**columns):
+    "Write records with some columns of another kind."
+    sound = {"id": [str(i) for i in range(9)], "correct": [True] * 9, "error": [""] * 9}
+    return lambda run: write_records(run, pd.DataFrame(sound | {name: [value] * 9 for name, value in columns.items()}))
+
+
+def hole(run):
+    records()(run)
+    content = (run / "records.parquet").read_bytes()
+    (run / "records.parquet").write_bytes(content[:8] + bytes(len(content) // 4) + content[8 + len(content) // 4 :])
+
+
+def facts(**more):
+    return lambda run: (run / "provenance.json").write_text(
+        json.dumps(json.loads((run / "provenance.json").read_text()) | more))
+
+
+def figure(content):
+    return lambda run: ((run / "figures").mkdir(), replaced("figures/figure_5.json", content)(run))
+
+
+BOMB = "size: &a [1]\n" + "".join(f"p{i}: &{letter} [{', '.join([f'*{before}'] * 9)}]\n"
+                                 for i, (before, letter) in enumerate(zip("abcdefgh", "bcdefghi")))
+DEEPER = {  # begins and ends as a finished run does, and cannot be read whole
+    "records of nothing": replaced("records.parquet", b"PAR1" + bytes(99) + b"PAR1"), "records with a hole": hole,
+    "answers that are right to some degree": records(correct="very"), "arms that are lists": records(arm=["a"]),
+    "seeds of text": records(seed="one"), "errors that are lists": records(error=[1]),
+    "categories that are lists": records(category=["a"]), "models that are objects": records(model={"a": 1}),
+    "other columns": records(id=1.5),
+    "metrics as deep as a stack": replaced("metrics.json", b'{"a":' * 900 + b"1" + b"}" * 900),
+    "a commit of text": facts(git="abc"), "no seconds": facts(wall_seconds=None),
+    "parameters without end": replaced("parameters.yaml", BOMB.encode()),
+    "parameters that are dates": replaced("parameters.yaml", b"size: 2026-11-30"),
+    "a table of nothing": replaced("table_1.csv", b""), "a table of bytes": replaced("table_2.csv", b"\xff\xfe\0"),
+    "a figure of nothing": figure(b""), "a figure of others": figure(b'{"data": 1}'),
+    "a figure of text": figure(b'"a"'),
+}
+
+
+def test_a_report_over_damaged_runs_shows_each_with_its_reason_and_counts_the_others(home, forked_kernels):
+    grid, damages = home / "all.yaml", [None, *STATES.values(), *DEEPER.values()]
+    grid.write_text(f"study: draw\nseeds: {list(range(len(damages)))}\n")
+    for task, damage in zip(plan(read_grid(grid)), damages, strict=True):
+        run = write_run(task.identity)
+        records()(run)
+        if damage:
+            damage(run)
+    for name, target in (("loop", "loop"), ("dangling", "nowhere")):
+        (run.parent / name).symlink_to(target)
+    (run.parent / "failed-cccccccccccc").mkdir()
+    reference = exports_root() / "reference" / "broken"
+    reference.mkdir(parents=True)
+    (reference / "provenance.json").write_bytes(b"[" * 100_000)
+    page = report_grid(grid)
+    assert f"{len(damages)} runs of study draw: 1 finished, {len(damages) - 1} damaged." in page.read_text()
+    assert len(pd.read_parquet(page.with_name("records.parquet"))) == 9
+    table = BeautifulSoup(page.read_text(), "html.parser").select("tr")
+    rows = [[cell.text for cell in row.select("td")] for row in table]
+    shown = {cells[0]: (cells[2], cells[4]) for cells in rows if len(cells) == 5}
+    for task, damage in zip(plan(read_grid(grid)), damages, strict=True):
+        state, reason = shown[task.identity]
+        assert (state, len(reason) > 5) == (("damaged", True) if damage else ("finished", False)), shown
+    shutil.copy(STUDIES / "90_report.ipynb", home / "studies")
+    text = (run_study("90_report") / "notebook.ipynb").read_text()
+    unreadable = readable_runs(finished_runs("draw"))[1]  # the rest of them fits no other run, or looks damaged
+    assert len(unreadable) > 10
+    for task in plan(read_grid(grid)):
+        assert (f"Left out: draw/{task.identity}, " in text) == (run.with_name(task.identity) in unreadable)
 
 
 def test_the_newest_run_is_that_of_the_highest_number_then_of_the_latest_start(home):

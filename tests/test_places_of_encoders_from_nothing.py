@@ -8,6 +8,7 @@ from safetensors import safe_open
 from test_dynamics import TINY
 
 import sfa_core.pretraining.dynamics as dynamics
+import sfa_core.pretraining.measured as measured
 from sfa_core.core.identity import file_digest
 from sfa_core.documents.generate import documents
 from sfa_core.models.embedded import train_tokenizer
@@ -127,7 +128,7 @@ def test_a_further_training_begins_where_the_first_ended_and_resumes_exactly(sta
         firsts.append(step)
         return drawn(data, seed, step, count)
 
-    begin = dynamics.train
+    begin = measured.train
 
     def watched(named, *given, **options):
         if not firsts:
@@ -135,7 +136,7 @@ def test_a_further_training_begins_where_the_first_ended_and_resumes_exactly(sta
         return begin(named, *given, **options)
 
     monkeypatch.setattr(dynamics, "draw_batch", noted)
-    monkeypatch.setattr(dynamics, "train", watched)
+    monkeypatch.setattr(measured, "train", watched)
     with pytest.raises(KeyboardInterrupt):
         further(tmp_path / "cut")
     assert firsts == [0]

@@ -23,9 +23,9 @@ from sfa_core.pretraining.recipe import (
     phase_at,
     save_heads,
     sentences,
-    train_embedded,
     visit,
 )
+from sfa_core.pretraining.stages import train_embedded
 from sfa_core.documents.questions import KINDS
 
 SMALL = Recipe(documents=24, document_seed=5, encoder_steps=2, lookup_steps=4, joint_steps=3, reading_steps=2,

@@ -47,7 +47,10 @@ def site(executed, smoke_run, tmp_path_factory):
         shutil.copy(executed(source), target)
     (pages / "studies").mkdir()
     for study in STUDIES:
-        shutil.copy(build_site.RENDERED / study.name, pages / "studies")
+        for path in build_site.RENDERED.glob(f"{study.stem}.*"):
+            shutil.copy(path, pages / "studies")
+    offline = smoke_run("40_attention_explorer") / build_site.OFFLINE
+    shutil.copy(offline, pages / "studies" / "40_attention_explorer.html")
     fresh = nbformat.read(smoke_run(STUDIES[0].stem) / "notebook.ipynb", 4)
     (pages / "studies" / STUDIES[0].name).write_text(build_site.portable(fresh))
     return build_site.in_fork(build_site.build, pages, folder), pages
@@ -104,6 +107,18 @@ def test_figures_are_drawn_in_a_browser_that_opens_the_file(site, browser):
     page.goto(shown.as_uri())
     page.locator(".sfa-plotly .main-svg").first.wait_for(timeout=30_000)
     assert errors == [] and [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
+    page.close()
+
+
+def test_the_explorer_without_a_kernel_is_on_its_page(site, browser):
+    html, _ = site
+    page = browser.new_page()
+    page.goto((html / "studies" / "40_attention_explorer.html").as_uri())
+    page.locator("iframe.sfa-offline").scroll_into_view_if_needed()
+    inside = page.frame_locator("iframe.sfa-offline")
+    inside.locator("canvas").nth(1).wait_for(timeout=30_000)
+    inside.get_by_role("button", name="language model").click()
+    assert "word 1 of" in inside.locator("#notes").inner_text()
     page.close()
 
 

@@ -12,7 +12,8 @@ from sfa_core.documents.samples import samples
 from sfa_core.models.embedded import EmbeddedConfig, train_tokenizer
 from sfa_core.models.load import load_model, new_bundle, save_model
 from sfa_core.pretraining.dynamics import DenseConfig, FreshPages, learn_dense
-from sfa_core.pretraining.recipe import Recipe, decode_documents, train_embedded
+from sfa_core.pretraining.recipe import Recipe, decode_documents
+from sfa_core.pretraining.stages import train_embedded
 from sfa_core.runs import ablation
 from sfa_core.training.arms import FinetuneConfig
 from sfa_core.training.finetune import finetune

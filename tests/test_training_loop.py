@@ -1,10 +1,12 @@
 """A training run can be killed, starved and cheated, and still ends exactly where it should or says why not."""
 
 import json
+import math
 import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import socket
 import time
@@ -16,12 +18,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 import toy_training
 from toy_training import batch_at, model, noisy, quiet, run
 
 import sfa_core.training.checkpoints
-from sfa_core.training.checkpoints import TIMING, checkpoints, read_folder, read_log
+from sfa_core.core.identity import read_digest
+from sfa_core.training.checkpoints import TIMING, checkpoints, read_folder, read_log, read_sums
 from sfa_core.training.loop import split_batch, train
 from sfa_core.training.state import first_difference
 from sfa_core.training.schedule import DECAYS, LoopConfig, rate_share
@@ -163,6 +166,111 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_used_when_asked_f
     assert "\n" not in str(refusal.value)
     run(tmp_path, resume="previous")
     assert_same_run(tmp_path, unbroken)
+
+
+def edited(name, change):
+    "Change what a file of a checkpoint holds."
+    def edit(checkpoint):
+        path = checkpoint / name
+        if path.suffix == ".json":
+            content = json.loads(path.read_text())
+            path.write_text(json.dumps(content if (made := change(content)) is None else made))
+        else:
+            weights = load_file(path)
+            made = change(weights)
+            save_file(weights if made is None else made, path)
+    return edit
+
+
+def less(name):
+    return lambda named: {other: value for other, value in named.items() if other != name}
+
+
+def state(name, at, value):
+    return edited("random.json", lambda states: states[0][name].__setitem__(at, value))
+
+
+POSITIONS = dict(step=[5, -1, 6.0, True, "6", None, 10**12], skipped=[7, -1, 0.5], skipped_in_row=[1], parts=[0, "1"])
+CHANGES = {
+    **{f"{name} {value!r}": edited("position.json", lambda at, name=name, value=value: at | {name: value})
+       for name, values in POSITIONS.items() for value in values},
+    "a further field": edited("position.json", lambda at: at | {"evil": 1}),
+    "a missing field": edited("position.json", lambda at: {"step": 6}),
+    "a place behind the memory": state("numpy", 2, 10**6), "a place before it": state("numpy", 2, -1),
+    "another generator": state("numpy", 0, "PCG64"), "a word too long": edited(
+        "random.json", lambda states: states[0]["numpy"][1].__setitem__(0, 2**32)),
+    "words too few": edited("random.json", lambda states: states[0]["numpy"][1].pop()),
+    "another version": state("python", 0, 2), "words of text": state("python", 1, ["1"] * 625),
+    "no bytes": edited("random.json", lambda states: states[0].update(torch="xyz")),
+    "bytes cut off": edited("random.json", lambda states: states[0].update(torch=states[0]["torch"][:-2])),
+    "bytes of nothing": edited("random.json", lambda states: states[0].update(torch="00" * 5056)),
+    "cards of no bytes": edited("random.json", lambda states: states[0].update(cuda=["0"])),
+    "no processes": edited("random.json", lambda states: []), "two": edited("random.json", lambda states: states * 2),
+    "a weight of one number": edited("weights.safetensors", lambda weights: weights.update(
+        {"0.weight": torch.ones(1)})),
+    "a weight more": edited("weights.safetensors", lambda weights: weights.update({"evil": torch.ones(1)})),
+    "a weight less": edited("weights.safetensors", less("0.bias")),
+    "a weight that is no number": edited("weights.safetensors", lambda weights: weights.update(
+        {"0.bias": torch.full((6,), math.nan)})),
+    "whole numbers": edited("weights.safetensors", lambda weights: {name: w.int() for name, w in weights.items()}),
+    "no averages": edited("optimizer.safetensors", lambda averages: {}),
+    "an average more": edited("optimizer.safetensors", lambda averages: averages.update(
+        {"evil/0.bias": torch.ones(6)})),
+    "an average less": edited("optimizer.safetensors", less("exp_avg/0.bias")),
+    "an average of nobody": edited("optimizer.safetensors", lambda averages: averages.update(
+        {"exp_avg/evil": torch.ones(6)})),
+    "squares below zero": edited("optimizer.safetensors", lambda averages: averages.update(
+        {"exp_avg_sq/0.bias": -torch.ones(6)})),
+    "steps below zero": edited("optimizer.safetensors", lambda averages: averages.update(
+        {"step/0.bias": torch.tensor(-1.0)})),
+    "another step's folder": lambda checkpoint: None,
+    "a file more": lambda checkpoint: (checkpoint / "more.json").write_text("{}"),
+}
+
+
+@pytest.fixture(scope="module")
+def six_steps(tmp_path_factory):
+    "A training that stopped behind its sixth step."
+    folder = tmp_path_factory.mktemp("six")
+    run(folder, until=6)
+    return folder
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_checkpoint_with_sound_checksums_that_says_something_else_changes_nothing(tmp_path, six_steps, change):
+    folder = tmp_path / "run"
+    shutil.copytree(six_steps, folder)
+    checkpoint = folder / "checkpoints" / "step-00000006"
+    CHANGES[change](checkpoint)
+    listed = sorted(path for path in checkpoint.iterdir() if path.name != "SHA256SUMS")
+    (checkpoint / "SHA256SUMS").write_text("".join(f"{read_digest(path)}  {path.name}\n" for path in listed))
+    if change == "another step's folder":
+        checkpoint = checkpoint.rename(checkpoint.with_name("step-00000008"))
+    net = model()
+    before = weights_of(net)
+    with pytest.raises(ValueError, match=f"{checkpoint.name} is refused: ") as error:
+        run(folder, net=net)
+    assert len(str(error.value).splitlines()) == 1 and len(str(error.value)) < 1500
+    assert all(before[name].equal(value) for name, value in weights_of(net).items())
+
+
+def weights_of(net):
+    return {name: value.clone() for name, value in net.state_dict().items()}
+
+
+@pytest.mark.parametrize("content", [
+    "", "\n", "x", "0" * 64, f"{'0' * 63}  a\n", f"{'0' * 64} a\n", f"{'0' * 64}  ../a\n", f"{'0' * 64}  ..\n",
+    f"{'0' * 64}  \n", f"{'0' * 64}  a\n{'1' * 64}  a\n", f"{'0' * 64}  a\r\n", f"{'0' * 64}  a", f"{'G' * 64}  a\n",
+    f"{'0' * 64}  SHA256SUMS\n", f"{'0' * 64}  {'a' * 300}\n", f"{'0' * 64}  a\x1b[2J\n", f"{'0' * 64}  a\n\n"],
+    ids=repr)
+def test_a_list_of_checksums_is_one_of_files_beside_it(tmp_path, content):
+    path = tmp_path / "SHA256SUMS"
+    path.write_bytes(content.encode())
+    with pytest.raises(ValueError, match=str(path)) as error:
+        read_sums(path)
+    assert len(str(error.value).splitlines()) == 1 and "\x1b" not in str(error.value)
+    path.write_text(f"{'0' * 64}  a b.json\n{'1' * 64}  c\n")
+    assert read_sums(path) == {"a b.json": "0" * 64, "c": "1" * 64}
 
 
 def test_previous_needs_one_and_keeps_the_newest_when_it_is_refused_too(tmp_path):

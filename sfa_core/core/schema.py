@@ -36,7 +36,8 @@ def expected_text(error: ValidationError) -> tuple[str, str, Any]:  # field, wha
     said = [f"{word} {int(limit) if limit == int(limit) else limit}" for word, limit in limits]
     other = {"missing": "a value", "extra_forbidden": "no such field"}.get(first["type"])
     expected = said[0] if said else other or first["msg"].removeprefix("Input should be ")
-    field = ".".join(str(part) for part in first["loc"] if isinstance(part, str | int))
+    # a key of the file may be part of it: in ASCII, and cut
+    field = ".".join(ascii(str(part)[:80])[1:-1] for part in first["loc"] if isinstance(part, str | int))
     return field, expected, first.get("input")
 
 

@@ -116,6 +116,9 @@ def final_answer(
     if len(lines) < 2 or not (LISTED.search(text) or len(text) > 200):
         return text
     last = lines[-1].strip()
+    next_step = re.fullmatch(r"\W*(\d{1,2})\W*", last)
+    if next_step and re.search(rf"(?m)^\s*{int(next_step[1]) - 1}[.)]\s", text):
+        return ""  # cut off behind the number of the next step
     whole = last.endswith((".", "!", "다", "%")) or bool(re.fullmatch(r"\W*[$€£]?\d[\d.,]*\s?%?\W*", last))
     return "" if LISTED.match(lines[-1]) or last.endswith(":") or not whole else last
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STEPS', 'MOST', 'SHORT', 'NOTE', 'QUOTES', 'NAMED_NUMBER', 'YEAR_BEHIND', 'VALUE_BEHIND', 'even_step', 'find_scale',
            'missing_members', 'groups_along', 'tick_texts', 'stands_alone', 'ends_of_scale', 'names_a_value',
-           'is_value', 'repaired', 'has_value_behind', 'are_years', 'is_year_like', 'text_roles', 'with_roles']
+           'is_value', 'has_value_behind', 'are_years', 'is_year_like', 'text_roles', 'with_roles']
 
 # %% ../../notebooks/library/02_documents/42_roles.ipynb #f10efe9e
 import math
@@ -16,6 +16,7 @@ from dataclasses import replace
 from functools import lru_cache
 from statistics import median
 
+from .mending import mended, repaired
 from .numbers import quantity, read_numbers
 from .samples import Evidence, TextBox
 
@@ -183,13 +184,6 @@ def is_value(text: str) -> bool:
     return quantity(bare) is not None and not names_a_value(bare)
 
 
-def repaired(text: str) -> str:
-    "Mend what an engine does to a number: `1 6%`, `%8` and `services18.43%` are 16%, 8% and a number behind a name."
-    text = re.sub(r"(?<![\d.,])(?<!\d )(\d) (\d(?:\.\d+)?%)$", r"\1\2", text.strip())
-    text = re.sub(r"^%(\d+)$", r"\1%", text)
-    return re.sub(r"(?<=[^\W\d_]{3})(?=\d+(?:[.,]\d+)?%)", " ", text)
-
-
 def has_value_behind(text: str) -> bool:
     "Check whether a text is a name with its number behind it, such as `Unknown 4 502` or `20-29 years 0.1%`."
     if len(text) > 200:
@@ -272,8 +266,8 @@ def text_roles(
 
 
 def with_roles(evidence: Evidence) -> Evidence:
-    "Give the OCR texts of a page their roles."
-    roles = text_roles(evidence.texts)
-    return replace(
-        evidence, texts=tuple(t if t.role == role else replace(t, role=role) for t, role in zip(evidence.texts, roles))
-    )
+    "Mend the OCR texts of a page and give them their roles."
+    texts = mended(evidence.texts)
+    roles = text_roles(texts)
+    told = (t if t.role == role else replace(t, role=role) for t, role in zip(texts, roles))
+    return replace(evidence, texts=tuple(told))

@@ -57,14 +57,16 @@ def stage_panels(
         look = line_look(line, lines.index(line))
         part = part.sort_values("stage", key=lambda column: column.map(order.index))
         figure.add_trace(
-            go.Scatter(x=part["stage"], y=part["value"].astype(float), mode="lines+markers", name=figure_text(line),
-                       legendgroup=line, showlegend=panel == panels[0], error_y=whiskers(part, look["line"]["color"]),
-                       customdata=part["n"], hovertemplate=f"{figure_text(line)}, %{{x}}: %{{y:.3f}} of "
-                                                           f"%{{customdata}}<extra></extra>", **look),
+            go.Scatter(x=part["stage"].map(figure_text), y=part["value"].astype(float), mode="lines+markers",
+                       name=figure_text(line), legendgroup=line, showlegend=panel == panels[0],
+                       error_y=whiskers(part, look["line"]["color"]), customdata=part["n"],
+                       hovertemplate=f"{figure_text(line)}, %{{x}}: %{{y:.3f}} of "
+                                     "%{customdata}<extra></extra>", **look),
             row=1, col=panels.index(panel) + 1)
     for guide in guides:
         figure.add_hline(guide, line={"color": INK, "width": 1, "dash": "dot"})
-    figure.update_xaxes(type="category", categoryorder="array", categoryarray=order, tickangle=-45)
+    figure.update_xaxes(type="category", categoryorder="array", categoryarray=list(map(figure_text, order)),
+                        tickangle=-45)
     figure.update_yaxes(range=list(values))
     figure.update_yaxes(title_text=figure_text(unit), col=1)
     in_style(figure, title, subtitle, 380, above=62)

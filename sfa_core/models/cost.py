@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['WAYS', 'INTERNVIT', 'QWEN3_8B', 'SMALLEST', 'flash_forward', 'flash_backward', 'product_added', 'operations', 'clock',
-           'clock_name', 'in_turns', 'random_model', 'encoder_call', 'costs', 'quantise_language', 'page_batch',
-           'peak_of', 'whole_model']
+           'clock_name', 'in_turns', 'random_model', 'encoder_call', 'costs', 'term_costs', 'quantise_language',
+           'page_batch', 'peak_of', 'whole_model']
 
 # %% ../../notebooks/library/06_models/70_cost.ipynb #5a29b0a0
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import pandas as pd
 import torch
@@ -23,7 +23,7 @@ from ..core.families import family_of
 from ..core.memory import MemoryProbe, held_bytes, saved_bytes
 from .sequences import answer_loss, pack
 from .quantization import BLOCK, keep_differentiable
-from ..structure.inject import inject, structures_of, use_attention
+from ..structure.inject import CHILD, eject, inject, structures_of, use_attention
 
 # %% ../../notebooks/library/06_models/70_cost.ipynb #e2ea8e42
 def flash_forward(query, key, value, *args, out_shape=None, **kwargs) -> int:
@@ -168,6 +168,36 @@ def costs(
                     for weight in bias.parameters())
     encoder = sum(weight.numel() for weight in tower.parameters()) - structure
     table["parameters"] = [encoder + (structure if way != "plain" else 0) for way in ways]
+    return table
+
+# %% ../../notebooks/library/06_models/70_cost.ipynb #1bc0cae2
+def term_costs(
+    model: PreTrainedModel,  # without structural attention; is given back as it was
+    pixels: Tensor,  # (B, 3, Y, X)
+    sets: Mapping[str, Sequence[str]],  # name -> structural terms; the first is the reference
+    rounds: int = 5,
+    *,
+    blocks: int = 16,  # size of the block table
+) -> pd.DataFrame:  # one row per set: parameters of the bias, time of a training pass, ratios to the first
+    "Time a forward and backward pass of an encoder with several sets of structural terms, in turns."
+    bundle = Bundle(model, None, family_of(model), "random model")
+    attentions, biases = bundle.family.attentions_of(model), {}
+    for name, terms in sets.items():
+        biases[name] = inject(bundle, terms, blocks=blocks)
+        eject(bundle)
+    inject(bundle, next(iter(sets.values())), blocks=blocks)
+    run = encoder_call(model, "low rank", pixels, True)
+
+    def step(name):
+        for attention, bias in zip(attentions, biases[name], strict=True):
+            setattr(attention, CHILD, bias)
+        run()
+
+    try:
+        table = in_turns({name: lambda name=name: step(name) for name in sets}, rounds, pixels.device)
+    finally:
+        eject(bundle)
+    table.insert(0, "parameters", [sum(p.numel() for bias in biases[name] for p in bias.parameters()) for name in sets])
     return table
 
 # %% ../../notebooks/library/06_models/70_cost.ipynb #ce05ab0c

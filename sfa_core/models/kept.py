@@ -75,8 +75,8 @@ class KeptAnswers:
         for line in lines:
             line.pop("error")
         content = "".join(f"{json.dumps(line)}\n" for line in lines).encode()
-        with self.path.open("ab") as stream:
-            if stream.tell() and not self.path.read_bytes().endswith(b"\n"):
+        with self.path.open("a+b") as stream:
+            if stream.seek(0, os.SEEK_END) and (stream.seek(-1, os.SEEK_END), stream.read(1))[1] != b"\n":
                 stream.write(b"\n")  # behind a line that a kill cut short
             stream.write(content)
             stream.flush()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['POSITIONS', 'ATTEMPTS', 'DenseConfig', 'structural_weights', 'FreshPages', 'draw_page', 'draw_batch', 'classes_of',
            'place_patches', 'save_encoder', 'read_dense_encoder', 'measure_dense', 'new_encoder', 'continued_encoder',
-           'learned_from', 'learn_dense', 'fresh_encoder']
+           'learned_from', 'dense_loop', 'learn_dense', 'fresh_encoder']
 
 # %% ../../notebooks/library/10_pretraining/30_dynamics.ipynb #e1193fc3
 import copy
@@ -23,7 +23,7 @@ from ..core.reading import parse_json
 from ..structure.inject import inject, structures_of
 from ..structure.rivals import attach_embeddings, attach_rotary, learned_positions, shuffle_structure
 from ..core.files import locked, write_atomic
-from ..core.identity import file_digest, key_of
+from ..core.identity import file_digest
 from sfa_core.pretraining.dense import (
     HEADS,
     PAGE_HEADS,
@@ -36,8 +36,8 @@ from sfa_core.pretraining.dense import (
 )
 from ..documents.generate import PRESETS, PRESET_KINDS, Document, generator_version, make_document
 from ..models.embedded import EmbeddedConfig
-from .measured import known_curve
-from ..training.loop import LoopConfig, train
+from .measured import train_measured
+from ..training.schedule import LoopConfig
 from ..models.load import new_bundle
 from ..core.bundle import Bundle
 from .recipe import TrainingSet, pixel_values, targets_at
@@ -264,6 +264,13 @@ def learned_from(data: TrainingSet | FreshPages) -> dict | str:
     return json.loads(json.dumps(asdict(data) | {"generator": generator_version()}))
 
 # %% ../../notebooks/library/10_pretraining/30_dynamics.ipynb #020f9c79
+def dense_loop(config: DenseConfig) -> LoopConfig:
+    "Return the rules of the loop: structural weights learn at their own rate and do not decay."
+    return LoopConfig(config.steps, config.learning_rate, ((".structure.", config.structure_rate),), warmup=0.05,
+                      final_rate=0.1, betas=(0.9, 0.98), weight_decay=0.01, undecayed=(".structure.",),
+                      checkpoint_every=0, keep=1, log_every=10, seed=config.seed)
+
+
 def learn_dense(
     data: TrainingSet | FreshPages,  # pages it learns from
     # pages it is asked about; of several sets, the measures of all but "" bear their set's name
@@ -296,40 +303,17 @@ def learn_dense(
         found = dense_losses(heads(features), batch)
         return found | {"digits": config.digits_weight * found["digits"]}, len(batch["pixels"])
 
-    loop = LoopConfig(
-        config.steps,
-        config.learning_rate,
-        ((".structure.", config.structure_rate),),
-        warmup=0.05,
-        final_rate=0.1,
-        betas=(0.9, 0.98),
-        weight_decay=0.01,
-        undecayed=(".structure.",),
-        checkpoint_every=0,
-        keep=1,
-        log_every=10,
-        seed=config.seed,
-    )
     sets = held_out if isinstance(held_out, dict) else {"": held_out}
     asked = {name: part.digest for name, part in sets.items()}
     identity = dict(dense=asdict(config), architecture=asdict(architecture), learned=learned_from(data), asked=asked)
     identity |= {} if start is None else {"start": file_digest(start)}
+    measure = lambda: {f"{name} {measured}".strip(): at for name, part in sets.items()
+                       for measured, at in measure_dense(bundle, heads, part).items()}
     with locked(folder):
-        path, wanted = Path(folder) / "curve.parquet", {*range(config.every, config.steps, config.every), config.steps}
-        curve = known_curve(Path(folder), key_of(**identity), wanted)
-        known = set(curve[0]["step"]) if curve else set()
-        for until in sorted(wanted - known | {config.steps}):
-            train(named, batch_at, losses, loop, folder, identity, until=until, progress=progress)
-            if until not in known:
-                found = {f"{name} {measure}".strip(): at for name, part in sets.items()
-                         for measure, at in measure_dense(bundle, heads, part).items()}
-                curve.append(pd.DataFrame([dict(step=until, measure=measure, **values)
-                                           for measure, values in found.items()]))
-                whole = pd.concat(curve)
-                whole.attrs = {"training": key_of(**identity)}  # pandas keeps it in the file
-                write_atomic(path, whole.to_parquet(index=False))
+        curve = train_measured(named, batch_at, losses, measure, dense_loop(config), config.every, Path(folder),
+                               identity, progress)
         save_encoder(Path(folder) / "encoder.safetensors", tower, heads, **identity)
-    return pd.concat(curve, ignore_index=True), structural_weights(bundle) if config.terms else pd.DataFrame(
+    return curve, structural_weights(bundle) if config.terms else pd.DataFrame(
         columns=["layer", "term", "head", "weight"]
     )
 

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['ARM_ORDER', 'LAYOUT', 'ABLATION', 'parameters_of', 'facts_of', 'place_of', 'schema_of', 'first_misfit',
-           'tidy_records', 'run_rates', 'cell_rates', 'flat', 'differing', 'references', 'uncommitted', 'all_runs',
-           'newest', 'code_of', 'overview', 'benchmark_of', 'models_of', 'arm_rates', 'against_control',
+           'filled_batch', 'tidy_records', 'run_rates', 'cell_rates', 'flat', 'differing', 'references', 'uncommitted',
+           'all_runs', 'newest', 'code_of', 'overview', 'benchmark_of', 'models_of', 'arm_rates', 'against_control',
            'published_table', 'categories', 'figures_of', 'figure_index', 'configuration_name', 'printed_table',
            'shared_facts']
 
 # %% ../../notebooks/library/12_runs/70_collect.ipynb #e4a9603e
 import json
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -23,7 +24,7 @@ import yaml
 
 from ..core.paths import REPOSITORY, exports_root
 from ..core.files import new_file
-from .folders import finished_runs
+from .folders import finished_runs, read_mapping
 from .results import FIGURES
 from ..scores.compare import compare_seeds
 from ..scores.intervals import interval_text, points, points_text, seed_interval, wilson_interval
@@ -37,11 +38,10 @@ def parameters_of(run: Path) -> dict[str, Any]:
 
 def facts_of(run: Path) -> dict[str, Any]:
     "Read the provenance of a run; ValueError names the file when it is damaged."
-    path = run / "provenance.json"
     try:
-        return json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read ({error}); expected JSON as `sfa run` writes it") from error
+        return read_mapping(run / "provenance.json")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{run}: {error}; expected JSON as `sfa run` writes it") from error
 
 
 def place_of(run: Path) -> str:
@@ -70,6 +70,14 @@ def first_misfit(own: list[pa.Schema], found: list[tuple[Path, pa.Schema]]) -> s
     return "the parameters"
 
 
+def filled_batch(batch: pa.RecordBatch, more: Mapping[str, Any], schema: pa.Schema) -> pa.RecordBatch:
+    "Return a batch with further columns of one value each, in the columns of a schema."
+    columns = {name: batch.column(name) for name in batch.schema.names} | {
+        name: pa.repeat(pa.scalar(value), batch.num_rows) for name, value in more.items()}
+    filled = [columns[f.name].cast(f.type) if f.name in columns else pa.nulls(batch.num_rows, f.type) for f in schema]
+    return pa.RecordBatch.from_arrays(filled, schema=schema)
+
+
 def tidy_records(
     runs: Mapping[Path, Mapping[str, Any]],  # folder -> parameters that every row of the run is to carry
     target: Path,  # parquet file, replaced when the new one is whole
@@ -92,13 +100,12 @@ def tidy_records(
     with new_file(target) as part:
         with pq.ParquetWriter(part, schema) as writer:
             for run in there:
-                for batch in pq.ParquetFile(run / "records.parquet").iter_batches(1 << 16):
-                    columns = {name: batch.column(name) for name in batch.schema.names} | {
-                        name: pa.repeat(pa.scalar(value), batch.num_rows) for name, value in named[run].items()}
-                    filled = [columns[f.name].cast(f.type) if f.name in columns else pa.nulls(batch.num_rows, f.type)
-                              for f in schema]
-                    writer.write_batch(pa.RecordBatch.from_arrays(filled, schema=schema))
-                    rows += batch.num_rows
+                try:
+                    for batch in pq.ParquetFile(run / "records.parquet").iter_batches(1 << 16):
+                        writer.write_batch(filled_batch(batch, named[run], schema))
+                        rows += batch.num_rows
+                except (pa.ArrowException, OSError) as error:
+                    raise ValueError(f"{run / 'records.parquet'} cannot be read ({error})") from error
     return rows, [run for run in runs if run not in there]
 
 # %% ../../notebooks/library/12_runs/70_collect.ipynb #fccf9541
@@ -171,9 +178,14 @@ ARM_ORDER = ("baseline", "control", "vision", "adat", "vision_adat", "full")  # 
 def references() -> list[Path]:
     "List the reference folders that know what study they come from, oldest first."
     kept = {root / "reference" for root in (exports_root(), REPOSITORY / "exports")}
-    folders = [path.parent for root in kept for path in root.glob("*/provenance.json")]
-    return sorted((folder for folder in folders if "study" in facts_of(folder)),
-                  key=lambda folder: (facts_of(folder).get("started", ""), folder))
+    found = {}
+    for folder in (path.parent for root in kept for path in root.glob("*/provenance.json")):
+        try:
+            found[folder] = facts_of(folder)
+        except ValueError as error:
+            warnings.warn(f"a reference is left out: {error}", stacklevel=2)
+    return sorted((folder for folder, facts in found.items() if "study" in facts),
+                  key=lambda folder: (str(found[folder].get("started", "")), folder))
 
 
 def uncommitted(run: Path) -> bool:

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['add_power', 'parser', 'print_run', 'warn_without_browser', 'grid_command', 'show_command', 'parameters_given',
-           'clean_command', 'ocr_command', 'command', 'main']
+           'clean_command', 'demo_command', 'ocr_command', 'command', 'main']
 
 # %% ../../notebooks/library/12_runs/90_commands.ipynb #f35a2a77
 import argparse
 import sys
+import webbrowser
 from pathlib import Path
 
 from rich.console import Console
@@ -79,6 +80,12 @@ def parser() -> argparse.ArgumentParser:
                                           "where it was interrupted")
     ocr.add_argument("folder", metavar="FOLDER", help="pictures, in it or below it")
     ocr.add_argument("--out", metavar="FILE", help="JSON lines, one text each (default: FOLDER.ocr.jsonl, beside it)")
+    demo = commands.add_parser("demo", help="ask a model about one page and write its attention as one HTML file")
+    demo.add_argument("--model", default="embedded", metavar="MODEL", help="embedded, a folder or a hub id")
+    demo.add_argument("--image", default="", metavar="FILE", help="a picture (default: a generated page)")
+    demo.add_argument("--question", default="", metavar="TEXT")
+    demo.add_argument("--out", default="demo.html", metavar="FILE")
+    demo.add_argument("--open", action="store_true", help="open the file in a browser")
     add_power(commands)
     known = commands.add_parser("studies", help="list the studies, or the parameters of one")
     known.add_argument("study", nargs="?")
@@ -149,6 +156,17 @@ def clean_command(yes: bool) -> None:
     print(f"{total}{': deleted' if yes else '; --yes deletes them'}" if found else "nothing is left over")
 
 
+def demo_command(options: argparse.Namespace) -> None:
+    "Write a page, its answer and its attention, and open the file when told so."
+    # brings torch: the other commands need not wait for it
+    from sfa_core.runs.demo import write_demo
+
+    demo = write_demo(options.out, model=options.model, image=options.image, question=options.question)
+    print(visible(str(demo)))
+    if options.open:
+        webbrowser.open(demo.path.resolve().as_uri())
+
+
 def ocr_command(options: argparse.Namespace) -> int:  # 0 when every picture was read
     "Read the texts of a folder of pictures."
     # brings numpy and pictures: the other commands need not wait for them
@@ -187,6 +205,8 @@ def command(options: argparse.Namespace) -> int:  # exit code
         print_plan(given.pop("run"), **given)
     elif options.command == "clean":
         clean_command(options.yes)
+    elif options.command == "demo":
+        demo_command(options)
     elif options.command == "ocr":
         return ocr_command(options)
     elif options.study:

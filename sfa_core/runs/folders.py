@@ -151,8 +151,8 @@ def read_run(
 ) -> RunState | None:  # None: something else than a run, or a sound alias
     "Look at one entry of a study's folder; nothing that is wrong with it raises."
     try:
-        if path.is_symlink():
-            sound = path.exists() and not path.name.startswith(".")
+        if path.is_symlink():  # a hidden one is an alias that is being set, or that a kill left: see runs.leftovers
+            sound = path.exists() or path.name.startswith(".")
             return None if sound else RunState(path, "damaged", "an alias that leads nowhere")
         if path.name.startswith((PARTIAL, FAILED)) and path.is_dir():
             failed = path.name.startswith(FAILED)

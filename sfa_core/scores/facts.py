@@ -81,6 +81,7 @@ class Facts:
     names: frozenset[str]  # every text and cell, as `name_key` writes it
     ratios: frozenset[int]  # 60 a + b of every a:b that is printed
     under: tuple[tuple[str, str], ...] = ()  # names of row and column of each operand
+    rows: int = 0  # names that values of texts may stand under
     placed: bool = False    # lines are told from places of texts
     weak: frozenset[Place] = frozenset()     # texts of scales and titles, which support reading off and nothing else
     named_of: dict[str, NamedResults] = field(default_factory=dict, repr=False, compare=False)
@@ -100,6 +101,12 @@ class Facts:
     def labelled(self) -> Index:
         "The numbers printed as labels, to look up."
         return Index(self.printed)
+
+    @cached_property
+    def scales(self) -> frozenset[str]:
+        "The scale words that the page says; every one for texts of an engine, which miss the turned title of an axis."
+        words = ("thousand", "million", "billion", "trillion")
+        return frozenset(word for word in words if self.level == "C" or any(word in name for name in self.names))
 
     @cached_property
     def share_printed(self) -> float:
@@ -167,6 +174,7 @@ def facts(
         names=frozenset(name_key(text) for text in written) - {""},
         ratios=frozenset(60 * int(a) + int(b) for text in written if ":" in text for a, b in RATIO.findall(text)),
         under=tuple(operands.names),
+        rows=operands.slots,
         placed=not has_table and bool(operands.lines),
         weak=frozenset(place for _, place, role in of_texts if role in (*NO_LABEL, "title")),
     )

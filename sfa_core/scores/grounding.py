@@ -68,6 +68,8 @@ def evidence_category(
         return "count_error", f"a possible count {found.how}", found.rule
     if found.kind == "visible" and found.rule == "printed":
         return "misread_cell", f"visible {found.how}, and not the answer", found.rule
+    if estimate:
+        return "estimation_error", f"within 15 % of {claim.answers[0]}, which is not printed as a label", "estimate"
     if slip and found.rule in ("", "pair or line", "scale or title"):
         return "calculation_error", f"near {slip.how}: a slip of the right calculation", "slip"
     if found.kind == "visible":
@@ -75,8 +77,6 @@ def evidence_category(
     if found.kind == "derived":
         how = found.how if found.rule not in ("pair or line",) else f"{found.how} of other numbers"
         return "calculation_error", f"the {how}", found.rule
-    if estimate:
-        return "estimation_error", f"within 15 % of {claim.answers[0]}, which is not printed as a label", "estimate"
     if covered:
         return "ungrounded", "no number of the document, and no named operation on them, gives it", "nothing gives it"
     if len(known.operands) > MOST_OPERANDS:
@@ -99,11 +99,11 @@ RULES = (
     "composite",
     "inner sum",
     "run",
+    "estimate",
     "slip",
     "pair or line",
     "scale or title",
     "question",
-    "estimate",
     "nothing gives it",
 )  # in the order in which they are asked; `not covered` takes the place of the last
 
@@ -142,15 +142,15 @@ def classify(
     found = find_support(question, claim.stated, claim.expected, known) if judged else Support("", (), "")
     estimates = (is_estimate(question, claim.stated, wanted, known) for wanted in claim.wanted)
     estimate = found.kind == "none" and any(estimates)
-    covered = is_covered(question, claim.answers, known)
+    covered = is_covered(question, claim.answers, known, claim.stated)
     common = (known.level, claim.numeric, covered, right)
-    if doubt := label_audit(question, claim.answers[0], known):
+    if doubt := label_audit(question, claim.answers[0], known, claim.stated):
         fits = fits_page(doubt, claim, max(tolerance, 0.005))
         return Verdict(
             "label_suspect", doubt.reason, doubt.places, found.kind, *common, "fits_page" if fits else "", "audit"
         )
     slip = None
-    if by_answer := answer_category(question, claim, right=right, tolerance=tolerance):
+    if by_answer := answer_category(question, claim, right=right, tolerance=tolerance, implied=known.scales):
         category, reason, rule = by_answer
     else:
         slip = find_slip(question, claim.stated, claim.expected, known) if judged else None

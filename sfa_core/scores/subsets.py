@@ -239,7 +239,8 @@ def parts_of(question: str, values: Sequence[float], named: Named) -> list[Resul
     "List what a question with two operations joins: ends, modes, means and sums of its lines, and single named values."
     found, operations = [], named_operations(question)
     large, small, mode = (pattern.search(question) for pattern in (HAS_LARGE, HAS_SMALL, MODE))
-    for base in named.bases[:12]:
+    bases = [*named.bases[:2], *sorted(named.bases[2:], key=len, reverse=True)[:10]]
+    for base in bases:
         numbers = [values[i] for i in base]
         if len(base) > 1:
             order = sorted(base, key=lambda i: values[i])
@@ -249,7 +250,7 @@ def parts_of(question: str, values: Sequence[float], named: Named) -> list[Resul
             found += [
                 Result(OF_MANY[o](numbers), base, f"{o} of a line", "composite")
                 for o in operations
-                if o in ("average", "median")
+                if o in ("average", "median") or o == "sum" and len(operations) > 1
             ]
     found += [r._replace(rule="composite") for r in of_subsets(question, values, named) if r.rule == "subset"]
     found += [Result(values[i], (i,), "named value", "composite") for i in named.chosen[:8]]
@@ -269,11 +270,12 @@ def of_parts(question: str, values: Sequence[float], named: Named) -> list[Resul
     if not operations or len(operations) + signs < 2:
         return []
     apart = lambda a, b: set(a.operands) != set(b.operands)
+    sums = lambda a, b: a.words == b.words == "sum of two named values"
     return [
         Result(value, (*a.operands, *b.operands), f"{operation} of the {a.words} and the {b.words}", "composite")
         for a, b in combinations(parts_of(question, values, named), 2)
         for operation in operations
-        if operation in OF_TWO and apart(a, b)
+        if operation in OF_TWO and apart(a, b) and not (operation == "sum" and sums(a, b))
         for value in OF_TWO[operation](a.value, b.value)
     ]
 

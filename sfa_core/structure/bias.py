@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .fit import StructuralFit
 from .geometry import LABELS, Geometry
 from .terms import LADDER, TERMS, check_places, check_terms
 
@@ -81,6 +82,35 @@ class StructuralBias(nn.Module):
         """Show sizes, terms, and settings that are not the published ones."""
         unusual = [f"{name}={value!r}" for name, value in self.settings.items() if value != PUBLISHED[name]]
         return ", ".join([f"heads={self.heads}, blocks={self.blocks}, terms={self.terms}", *unusual])
+
+    @classmethod
+    def from_fit(
+        cls,
+        fit: StructuralFit,  # of some attention
+        blocks: int = 16,  # size of the block table
+        seed: int = 0,  # seed of the block table, which stays random
+    ) -> "StructuralBias":
+        """Make the published terms with row, column and distance as they explain some attention best."""
+        bias = cls(fit.heads, blocks, seed=seed, distance_unit=fit.unit)
+        with torch.no_grad():
+            for term, weight in fit.weights().items():
+                getattr(bias, term).copy_(weight)
+        return bias
+
+    @classmethod
+    def from_attention(
+        cls,
+        attention: Tensor,  # (B, H, N, N) probabilities, rows sum to 1
+        geometry: Geometry,  # places of the N tokens, a full grid
+        *,
+        distance_unit: str = "page",  # page (h + w patches, as published) or patch
+        **options,  # blocks, seed: as in `from_fit`
+    ) -> "StructuralBias":
+        """Make the published terms from an attention, without any training; ValueError where a patch sees another
+        one not at all."""
+        fit = StructuralFit(attention.shape[1], distance_unit)
+        fit.add(geometry, [(slice(None), attention.log())])
+        return cls.from_fit(fit, **options)
 
     def part(
         self,

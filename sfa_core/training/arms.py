@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'Arm', 'find_arm', 'FinetuneConfig', 'trainable', 'parameters_of', 'put_back', 'plain_model', 'attach_density',
-           'save_arm', 'LoadedArm', 'BaseCard', 'ArmCard', 'patches_of', 'read_arm', 'load_arm']
+           'save_arm', 'LoadedArm', 'BaseCard', 'ArmCard', 'patches_of', 'read_arm', 'check_base', 'check_weights',
+           'load_arm']
 
 # %% ../../notebooks/library/09_training/50_arms.ipynb #0253c6b6
 from collections.abc import Iterable
@@ -22,6 +23,7 @@ from ..core.schema import Card, Finite, Seed, Weight, check_card, check_fields
 from ..structure.bias import StructuralBias
 from ..structure.terms import TERMS, check_terms
 from ..structure.inject import CHILD, eject
+from ..structure.rivals import attach_low_rank, detach_low_rank, updates_of
 from ..structure.store import load_structure, save_structure
 from ..tokens.adaptive import CONTROL, attach_tokens, detach_tokens
 from ..tokens.density import load_density
@@ -35,7 +37,7 @@ from .schedule import LoopConfig
 class Arm:
     "One way to train, and what it is compared with."
 
-    parts: tuple[str, ...]  # what learns: structure, tower, projector
+    parts: tuple[str, ...]  # what learns: structure, low_rank, tower, projector
     against: str  # the arm, or the untrained baseline, that differs only in what is asked about
     meaning: str
     density: tuple[str, ...] = ()  # what density decides: blocks of the structural bias, patches
@@ -47,6 +49,8 @@ ARMS = {
     "sfa_blocks": Arm(("structure",), "sfa", "as sfa, with density blocks", ("blocks",)),
     "sfa_blocks_entropy": Arm(("structure",), "sfa_blocks", "as sfa_blocks, with the entropy loss alone: the published "
                                                             "best row", ("blocks",), ("entropy",)),
+    "lora": Arm(("low_rank",), "baseline", "low-rank updates with as many parameters as sfa learn, everything else is "
+                                           "frozen"),
     "control": Arm(("tower", "projector"), "baseline", "encoder and projector learn, without structural attention"),
     "vision": Arm(("structure", "tower", "projector"), "control", "encoder and projector learn, with structural "
                                                                   "attention: control + SFA"),
@@ -127,7 +131,7 @@ class FinetuneConfig:
         parts, inside = ARMS[self.arm].parts, f".{CHILD}."
         rates = (
             dict(learning_rate=self.structure_rate)
-            if parts == ("structure",)
+            if parts in (("structure",), ("low_rank",))
             else dict(learning_rate=self.learning_rate)
         )
         if "structure" in parts and len(parts) > 1:
@@ -146,7 +150,11 @@ def trainable(
     structure = of(module for module in model.modules() if isinstance(module, StructuralBias))
     if "structure" in parts and not structure:
         raise ValueError(f"arm {arm} trains structural weights; a model with structural attention (inject) is expected")
-    chosen = {"structure": structure, "tower": of([family.tower_of(model)]) - structure,
+    low_rank = of(updates_of(bundle))
+    if "low_rank" in parts and not low_rank:
+        raise ValueError(f"arm {arm} trains low-rank updates; a model with them (attach_low_rank) is expected")
+    chosen = {"structure": structure, "low_rank": low_rank,
+              "tower": of([family.tower_of(model)]) - structure - low_rank,
               "projector": of([family.projector_of(model)])}
     wanted = set().union(*(chosen[part] for part in parts))
     model.requires_grad_(False)
@@ -222,6 +230,8 @@ class LoadedArm:
             detach_tokens(self.bundle)
         if "structure" in ARMS[self.about["arm"]].parts:
             eject(self.bundle)
+        if updates_of(self.bundle):
+            detach_low_rank(self.bundle)
         put_back(self.bundle.model, self.before)
         self.attached = False
 
@@ -277,6 +287,25 @@ def read_arm(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
     return notes["arm"], tensors.get("weights", {})
 
 
+def check_base(bundle: Bundle, about: dict, folder: str | Path) -> None:
+    "Refuse an arm that was trained on another model, with a ValueError."
+    base = about["base"]
+    for what, here in dict(family=bundle.family.name, revision=bundle.revision).items():
+        if base[what] != here:
+            raise ValueError(f"arm in {folder} was trained on {base['name']} of {what} {base[what]!r}; {bundle.name} "
+                             f"has {here!r}")
+
+
+def check_weights(expected: dict[str, Parameter], weights: dict[str, Tensor], bundle: Bundle, folder: str | Path
+                  ) -> None:
+    "Refuse weights whose names or shapes are not those of a model, with a ValueError."
+    wrong = sorted(name for name in {*expected, *weights} if name not in weights or name not in expected
+                   or weights[name].shape != expected[name].shape)
+    if wrong:
+        raise ValueError(f"arm in {folder} does not fit {bundle.name}: {len(wrong)} weights missing, unexpected or of "
+                         f"another shape, the first is {wrong[0]}")
+
+
 def load_arm(
     bundle: Bundle,  # the plain base model the arm was trained on
     folder: str | Path,  # written by finetune
@@ -284,18 +313,12 @@ def load_arm(
     "Put a trained arm on its base model; nothing is changed unless base, names and shapes all fit."
     about, weights = read_arm(folder)
     model, family, base = plain_model(bundle), bundle.family, about["base"]
-    for what, here in dict(family=family.name, revision=bundle.revision).items():
-        if base[what] != here:
-            raise ValueError(f"arm in {folder} was trained on {base['name']} of {what} {base[what]!r}; {bundle.name} "
-                             f"has {here!r}")
+    check_base(bundle, about, folder)
     roots = [part for name, part in (("tower", family.tower_of(model)), ("projector", family.projector_of(model)))
              if name in ARMS[about["arm"]].parts]
     expected = parameters_of(model, roots)
-    wrong = sorted(name for name in {*expected, *weights} if name not in weights or name not in expected
-                   or weights[name].shape != expected[name].shape)
-    if wrong:
-        raise ValueError(f"arm in {folder} does not fit {bundle.name}: {len(wrong)} weights missing, unexpected or of "
-                         f"another shape, the first is {wrong[0]}")
+    if "low_rank" not in ARMS[about["arm"]].parts:
+        check_weights(expected, weights, bundle, folder)
     if ARMS[about["arm"]].density and (ours := load_density()[1]["sha256"]) != about["density"]:
         raise ValueError(f"arm in {folder} was trained with the density estimator {about['density'][:12]}; "
                          f"data/density holds {ours[:12]}")
@@ -309,12 +332,17 @@ def load_arm(
             load_structure(bundle, folder)
         if ARMS[about["arm"]].density:
             attach_density(bundle, about["arm"], patches)
+        if "low_rank" in ARMS[about["arm"]].parts:  # as many as were trained
+            updates = attach_low_rank(bundle, sum(weight.numel() for weight in weights.values()))
+            check_weights(expected | parameters_of(model, updates), weights, bundle, folder)
         put_back(model, weights)
     except BaseException:
         if hasattr(family.tower_of(model), CONTROL):
             detach_tokens(bundle)
         if any(isinstance(module, StructuralBias) for module in model.modules()):
             eject(bundle)
+        if updates_of(bundle):
+            detach_low_rank(bundle)
         put_back(model, before)
         raise
     return LoadedArm(bundle, about, before)

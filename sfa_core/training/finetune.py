@@ -26,6 +26,7 @@ from ..models.sequences import answer_loss, training_batch
 from ..core.bundle import Bundle
 from ..core.finite import check_finite
 from ..structure.inject import eject, inject
+from ..structure.rivals import attach_low_rank, bias_parameters, detach_low_rank, updates_of
 from ..structure.store import load_structure
 from ..tokens.adaptive import CONTROL, detach_tokens
 from sfa_core.training.arms import (
@@ -58,6 +59,8 @@ def give_back(bundle: Bundle, config: FinetuneConfig, mode: bool, dtypes: list, 
         detach_tokens(bundle)
     if "structure" in ARMS[config.arm].parts:
         eject(bundle)
+    if updates_of(bundle):
+        detach_low_rank(bundle)
     for part, dtype in dtypes:
         part.to(dtype)
     put_back(model, before)
@@ -79,6 +82,8 @@ def prepared(bundle: Bundle, config: FinetuneConfig) -> Iterator[dict[str, Param
         raise ValueError(f"{bundle.name} is in float16; float32 or bfloat16 is expected for training")
     if "structure" in parts:
         inject(bundle, config.terms, blocks=config.blocks, seed=config.seed)
+    if "low_rank" in parts:  # as many parameters as the terms would have
+        attach_low_rank(bundle, bias_parameters(bundle, config.terms, config.blocks), seed=config.seed)
     try:
         if ARMS[config.arm].density:
             attach_density(bundle, config.arm, config.patches)
