@@ -31,7 +31,6 @@ PLACES = {  # module: names it offers here
     "models.evaluate": "evaluate",
     "attention.probes": "record",
     "attention.regions": "text_map by_region paired_contrast",
-    "attention.spectrum": "structural_spectrum",
     "interventions.sinks": "find_sink_dimensions",
     "interventions.sink_places": "KnockoutConfig",
     "interventions.redistribution": "VARConfig",

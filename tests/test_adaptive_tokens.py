@@ -35,7 +35,8 @@ from sfa_core.training.finetune import finetune
 from sfa_core.training.arms import FinetuneConfig, load_arm
 from sfa_core.models.images import image_blocks, image_inputs
 from sfa_core.models.load import new_bundle
-from sfa_core.tokens.patches import PATCH, PatchConfig, PatchPlan, plan_patches
+from sfa_core.tokens.patches import PATCH, PatchConfig, PatchPlan
+from sfa_core.tokens.planning import plan_patches
 from sfa_core.attention.probes import record
 from sfa_core.models.resolution import at_resolution
 from sfa_core.structure.geometry import PADDING, uniform_geometry, with_blocks
@@ -233,25 +234,54 @@ def test_the_order_of_leaves_changes_nothing(internvl):
     model, family = internvl
     control, given = attach_tokens(bundle_of(model, MEAN, STD), patches=GUARDED, drop=False), pages(1)
     expected = tower(model, family, given)
-    [(key, (plan, density))] = control.seen.items()
+    [plan] = control.last
     order = np.random.default_rng(0).permutation(len(plan))
-    control.seen[key] = PatchPlan(plan.grid, plan.y[order], plan.x[order], plan.size[order]), density
+    mixed = PatchPlan(plan.grid, plan.y[order], plan.x[order], plan.size[order])
+    control.tiles.keep(given, control.patches, [(mixed, None)])
     shuffled = tower(model, family, given)
-    assert torch.allclose(shuffled, expected, atol=1e-5)
+    assert control.last == [mixed] and torch.allclose(shuffled, expected, atol=1e-5)
     detach_tokens(bundle_of(model))
 
 
-def test_plans_that_are_used_again_are_kept_longest(internvl, monkeypatch):
+def test_maps_that_are_used_again_are_kept_longest(internvl, monkeypatch):
     model, family = internvl
     monkeypatch.setattr(adaptive_module, "REMEMBERED", 2)
-    control, given = attach_tokens(bundle_of(model, MEAN, STD), patches=GUARDED, drop=False), pages(3)
+    control = attach_tokens(bundle_of(model, MEAN, STD), patches=replace(GUARDED, coarse=0.3),
+                            estimator=load_density()[0], drop=False)
+    given = pages(3)
     for at in (0, 1, 0, 2):
-        control.read(given[at : at + 1])
+        control.read(given[at : at + 1].clone())
     kept = dict(control.seen)
     control.read(given[[0, 2]])
     assert dict(control.seen) == kept, "the tile that was looked at once is the one that went"
     control.read(given)
     assert len(control.seen) == 2
+    detach_tokens(bundle_of(model))
+
+
+def test_plans_are_handed_on_with_their_pixels_and_forgotten_with_them(internvl, monkeypatch):
+    model, family = internvl
+    control, given, made = attach_tokens(bundle_of(model, MEAN, STD), patches=GUARDED), pages(4), []
+    original = adaptive_module.plan_tiles
+    monkeypatch.setattr(adaptive_module, "plan_tiles",
+                        lambda pages, *rest: made.append(len(pages)) or original(pages, *rest))
+    counts = language_tokens(bundle_of(model), given.split([1, 3]))
+    planned = control.read(given)[0]
+    tower(model, family, given)
+    assert made == [4] and control.last == planned and sum(counts) == sum(plan.kept(2).sum() for plan in planned)
+    tower(model, family, given[1:3])
+    assert made == [4] and control.last == planned[1:3], "a slice of the same pixels"
+    tower(model, family, given.clone())
+    assert made == [4, 4], "a copy is planned again"
+    given[0] = given[1]
+    again = control.read(given)[0]
+    assert made == [4, 4, 4] and np.array_equal(again[0].boxes, planned[1].boxes), "pixels that were changed in place"
+    control.patches = replace(GUARDED, guard=None)
+    assert control.read(given)[0] != again and made == [4, 4, 4, 4], "another rule"
+    del given
+    other = pages(1, seed=3)
+    control.read(other)
+    assert [known.pixels() is other for known in control.tiles.tiles.values()] == [True], "plans go with their pixels"
     detach_tokens(bundle_of(model))
 
 

@@ -85,10 +85,10 @@ def test_a_copy_with_adaptive_tokens_runs_its_own_control(adaptive):
         other = copy.deepcopy(adaptive)
         theirs, ours = (getattr(one.family.tower_of(one.model), CONTROL) for one in (other, adaptive))
         assert theirs is not ours and theirs.model is other.model
-        ours.seen.clear()
+        ours.tiles.tiles.clear()
         ours.last = []
         assert torch.equal(features(other), expected)
-        assert not ours.seen and not ours.last and theirs.last, "the copy asked the control of the original"
+        assert not ours.tiles.tiles and not ours.last and theirs.last, "the copy asked the control of the original"
         with torch.no_grad():
             next(other.family.tower_of(other.model).parameters()).add_(1)
         assert not torch.equal(features(other), expected) and torch.equal(features(adaptive), expected)

@@ -1,5 +1,8 @@
-"""Leaves cover every pixel exactly once, budgets are met exactly or refused, and what cannot be cut is named."""
+"""Leaves cover every pixel exactly once, budgets are met exactly or refused, plans are those of a plain walk down the
+tree, and what cannot be cut is named."""
 
+import heapq
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sfa_core.tokens.density import as_pixels, estimate_density, load_density
+from sfa_core.tokens.density import area_resize, as_pixels, estimate_density, load_density
 from sfa_core.documents.generate import make_document
 from sfa_core.tokens.patches import (
     GUARD,
@@ -17,10 +20,69 @@ from sfa_core.tokens.patches import (
     PRESETS,
     PatchConfig,
     PatchPlan,
-    merge_error,
-    plan_patches,
-    tokens_on,
 )
+from sfa_core.tokens.planning import plan_patches, plan_tiles
+from sfa_core.tokens.recall import tokens_on
+
+
+def squares(values, side):
+    "Cut an array into squares of some cells: (rows, side, columns, side, ...)."
+    rows, columns = values.shape[0] // side, values.shape[1] // side
+    return values[: rows * side, : columns * side].reshape(rows, side, columns, side, *values.shape[2:])
+
+
+def merge_error(page, size):
+    "What a page loses in every square of a size: the largest difference from the mean of what becomes one pixel."
+    parts = squares(page, size // PATCH)
+    lost = np.abs(parts - parts.mean((1, 3), keepdims=True)).max((1, 3, 4))
+    return squares(lost, PATCH).max((1, 3))
+
+
+def tree_walk(page, density, config, grid):
+    """Cut a page square by square, as the definition says: leaves (y, x, size) row by row, and how many are unsafe."""
+    height, width = grid[0] * PATCH, grid[1] * PATCH
+    if page.shape[0] > height:
+        page = area_resize(torch.from_numpy(page).permute(2, 0, 1), (height, width)).permute(1, 2, 0).numpy()
+    draw = np.random.default_rng([config.random or 0, zlib.crc32(np.ascontiguousarray(page).tobytes())])
+    urgency = {}
+    for size in config.sizes:
+        shape = height // size, width // size
+        error, dense, limit = np.zeros(shape), np.zeros(shape), {7: None, PATCH: config.fine}.get(size, config.coarse)
+        if config.random is not None:
+            dense, limit = draw.random(shape), None
+        elif size > PATCH:
+            error, dense = merge_error(page, size), squares(density, size // PATCH).max((1, 3))
+        else:
+            dense = density.repeat(PATCH // size, 0).repeat(PATCH // size, 1)
+        guard = config.guard if config.random is None and size > PATCH else None
+        for row, column in np.ndindex(shape):
+            worse = guard is not None and error[row, column] > guard + 1e-6
+            denser = limit is not None and dense[row, column] > limit
+            urgency[size, row, column] = worse, denser, dense[row, column], error[row, column].round(5)
+
+    def quarters(size, row, column):
+        parts = [(size // 2, 2 * row + down, 2 * column + across) for down in (0, 1) for across in (0, 1)]
+        return [(s, r, c) for s, r, c in parts if r * s < height and c * s < width]
+
+    largest, smallest = config.sizes[-1], config.sizes[0]
+    waiting = [(largest, row, column) for row in range(-(-height // largest)) for column in range(-(-width // largest))]
+    leaves = set()
+    while waiting:
+        square = waiting.pop()
+        may = square in urgency and (config.budget is not None or square[0] == smallest or not any(urgency[square][:2]))
+        leaves, waiting = (leaves | {square}, waiting) if may else (leaves, waiting + quarters(*square))
+    key = lambda square: (*(-float(part) for part in urgency[square]), -square[0], *square[1:])
+    heap = [(key(square), square) for square in leaves if square[0] > smallest]
+    heapq.heapify(heap)
+    while config.budget is not None and len(leaves) < config.budget:
+        square = heapq.heappop(heap)[1]
+        leaves = leaves - {square} | set(quarters(*square))
+        for part in quarters(*square):
+            if part[0] > smallest:
+                heapq.heappush(heap, (key(part), part))
+    unsafe = sum(bool(urgency[square][0]) for square in leaves)
+    return sorted((row * size, column * size, size) for size, row, column in leaves), unsafe
+
 
 SIZE_SETS = [(14,), (14, 28), (14, 28, 56), (7, 14), (7, 14, 28), (7, 14, 28, 56)]
 
@@ -65,6 +127,40 @@ def test_leaves_cover_every_pixel_exactly_once_and_keep_the_rule(tile):
                 assert density[y0 // PATCH : y1 // PATCH, x0 // PATCH : x1 // PATCH].max() <= config.coarse
         if size < PATCH:
             assert density[y0 // PATCH, x0 // PATCH] > config.fine
+
+
+def leaves_of(plan):
+    return list(zip(plan.y.tolist(), plan.x.tolist(), plan.size.tolist()))
+
+
+@settings(max_examples=150, deadline=None)
+@given(tiles(), st.sampled_from([None, 0, 3]), st.integers(0, 100), st.booleans())
+def test_plans_are_those_of_a_plain_walk_down_the_tree(tile, random, more, bytes_in):
+    """Thresholds, budgets and random trees, of pages of floats and of bytes; a budget is a start and some splits."""
+    page, density, grid, config = tile
+    page = (page * 255).round().astype(np.uint8) if bytes_in else page
+    as_float = page.astype(np.float32) / np.float32(255) if bytes_in else page
+    if more:
+        least, _ = tree_walk(as_float, density, replace(config, budget=1), grid)
+        most = grid[0] * grid[1] * (PATCH // config.sizes[0]) ** 2
+        config = replace(config, budget=min(len(least) + 3 * more, most - (most - len(least)) % 3), random=random)
+    plan = plan_patches(page, density, config, grid)
+    leaves, unsafe = tree_walk(as_float, density, config, grid)
+    assert leaves_of(plan) == leaves and plan.unsafe == unsafe
+    by_hand = PatchPlan(grid, plan.y, plan.x, plan.size)  # proves that it covers every pixel once
+    assert np.array_equal(by_hand.owner, plan.owner)
+
+
+def test_real_pages_are_cut_alike_alone_in_a_batch_and_in_any_layout():
+    pages = [make_document(kind, seed, preset="rich").pixels for kind in ("bar", "table") for seed in range(2)]
+    pages = np.stack(pages)
+    pixels = as_pixels(pages)
+    density = estimate_density(load_density()[0], pixels, (32, 32))
+    for config in (PatchConfig(), PatchConfig(coarse=None), PatchConfig(budget=400), PatchConfig(budget=400, random=2)):
+        together, packed = (plan_tiles(given, density, config) for given in (pixels, pixels.contiguous()))
+        for page, own, plan, same in zip(pages, density.numpy(), together, packed):
+            assert leaves_of(plan) == leaves_of(same) == leaves_of(plan_patches(page, own, config))
+            assert leaves_of(plan) == tree_walk(page.astype(np.float32) / np.float32(255), own, config, (32, 32))[0]
 
 
 @settings(max_examples=60, deadline=None)

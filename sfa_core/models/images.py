@@ -20,7 +20,7 @@ from transformers.image_processing_utils import get_patch_output_size, select_be
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from ..tokens.adaptive import CONTROL, language_tokens
+from ..tokens.adaptive import CONTROL, language_tokens, tile_pixels
 from ..core.bundle import Bundle
 
 # %% ../../notebooks/library/06_models/40_images.ipynb #9f0a5e50
@@ -237,11 +237,10 @@ def image_batch(
     processor, views = bundle.processor, bundle.family.views
     if views == "tiles":
         pixels, counts = image_inputs(bundle, images, tiles)
+        pixels = tile_pixels(bundle, pixels)
         return ImageBatch({"pixel_values": pixels}, counts, image_blocks(bundle, pixels, counts))
-    single, inputs = (
-        views == "anyres" and tiles == 1,
-        dict(processor.image_processor(list(images), return_tensors="pt")),
-    )
+    single = views == "anyres" and tiles == 1
+    inputs = dict(processor.image_processor(list(images), return_tensors="pt"))
     if views == "anyres" and inputs["pixel_values"].shape[-1] != processor.image_processor.size["width"]:
         check_leaves(bundle)
     if single:  # the whole image comes first; a sample of several images, as this pretends to be, has no tiles
@@ -251,8 +250,8 @@ def image_batch(
     counts, blocks = [1] * len(images), [placeholder(bundle, text) for text in texts]
     if views == "anyres":
         counts = counts if single else [len(tile_regions(bundle, image.size)) for image in images]
-        # tiles of each image, without padding
-        shown = [own[:count] for own, count in zip(inputs["pixel_values"], counts, strict=True)]
+        inputs["pixel_values"] = tile_pixels(bundle, inputs["pixel_values"])
+        shown = [own[:count] for own, count in zip(inputs["pixel_values"], counts, strict=True)]  # without padding
         kept = language_tokens(bundle, shown, inputs["image_sizes"].tolist())
         blocks = blocks if kept is None else [shortened(bundle, block, own)
                                               for block, own in zip(blocks, kept, strict=True)]

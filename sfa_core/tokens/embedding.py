@@ -127,9 +127,11 @@ def leaf_index(
     "Find the place of each leaf in the joined maps of the levels."
     shapes = {size: (plan.grid[0] * PATCH // size, plan.grid[1] * PATCH // size) for size in sizes}
     starts = dict(zip(sizes, np.cumsum([0, *(rows * columns for rows, columns in shapes.values())])))
-    start, width = (np.array([table[size] for size in plan.size])
-                    for table in (starts, {size: shape[1] for size, shape in shapes.items()}))
-    return start + plan.y // plan.size * width + plan.x // plan.size
+    index = np.empty(len(plan), dtype=np.int64)
+    for size, start in starts.items():
+        own = plan.size == size
+        index[own] = start + plan.y[own] // size * shapes[size][1] + plan.x[own] // size
+    return index
 
 
 def embed_patches(
@@ -170,8 +172,7 @@ def regrid(
 ) -> Tensor:  # (B, h * w, D), row by row
     "Write each leaf to its cells; a cell that was split gets the mean of its quarters."
     split = any((plan.size < PATCH).any() for plan in plans)
-    owners = np.stack([plan.owner.reshape(plan.grid[0], 2, plan.grid[1], 2).transpose(1, 3, 0, 2).reshape(4, -1)
-                       for plan in plans])
-    index = torch.from_numpy(owners[:, : 4 if split else 1]).to(features.device)  # (B, 4 or 1, h * w)
-    rasters = [features.gather(1, part[..., None].expand(-1, -1, features.shape[-1])) for part in index.unbind(1)]
+    owners = np.stack([plan.quarters() for plan in plans])
+    index = torch.from_numpy(owners[..., : 4 if split else 1]).to(features.device)  # (B, h * w, 4 or 1)
+    rasters = [features.gather(1, part[..., None].expand(-1, -1, features.shape[-1])) for part in index.unbind(2)]
     return torch.stack(rasters).mean(0) if split else rasters[0]
