@@ -412,7 +412,7 @@ def test_an_arm_that_fails_while_it_is_put_on_leaves_nothing_behind(bundle, char
 @pytest.mark.parametrize(
     "wrong, said",
     [
-        (dict(arm="half"), "arm is 'half'; one of sfa, sfa_blocks, sfa_blocks_entropy, control, vision, projector"),
+        (dict(arm="half"), "arm is 'half'; one of sfa, sfa_blocks, sfa_blocks_entropy, lora, control, vision"),
         (dict(steps=0), "steps is 0"),
         (dict(steps=-1), "steps is -1"),
         (dict(batch_size=0), "batch_size is 0"),
