@@ -74,7 +74,7 @@ def test_the_encoder_that_is_kept_measures_as_it_did(trained, tokenizer, held_ou
         for measure, found in measure_dense(bundle, heads, part).items():
             assert last.loc[f"{name} {measure}".strip(), ["rate", "n"]].tolist() == [found["rate"], found["n"]]
     assert about["dense"]["terms"] == ["row", "column"] and heads.classes == PAGE_HEADS
-    with pytest.raises(FileNotFoundError, match="no encoder at"):
+    with pytest.raises(FileNotFoundError, match="no weights at"):
         read_dense_encoder(folder / "nothing.safetensors", tokenizer)
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 
 from sfa_core.interventions.prompts import following
 from sfa_core.interventions.reduction import (
+    down_sampled,
     merge_means,
     merges_per_layer,
     pixel_pruned,
@@ -266,3 +267,18 @@ def test_wrong_budgets_are_named(bundle):
     second = token_merged(bundle, 24)
     with random_dropped(bundle, 24), pytest.raises(ValueError, match="expects a plain encoder"), second:
         pass
+
+
+def test_down_sampling_makes_fewer_tokens_of_a_smaller_page_and_leaves_the_model_as_it_was(bundle):
+    shown = lambda model: (image_batch(model, pages(), 1), image_features(model, image_batch(model, pages(), 1)))
+    with torch.no_grad():
+        whole, before = shown(bundle)
+        with down_sampled(bundle, 4) as smaller:
+            part, features = shown(smaller)
+        after = shown(bundle)[1]
+    image = bundle.model.config.image_token_id
+    assert [tokens.count(image) for tokens in part.tokens] == [4] * 3
+    assert [tokens.count(image) for tokens in whole.tokens] == [16] * 3
+    assert part.inputs["pixel_values"].shape[-1] == 4 * 14 < whole.inputs["pixel_values"].shape[-1]
+    assert [len(page) for page in features.images] == [4] * 3
+    assert all(torch.equal(a, b) for a, b in zip(before.images, after.images, strict=True))

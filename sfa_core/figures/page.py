@@ -8,12 +8,12 @@ __all__ = ['LARGEST_FILE', 'text_of', 'quantised', 'colours_of', 'record_data', 
 # %% ../../notebooks/library/11_figures/74_page.ipynb #ea7209b3
 import base64
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from plotly.colors import sample_colorscale, unlabel_rgb
 
 from ..attention.places import cells_of
 from ..attention.records import AttentionRecord
@@ -22,7 +22,7 @@ from ..core.escape import html_text
 from ..core.files import write_atomic
 from ..documents.samples import Sample
 from .page_script import PAGE, SCRIPT
-from .style import ARM_NAMES, SCALES, arm_look
+from .style import ARM_NAMES, arm_look, see_through
 from .views import SINK, Page, Recorder
 
 # %% ../../notebooks/library/11_figures/74_page.ipynb #9da03060
@@ -48,10 +48,7 @@ def quantised(
 
 def colours_of(name: str) -> list[list[float]]:  # of SCALES -> red, green, blue, opacity; clear at the neutral value
     "Return a colour scale as the script reads it."
-    places = np.linspace(0, 1, 21)
-    strength = np.abs(2 * places - 1) if name == "difference" else places
-    return [[*unlabel_rgb(colour), round(0.04 + 0.86 * min(1, 1.6 * much), 3)]
-            for colour, much in zip(sample_colorscale(SCALES[name], places), strength, strict=True)]
+    return [[float(part) for part in re.findall(r"[\d.]+", colour)] for _, colour in see_through(name)]
 
 # %% ../../notebooks/library/11_figures/74_page.ipynb #9a30b5d7
 def record_data(

@@ -62,9 +62,9 @@ PLACED = ("internvl", "llava", "llava_onevision")  # families whose language mod
 class LanguagePruning:
     """What `fast_v` attaches to a language model; a copy of the model has its own."""
 
-    def __init__(self, layers: int, kept: int, layer: int, prompt: Prompt):
+    def __init__(self, kept: int, layer: int, prompt: Prompt):
         """Keep the rule, and the prompt that is followed."""
-        self.layers, self.kept, self.layer, self.prompt = layers, kept, layer, prompt
+        self.kept, self.layer, self.prompt = kept, layer, prompt
         self.staying: Tensor | None = None  # (B, L) of the prompt under way
 
     def see(self, call: AttentionCall) -> None:
@@ -133,7 +133,7 @@ def fast_v(
         raise ValueError(f"{kept} tokens behind layer {layer}, expected at least 1 token and a layer from 1 to "
                          f"{len(decoders) - 1}")
     with following(bundle) as prompt:
-        pruning = LanguagePruning(len(decoders), kept, layer, prompt)
+        pruning = LanguagePruning(kept, layer, prompt)
         handles = [decoder.register_forward_pre_hook(partial(pruning.enter, number), with_kwargs=True)
                    for number, decoder in enumerate(decoders) if number >= layer]
         handles.append(decoders[-1].register_forward_hook(pruning.leave, prepend=True))

@@ -5,14 +5,23 @@
 # %% auto #0
 __all__ = ['IGNORE', 'COLOURS', 'WORD_INDEX', 'HEADS', 'PAGE_HEADS', 'shared_area', 'slice_area', 'crossed_patches',
            'dense_targets', 'stack_targets', 'DenseHeads', 'heads_of_size', 'dense_losses', 'patch_features',
-           'heads_from', 'binding_counts', 'dense_binding']
+           'heads_from', 'write_parts', 'read_parts', 'binding_counts', 'binding_rates', 'dense_binding']
 
 # %% ../../notebooks/library/10_pretraining/10_dense.ipynb #d87a48fc
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
+from ..core.files import write_atomic
+from ..core.finite import read_tensors
+from ..core.reading import parse_json
 from ..documents.words import SHORT_WORDS
 from ..documents.layout import PALETTE
 
@@ -216,6 +225,30 @@ def heads_from(
         raise ValueError(f"{where} holds no dense heads ({reason}); those of a dense training are expected") from error
     return heads.eval()
 
+
+def write_parts(
+    path: str | Path,
+    parts: Mapping[str, nn.Module],  # name -> a module whose weights are kept
+    about: Mapping[str, Any],  # what is kept beside them, as JSON holds it
+) -> Path:
+    "Write the weights of some modules as one safetensors file, without the state of an optimiser."
+    kept = {f"{part}.{name}": value.detach().contiguous() for part, module in parts.items()
+            for name, value in module.named_parameters()}
+    return write_atomic(path, save(kept, {"about": json.dumps(about)}))
+
+
+def read_parts(
+    path: str | Path,  # as `write_parts` wrote it
+    *parts: str,  # names of the modules
+) -> tuple[list[dict[str, Tensor]], dict]:  # the weights of each, and what is kept beside them
+    "Read the weights of some modules; FileNotFoundError, and ValueError for a file without its notes."
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no weights at {path}; expected a file written by write_parts")
+    weights, notes = read_tensors(path)
+    about = parse_json(notes.get("about", ""), f"{path}: about", "what write_parts keeps beside the weights")
+    return [{name.removeprefix(f"{part}."): value for name, value in weights.items() if name.startswith(f"{part}.")}
+            for part in parts], about
+
 # %% ../../notebooks/library/10_pretraining/10_dense.ipynb #e46c2d0e
 def binding_counts(logits: dict[str, Tensor], targets: dict[str, Tensor]) -> dict[str, tuple[int, int]]:
     "Count (right, all) patches of one batch for each measure."
@@ -232,11 +265,18 @@ def binding_counts(logits: dict[str, Tensor], targets: dict[str, Tensor]) -> dic
     return {name: (int((hit & where).sum()), int(where.sum())) for name, (hit, where) in measures.items()}
 
 
+def binding_rates(
+    counts: Iterable[Mapping[str, tuple]],  # of each batch, from `binding_counts`
+) -> dict[str, dict[str, float]]:  # measure -> rate, n
+    "Add up what was counted in batches."
+    total = {}
+    for one in counts:
+        total = {name: np.add(total.get(name, (0, 0)), pair) for name, pair in one.items()}
+    return {name: dict(rate=float(right) / max(int(n), 1), n=int(n)) for name, (right, n) in total.items()}
+
+
 @torch.no_grad()
 def dense_binding(tower: nn.Module, heads: DenseHeads, batches) -> dict[str, dict[str, float]]:
     "Evaluate an encoder on batches of (pixels (B, 3, Y, X), targets); gives rate and n per measure."
-    total = {}
-    for pixels, targets in batches:
-        counts = binding_counts(heads(patch_features(tower, pixels, targets["colour"].shape[1:])), targets)
-        total = {name: np.add(total.get(name, (0, 0)), pair) for name, pair in counts.items()}
-    return {name: dict(rate=float(right) / max(int(n), 1), n=int(n)) for name, (right, n) in total.items()}
+    return binding_rates(binding_counts(heads(patch_features(tower, pixels, targets["colour"].shape[1:])), targets)
+                         for pixels, targets in batches)

@@ -16,13 +16,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import save
 
-from ..core.finite import read_tensors
-from ..core.reading import parse_json
 from ..structure.inject import inject, structures_of
 from ..structure.rivals import attach_embeddings, attach_rotary, learned_positions, shuffle_structure
-from ..core.files import locked, write_atomic
+from ..core.files import locked
 from ..core.identity import file_digest
 from sfa_core.pretraining.dense import (
     HEADS,
@@ -32,7 +29,9 @@ from sfa_core.pretraining.dense import (
     dense_losses,
     heads_from,
     patch_features,
+    read_parts,
     stack_targets,
+    write_parts,
 )
 from ..documents.generate import PRESETS, PRESET_KINDS, Document, generator_version, make_document
 from ..models.embedded import EmbeddedConfig
@@ -178,9 +177,7 @@ def save_encoder(
 ) -> None:
     """Write an encoder, its structural weights and its dense heads as one safetensors file, without the optimiser's
     state."""
-    tensors = {f"tower.{name}": p.detach().contiguous() for name, p in tower.named_parameters()}
-    tensors |= {f"heads.{name}": p.detach().contiguous() for name, p in heads.named_parameters()}
-    write_atomic(path, save(tensors, {"about": json.dumps(about)}))
+    write_parts(path, dict(tower=tower, heads=heads), about)
 
 
 def read_dense_encoder(
@@ -188,19 +185,14 @@ def read_dense_encoder(
     tokenizer: object,  # tokenizer of a model that is built around the encoder
 ) -> tuple[Bundle, DenseHeads, dict]:  # what else is known: `dense`, the configuration, and `architecture`
     "Read an encoder trained from nothing: a model whose other parts are random, and the encoder's dense heads."
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no encoder at {path}; expected a file written by learn_dense")
-    weights, notes = read_tensors(path)
-    about = parse_json(notes.get("about", ""), f"{path}: about", "what save_encoder keeps beside the weights")
-    parts = {part: {name.removeprefix(part): value for name, value in weights.items() if name.startswith(part)}
-             for part in ("tower.", "heads.")}
-    heads = heads_from(parts["heads."], str(path))
+    (tower, heads), about = read_parts(path, "tower", "heads")
+    heads = heads_from(heads, str(path))
     try:
         config = DenseConfig(**about["dense"])
         bundle = new_bundle(EmbeddedConfig(**about["architecture"]), tokenizer, config.seed,
                             name=Path(path).parent.name)
         place_patches(bundle, config)
-        bundle.family.tower_of(bundle.model).load_state_dict(parts["tower."])
+        bundle.family.tower_of(bundle.model).load_state_dict(tower)
     except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ValueError(f"{path} holds no encoder of its own architecture ({reason})") from error

@@ -9,7 +9,6 @@ __all__ = ['PAGE', 'PAGE_KINDS', 'PAGE_RECIPE', 'ASKED', 'QUESTION_STAGES', 'pag
 
 # %% ../../notebooks/library/10_pretraining/32_page_model.ipynb #4cfe0ac7
 import contextlib
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,19 +16,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import save
 from torch.nn.functional import pad
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..core.bundle import Bundle
 from ..core.files import write_atomic
-from ..core.finite import read_tensors
-from ..core.reading import parse_json
 from ..documents.generate import documents
 from ..models.embedded import EmbeddedConfig
 from ..models.load import new_bundle
 from ..models.sequences import IGNORE
-from .dense import DenseHeads, heads_from
+from .dense import DenseHeads, heads_from, read_parts, write_parts
 from .dynamics import DenseConfig, place_patches, read_dense_encoder
 from sfa_core.pretraining.recipe import (
     NAMES,
@@ -108,9 +104,7 @@ def write_stage(
     **about: object,  # what is kept beside the weights, as JSON holds it
 ) -> Path:
     "Write the weights behind a stage as one safetensors file."
-    parts = named_parts(bundle.model, "model") | named_parts(heads, "heads")
-    kept = {name: value.detach().contiguous() for name, value in parts.items()}
-    return write_atomic(path, save(kept, {"about": json.dumps(about)}))
+    return write_parts(path, dict(model=bundle.model, heads=heads), about)
 
 
 def read_stage(
@@ -118,18 +112,13 @@ def read_stage(
     tokenizer: object,
 ) -> tuple[Bundle, DenseHeads, dict]:  # and what was kept beside the weights
     "Read the weights behind a stage; FileNotFoundError, and ValueError for a file of something else."
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no stage at {path}; expected a file written by write_stage")
-    weights, notes = read_tensors(path)
-    about = parse_json(notes.get("about", ""), f"{path}: about", "what write_stage keeps beside the weights")
-    parts = {part: {name.removeprefix(part): value for name, value in weights.items() if name.startswith(part)}
-             for part in ("model.", "heads.")}
-    heads = heads_from(parts["heads."], str(path))
+    (model, heads), about = read_parts(path, "model", "heads")
+    heads = heads_from(heads, str(path))
     try:
         bundle = new_bundle(EmbeddedConfig(**about["architecture"]), tokenizer, name="page model")
         place_patches(bundle, DenseConfig(**about["dense"]))
-        bundle.model.load_state_dict(parts["model."], strict=False)
-        missing = set(named_parts(bundle.model, "model")) - {f"model.{name}" for name in parts["model."]}
+        bundle.model.load_state_dict(model, strict=False)  # tied weights are kept once
+        missing = {name for name, _ in bundle.model.named_parameters()} - set(model)
         if missing:
             raise ValueError(f"{len(missing)} weights are missing, {min(missing)} among them")
     except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:

@@ -23,7 +23,7 @@ from ..core.files import locked
 from ..core.hooks import activation_hooks
 from ..models.images import image_batch, image_features
 from ..models.miniatures import miniature
-from .dense import DenseHeads, binding_counts, dense_losses
+from .dense import DenseHeads, binding_counts, binding_rates, dense_losses
 from sfa_core.pretraining.dynamics import (
     DenseConfig,
     FreshPages,
@@ -102,11 +102,9 @@ def measure_tower(
     size: int = 32,  # pages per batch
 ) -> dict[str, dict[str, float]]:  # measure -> rate, n
     "Measure what a tower knows about the patches of some pages."
-    total = {}
-    for piece in np.array_split(np.arange(len(held_out.rows)), max(1, len(held_out.rows) // size)):
-        counts = binding_counts(heads(tower_states(bundle, held_out.pixels[piece])), targets_at(held_out, piece))
-        total = {name: np.add(total.get(name, (0, 0)), pair) for name, pair in counts.items()}
-    return {name: dict(rate=float(right) / max(int(n), 1), n=int(n)) for name, (right, n) in total.items()}
+    pieces = np.array_split(np.arange(len(held_out.rows)), max(1, len(held_out.rows) // size))
+    return binding_rates(binding_counts(heads(tower_states(bundle, held_out.pixels[piece])),
+                                        targets_at(held_out, piece)) for piece in pieces)
 
 
 def learn_tower(
