@@ -49,7 +49,7 @@ from ..scores.intervals import Effect, clustered_effect
 PAGE_STAGES = ("encoder", "lookup", *QUESTION_STAGES)
 PAGE_ARMS = ("control", "vision")
 STAGE_FOLDER = "page_stages"  # of the committed files
-ENCODER = dict(batch_size=16, learning_rate=1.5e-3, every=250)  # how an encoder of 16 x 16 patches goes on
+ENCODER = dict(batch_size=16, learning_rate=1.5e-3, every=250, words_weight=2.0)  # how an encoder goes on
 
 
 @dataclass(frozen=True, eq=False)
