@@ -3,9 +3,12 @@ from dataclasses import replace
 
 import pytest
 from safetensors.torch import load_file
+from torch.nn.functional import one_hot
 
 from sfa_core.pretraining import dynamics
-from sfa_core.pretraining.page_model import PAGE_RECIPE
+from sfa_core.pretraining.dense import IGNORE, word_losses
+from sfa_core.pretraining.dynamics import DenseConfig, FreshPages, draw_batch, learn_dense
+from sfa_core.pretraining.page_model import PAGE_RECIPE, page_documents
 from sfa_core.runs import curves, page_stages
 from sfa_core.runs.page_stages import lookup_effect, lookup_table, read_page_stages, train_page_stage
 
@@ -48,3 +51,25 @@ def test_a_stage_that_was_cut_off_ends_with_the_same_weights(tmp_path, monkeypat
     assert not (tmp_path / "cut" / "vision-0.safetensors").exists()
     again = train_page_stage("encoder", "vision", 0, tmp_path / "cut", recipe=SMALL, kept=tmp_path / "b")
     assert again.about["ends"] == whole.about["ends"]
+
+
+def test_words_are_marked_where_they_are_printed_and_the_pages_stay_the_same():
+    pages = FreshPages("page", ("table", "bar", "grouped_bar"), 168)
+    plain, marked = (draw_batch(pages, 0, 3, 3, printed=printed) for printed in (False, True))
+    assert set(marked) - set(plain) == {"printed_row", "printed_column"}
+    assert all((plain[name] == marked[name]).all() for name in plain)
+    for name in ("row", "column"):
+        printed = marked[f"printed_{name}"]
+        known = marked[name][printed] != IGNORE
+        assert printed.any() and known.float().mean() > 0.8
+    right = {name: one_hot(marked[name].clamp(min=0), 44).float() * 100 for name in ("row", "column")}
+    assert all(loss < 1e-6 for loss in word_losses(right, marked).values())
+
+
+def test_a_set_of_documents_does_not_say_where_words_stand(tmp_path):
+    few = page_documents(2, 1)
+    config = DenseConfig(steps=1, words_weight=1.0)
+    with pytest.raises(ValueError, match="does not keep where words stand"):
+        learn_dense(few, few, None, config, tmp_path)
+    with pytest.raises(ValueError, match="words_weight is -1"):
+        replace(config, words_weight=-1)

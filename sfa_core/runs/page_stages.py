@@ -143,7 +143,7 @@ def train_page_stage(
             else:
                 bundle, heads, about = read_stage(start, tokenizer)
                 config = DenseConfig(**about["dense"])
-                measured = learn_questions(stage, bundle, heads, data, recipe, kept, progress=progress)
+                measured = learn_questions(stage, bundle, data, recipe, kept, progress=progress)
             write_stage(target, bundle, heads, architecture=asdict(PAGE), dense=asdict(config), arm=arm, seed=seed,
                         stage=stage)
         git = git_commit()
