@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAGE_STAGES', 'PAGE_ARMS', 'STAGE_FOLDER', 'ENCODER', 'PageStage', 'write_page_stage', 'read_page_stages',
-           'weights_before', 'train_page_stage', 'lookup_table', 'lookup_effect', 'main']
+           'weights_before', 'train_page_stage', 'stage_encoder', 'lookup_table', 'lookup_effect', 'main']
 
 # %% ../../notebooks/library/12_runs/66_page_stages.ipynb #d849117d
 import argparse
@@ -18,12 +18,15 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
+from ..core.bundle import Bundle
 from ..core.files import locked, write_atomic
 from ..core.identity import file_digest
 from ..core.paths import working_root
 from ..core.reading import read_json
-from ..models.load import load_model
-from ..pretraining.dynamics import DenseConfig, FreshPages, learn_dense, read_dense_encoder
+from ..models.embedded import EmbeddedConfig
+from ..models.load import load_model, new_bundle
+from ..pretraining.dense import DenseHeads, heads_from, read_parts
+from ..pretraining.dynamics import DenseConfig, FreshPages, learn_dense, place_patches, read_dense_encoder
 from sfa_core.pretraining.page_model import (
     ASKED,
     PAGE,
@@ -153,6 +156,26 @@ def train_page_stage(
         found = PageStage(arm, seed, stage, about, measured)
         write_page_stage(folder, found)
     return found
+
+# %% ../../notebooks/library/12_runs/66_page_stages.ipynb #022ee6de
+def stage_encoder(
+    folder: str | Path,  # of the stages
+    arm: str,
+    seed: int,
+    tokenizer: object,  # tokenizer of a model that is built around the encoder
+) -> tuple[Bundle, DenseHeads]:
+    "Read the encoder behind whichever stage an arm has reached, with its linear heads."
+    path = Path(folder) / f"{arm}-{seed}.safetensors"
+    if read_parts(path, "tower")[0][0]:
+        return read_dense_encoder(path, tokenizer)[:2]
+    (model, heads), about = read_parts(path, "model", "heads")
+    bundle = new_bundle(EmbeddedConfig(**about["architecture"]), tokenizer, name=f"{arm}, seed {seed}")
+    place_patches(bundle, DenseConfig(**about["dense"]))
+    tower = bundle.family.tower_of(bundle.model)
+    name = next(name for name, module in bundle.model.named_modules() if module is tower)
+    tower.load_state_dict({key.removeprefix(f"{name}."): value for key, value in model.items()
+                           if key.startswith(f"{name}.")})
+    return bundle, heads_from(heads, str(path))
 
 # %% ../../notebooks/library/12_runs/66_page_stages.ipynb #439c834c
 def lookup_table(stages: list[PageStage]) -> pd.DataFrame:  # arm, seed, step, document, question, kind, right
