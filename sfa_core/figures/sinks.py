@@ -49,14 +49,14 @@ def visual_sinks(
     if len(set(shapes.values())) != 1 or len(shapes["values"]) != 2:
         raise ValueError(f"maps have shapes {', '.join(f'{name} {shape}' for name, shape in shapes.items())}, expected "
                          f"(h, w) of one grid")
-    source, *size = png_source(image)
+    (source, *size), pale = png_source(image), png_source(image, faded=True)[0]
     titles = ["document", "sink value / τ", "", "attention before", "after", "after − before"]
     figure, places, height = grid_panels(titles, 3, round(250 * min(1, size[1] / size[0])))
     shown = {0: None, 1: (values, "coloraxis2", "τ"), 3: (before, "coloraxis", "attention"),
              4: (after, "coloraxis", "attention"),
              5: (maps["after"] - maps["before"], "coloraxis3", "difference")}
     for at, layer in shown.items():
-        draw_page(figure, places[at], source, size)
+        draw_page(figure, places[at], pale if layer else source, size)
         if layer:
             figure.add_trace(over(layer[0], size, *layer[1:]), row=places[at][0], col=places[at][1])
         for cell in np.argwhere(maps["sinks"] > 0):
