@@ -124,7 +124,7 @@ def train_page_stage(
 ) -> PageStage:
     "Train one stage of one model; what was cut off goes on."
     start = weights_before(stage, arm, seed, folder)
-    begins, began = file_digest(start), time.perf_counter()
+    begins, began, git = file_digest(start), time.perf_counter(), git_commit()
     kept = Path(kept) if kept else kept_folder("page", recipe=asdict(recipe), stage=stage, begins=begins)
     target = Path(folder) / f"{arm}-{seed}.safetensors"
     with locked(Path(folder) / f"{arm}-{seed}"):
@@ -149,7 +149,6 @@ def train_page_stage(
                 measured = learn_questions(stage, bundle, data, recipe, kept, progress=progress)
             write_stage(target, bundle, heads, architecture=asdict(PAGE), dense=asdict(config), arm=arm, seed=seed,
                         stage=stage)
-        git = git_commit()
         about = dict(commit=(git["commit"] or "") + (" with changes" if git["dirty"] else ""),
                      seconds=round(time.perf_counter() - began), recipe=asdict(recipe), begins=begins,
                      ends=file_digest(target))
