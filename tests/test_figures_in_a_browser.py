@@ -11,7 +11,7 @@ from sfa_core.figures.style import in_style
 
 RENDERED = Path(__file__).resolve().parents[1] / "exports" / "rendered"
 PLOTLY = "application/vnd.plotly.v1+json"
-WIDTH = 688  # pixels of the site's text column on a desktop
+WIDTH = 860  # pixels that a figure has at least on a desktop of 1280: theme/sfa.css makes room for it
 
 # Boxes of all texts that are shown: a text over another counts where both share more than a fifth of the smaller one.
 LOOK = """async ([data, layout, width]) => {
