@@ -106,7 +106,7 @@ def test_every_run_on_the_report_is_a_reference_of_committed_code():
 
 @pytest.mark.parametrize("name, study", [
     ("tour", "00_tour"), ("embedded_model", "05_embedded_model"), ("tokens", "20_density_and_tokens"),
-    ("finetune", "30_finetune"),
+    ("finetune", "30_finetune"), ("page_model", "06_page_model"),
     ("grounding", "50_grounding"), ("binding", "52_where_binding_is_lost"),
     ("binding_from_nothing", "61_binding_from_nothing"),
     ("sinks", "55_sinks"), ("ablation", "60_ablation"), ("cost", "65_cost"),
