@@ -1,5 +1,5 @@
 """Draw the way of the data: `python site/flow.py` writes a picture of each folder of the library and one of all,
-the opening of each folder, and the tables of the index.
+the opening of each folder, and the tables of the index; then what was found (site/findings.py) is written anew.
 
 Folders, modules and what they build are read from the notebooks; what a folder is for, what comes into it and what
 leaves it is said here.
@@ -8,6 +8,8 @@ import json
 import re
 from html import escape
 from pathlib import Path
+
+import findings
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 FLOW = {  # folder: what it is for, what comes in, what goes out
@@ -171,3 +173,4 @@ if __name__ == "__main__":
     for path, notebook in openings().items():
         write(path, notebook)
     write(NOTEBOOKS / "index.ipynb", index())
+    findings.write()

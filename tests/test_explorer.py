@@ -237,7 +237,8 @@ def test_explorer_answers_the_mouse_in_jupyterlab(bundle, asked, run_in_lab, tmp
         wanted = look(recorder, recorder.page(sample), Choice(**choice))
         found = shown(page)
         assert np.allclose(found["z"], wanted.maps["baseline"], atol=1e-5), choice
-        assert found["pages"] == [[wanted.page.source, *wanted.page.image.size]] * 2, "the page lies below the map"
+        below = [[source, *wanted.page.image.size] for source in (wanted.page.source, wanted.page.pale)]
+        assert found["pages"] == below, "the page lies below the map, in grey"
         assert [found["right"],
                 found["bottom"]] == pytest.approx([1.02 * side for side in wanted.page.image.size]), "all of it is seen"
         return found

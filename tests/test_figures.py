@@ -23,9 +23,9 @@ from sfa_core.figures.charts import (
 from sfa_core.figures.style import browser
 
 FACTS = {
-    "baseline": "#70757A", "control": "#9AA0A6", "vision": "#1A73E8", "adat": "#E8453C", "vision_adat": "#7B1FA2",
+    "baseline": "#80868B", "control": "#3C4043", "vision": "#1A73E8", "adat": "#E8453C", "vision_adat": "#7B1FA2",
     "full": "#0D47A1", "sfa": "#00897B",
-    "vision_blocks": "#F9AB00",
+    "vision_blocks": "#B06000",
 }
 PAGE = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
 

@@ -247,11 +247,9 @@ def test_the_rule_of_a_logs_own_marks_is_found(logs):
 def test_the_rules_of_the_published_records_call_different_replies_hallucinations(logs):
     log = logs["details"]
     table = hallucination_table(log, marks_by_rule(log)[OWN])
-    assert table.loc["no digits shared, with decimals", "unlike the log's"] == 0
-    assert table["hallucinations"].to_dict() == {OWN: 2, "no digits shared, as described": 1,
-                                                 "no digits shared, with decimals": 2, "both are numbers": 1}
-    # 0.37 against 0.333: described with whole groups of digits both show a 0, so the rule as described lets it pass
-    assert source_rule("0.37", "0.33333333", False) == "other"
+    assert table.loc["no digits shared", "unlike the log's"] == 0
+    assert table["hallucinations"].to_dict() == {OWN: 2, "no digits shared": 2, "both are numbers": 1}
+    assert source_rule("0.37", "0.33333333", False) == "numeric_hallucination", "a point stands inside of a group"
 
 
 @settings(max_examples=200)

@@ -31,7 +31,8 @@ def split_values(text: str) -> list[str]:
     if re.fullmatch(r"(?:\d+(?:\.\d+)?% ?){2,}", text):
         return re.findall(r"\d+(?:\.\d+)?%", text)
     if re.fullmatch(r"\d+(?:\.\d+)?(?: \d+(?:\.\d+)?)+", text) and not re.search(r" (?:\d{3}|\d{5,})(?![\d.])", text):
-        return text.split()
+        parts = text.split()
+        return parts if len({len(part.partition(".")[2]) for part in parts}) == 1 else [text]
     if found := re.fullmatch(r"(\d{1,4}\.(\d{1,2}?))(\d{1,4}\.(\d{1,2}))", text):
         if len(found[2]) == len(found[4]) and not found[3].startswith("0"):
             return [found[1], found[3]]

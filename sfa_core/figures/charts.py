@@ -184,33 +184,32 @@ def attention_maps(
         shapes = ", ".join(f"{name!r} {values.shape}" for name, values in maps.items())
         raise ValueError(f"maps are {shapes or 'none'} and the difference is of {difference}, expected maps of one "
                          f"grid, and two of their names")
-    source, *size = png_source(image)
+    (source, *size), pale = png_source(image), png_source(image, faded=True)[0]
     shown = {name: ARM_NAMES.get(name, name) for name in maps}
-    titles = ["document",
-              *shown.values()] + ([f"{shown[difference[1]]} − {shown[difference[0]]}"] if difference else [])
+    change = maps[difference[1]] - maps[difference[0]] if difference else None
+    most = float(np.abs(change).max()) if difference else 0.0
+    titles = ["document", *shown.values()]
+    titles += [f"{shown[difference[1]]} − {shown[difference[0]]}, at most ±{most:.2g}"] if difference else []
     columns = 2 if len(titles) == 4 else min(len(titles), 3)
     figure, places, height = grid_panels(titles, columns,
-                                         round(min((660 if difference else 760) / columns,
-                                                   330) * min(1, size[1] / size[0])))
-    change = maps[difference[1]] - maps[difference[0]] if difference else None
+                                         round(min(760 / columns, 370) * min(1, size[1] / size[0])))
     layers = [None, *((values, "coloraxis", "attention")
                       for values in maps.values())] + ([(change, "coloraxis2", "difference")] if difference else [])
     for layer, place in zip(layers, places, strict=True):
-        draw_page(figure, place, source, size)
+        draw_page(figure, place, pale if layer else source, size)
         if layer:
             figure.add_trace(over(layer[0], size, *layer[1:]), row=place[0], col=place[1])
         if query is not None:
             outline(figure, place, query, next(iter(maps.values())).shape, size)
     limits = {"cmin": 0, "cmax": float(max(values.max() for values in maps.values()))}
+    upper, lower = ({"len": 0.42, "y": 0.79}, {"len": 0.42, "y": 0.21}) if difference else ({}, {})
     figure.update_layout(coloraxis={"colorscale": see_through("attention"),
-                                    "colorbar": colour_bar("attention (sums to 1)"), **limits})
+                                    "colorbar": colour_bar("attention (sums to 1)") | upper, **limits})
     if difference:
-        most = float(np.abs(change).max()) or 1.0
-        limits = {"cmin": -most, "cmax": most}
+        limits = {"cmin": -(most or 1.0), "cmax": most or 1.0}
         figure.update_layout(coloraxis2={"colorscale": see_through("difference"),
-                                         "colorbar": colour_bar("difference", 1.16), **limits})
-    return in_style(figure, title, subtitle, height + 24,
-                    above=26).update_layout(margin={"l": 30, "r": 210 if difference else 110, "b": 24})
+                                         "colorbar": colour_bar("difference") | lower, **limits})
+    return in_style(figure, title, subtitle, height + 24, above=26).update_layout(margin={"l": 30, "r": 110, "b": 24})
 
 # %% ../../notebooks/library/11_figures/20_charts.ipynb #3085fc83
 def structural_bias(
@@ -237,7 +236,7 @@ def structural_bias(
     return in_style(figure, title, subtitle, height + 20, above=26).update_layout(margin={"l": 30, "r": 110, "b": 20})
 
 # %% ../../notebooks/library/11_figures/20_charts.ipynb #89e1ce80
-GROUP_COLOURS = {"text-dense": DENSITY, "sparse": ARM_COLOURS["control"]}
+GROUP_COLOURS = {"text-dense": DENSITY, "sparse": "#9AA0A6"}
 
 
 def entropy_by_layer(

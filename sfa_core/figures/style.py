@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ARM_COLOURS', 'ARM_NAMES', 'STRUCTURE', 'DENSITY', 'INK', 'FAINT', 'OTHER_COLOURS', 'SYMBOLS', 'COOLWARM', 'SCALES',
-           'FONT', 'AXIS', 'TEMPLATE', 'FORMATS', 'arm_look', 'in_style', 'png_source', 'see_through', 'colour_bar',
-           'grid_panels', 'draw_page', 'over', 'outline', 'browser', 'save_figure']
+           'FONT', 'AXIS', 'TEMPLATE', 'FADED', 'FORMATS', 'arm_look', 'in_style', 'png_source', 'see_through',
+           'colour_bar', 'grid_panels', 'draw_page', 'over', 'outline', 'browser', 'save_figure']
 
 # %% ../../notebooks/library/11_figures/10_style.ipynb #30bb4caa
 import base64
@@ -31,9 +31,9 @@ from ..core.pictures import as_seen
 
 # %% ../../notebooks/library/11_figures/10_style.ipynb #83e4d2ae
 ARM_COLOURS = {
-    "baseline": "#70757A", "control": "#9AA0A6", "sfa": "#00897B", "vision": "#1A73E8", "adat": "#E8453C",
+    "baseline": "#80868B", "control": "#3C4043", "sfa": "#00897B", "vision": "#1A73E8", "adat": "#E8453C",
     "vision_adat": "#7B1FA2", "full": "#0D47A1",
-    "vision_blocks": "#F9AB00", "projector": "#A1887F",
+    "vision_blocks": "#B06000", "projector": "#A1887F",
 }  # arm -> colour; in tables "+ SFA" means vision, and sfa trains the structural terms alone
 ARM_NAMES = {"vision": "control + SFA", "sfa": "SFA terms only", "adat": "ADAT", "vision_adat": "SFA + ADAT",
              "vision_blocks": "SFA + density blocks"}
@@ -87,16 +87,23 @@ def in_style(
                                 margin={"l": 70, "r": 40, "t": top, "b": 60})
 
 # %% ../../notebooks/library/11_figures/10_style.ipynb #e123eb58
+FADED = 0.45  # share of its darkness that a page keeps under a map
+
+
 def png_source(
     image: Any,  # (Y, X, 3) uint8 or a PIL image
+    *,
+    faded: bool = False,  # in pale grey, for a map that is laid over it
 ) -> tuple[str, int, int]:  # data address, width and height in pixels
     """Encode an image for a figure; ValueError when it is no RGB image."""
     array = np.asarray(as_seen(image) if isinstance(image, Image.Image) else image)
     if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
         raise ValueError(f"an image has shape {array.shape} and type {array.dtype}, expected (Y, X, 3) uint8 or a PIL "
                          f"image")
-    stream = io.BytesIO()
-    Image.fromarray(array).save(stream, format="PNG")
+    picture, stream = Image.fromarray(array), io.BytesIO()
+    if faded:
+        picture = picture.convert("L").point(lambda light: round(255 - FADED * (255 - light)))
+    picture.save(stream, format="PNG")
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode(), array.shape[1], array.shape[0]
 
 

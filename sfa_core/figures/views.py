@@ -43,6 +43,7 @@ class Page:
     sample: Sample
     image: Image.Image = field(repr=False)
     source: str = field(repr=False)  # the image as a data address
+    pale: str = field(repr=False)  # the same in pale grey, for maps
     # arm -> record; maps of queries are filled in where they were left out
     vision: dict[str, AttentionRecord] = field(repr=False)
     language: dict[str, AttentionRecord] = field(repr=False)
@@ -91,7 +92,8 @@ class Recorder:
                     vision[arm] = record(self.bundle, [sample], queries="all" if self.whole else (), **options)
                     language[arm] = record(self.bundle, [sample], tower="language", max_new_tokens=self.max_new_tokens,
                                            **options)
-            self.pages[key] = Page(sample, image, png_source(image)[0], vision, language)
+            self.pages[key] = Page(sample, image, png_source(image)[0], png_source(image, faded=True)[0], vision,
+                                   language)
         return self.pages[key]
 
     def causal(self, page: Page, arm: str) -> CausalMap:
@@ -237,11 +239,12 @@ def page_limits(
 ) -> dict[str, Any]:  # update of the layout, one for all views of a page
     """Return the page of a view and its edges, for every panel."""
     width, height = view.page.image.size
-    page = {"images[{}].source": view.page.source, "images[{}].sizex": width, "images[{}].sizey": height}
+    page = {"images[{}].sizex": width, "images[{}].sizey": height}
     # room for the outline of a patch
     edges = {"xaxis{}_range": (-0.02 * width, 1.02 * width), "yaxis{}_range": (1.02 * height, -0.02 * height)}
     pages = {}
     for panel in range(2 * len(view.maps)):  # page, arms, difference
+        pages[f"images[{panel}].source"] = view.page.pale if panel else view.page.source
         pages |= {name.format(panel): value
                   for name, value in page.items()} | {name.format(panel + 1 if panel else ""): value
                                                       for name, value in edges.items()}

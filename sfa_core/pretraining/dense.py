@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['IGNORE', 'COLOURS', 'WORD_INDEX', 'HEADS', 'PAGE_HEADS', 'shared_area', 'slice_area', 'crossed_patches',
-           'dense_targets', 'stack_targets', 'DenseHeads', 'heads_of_size', 'dense_losses', 'patch_features',
-           'heads_from', 'write_parts', 'read_parts', 'binding_counts', 'binding_rates', 'dense_binding']
+           'dense_targets', 'printed_words', 'stack_targets', 'DenseHeads', 'heads_of_size', 'dense_losses',
+           'word_losses', 'patch_features', 'heads_from', 'write_parts', 'read_parts', 'binding_counts',
+           'binding_rates', 'dense_binding']
 
 # %% ../../notebooks/library/10_pretraining/10_dense.ipynb #d87a48fc
 import json
@@ -162,6 +163,18 @@ def dense_targets(row: dict, grid: tuple[int, int], size: tuple[int, int]) -> di
     return out
 
 
+def printed_words(
+    row: dict,  # a document
+    grid: tuple[int, int],  # h, w
+    size: tuple[int, int],  # Y, X of the image
+) -> dict[str, np.ndarray]:  # printed_row, printed_column, (h, w) bool
+    "Mark the patches with ink of a row's or a column's word."
+    patch = size[0] * size[1] / grid[0] / grid[1]
+    areas = {name: shared_area([t["box"] for t in row["texts"] if t["role"] in roles], grid, size)
+             for name, roles in (("row", ("label",)), ("column", ("header", "legend")))}
+    return {f"printed_{name}": (area > 0.1 * patch).any(0) for name, area in areas.items()}
+
+
 def stack_targets(rows, grid: tuple[int, int], size: tuple[int, int]) -> dict[str, Tensor]:
     "Return the targets of several documents as tensors with a leading batch axis."
     each = [dense_targets(row, grid, size) for row in rows]
@@ -203,6 +216,20 @@ def dense_losses(logits: dict[str, Tensor], targets: dict[str, Tensor]) -> dict[
         flat = targets[name].flatten()
         total = cross_entropy(logits[name].flatten(0, 2), flat, ignore_index=IGNORE, reduction="sum")
         losses[name] = total / (flat != IGNORE).sum().clamp(min=1)
+    return losses
+
+
+def word_losses(
+    logits: dict[str, Tensor],
+    targets: dict[str, Tensor],  # with `printed_row` and `printed_column`, (B, h, w) bool
+) -> dict[str, Tensor]:
+    """Return the mean loss of row and column words over the patches that print them, in nats. They are few among the
+    patches that a word belongs to, so their share of the mean over all is too small to learn to read from."""
+    losses = {}
+    for name in ("row", "column"):
+        known = targets[f"printed_{name}"] & (targets[name] != IGNORE)
+        total = cross_entropy(logits[name][known], targets[name][known], reduction="sum")
+        losses[f"printed_{name}"] = total / known.sum().clamp(min=1)
     return losses
 
 

@@ -29,8 +29,10 @@ from sfa_core.pretraining.dense import (
     dense_losses,
     heads_from,
     patch_features,
+    printed_words,
     read_parts,
     stack_targets,
+    word_losses,
     write_parts,
 )
 from ..documents.generate import PRESETS, PRESET_KINDS, Document, generator_version, make_document
@@ -61,14 +63,16 @@ class DenseConfig:
     positions: str = "learned"  # one of POSITIONS: the class's table, rotary in its place, row and column embeddings
     shuffled: bool = False  # the structural terms on a fixed random permutation of the places
     digits_weight: float = 1.0  # weight of the digits' loss; that of every other head is 1
+    words_weight: float = 0.0  # weight of row and column words on the patches that print them, beside all patches
 
     def __post_init__(self):
         object.__setattr__(self, "terms", check_terms(self.terms) if self.terms else ())
         small = [name for name in ("steps", "batch_size", "every") if getattr(self, name) < 1]
         if small:
             raise ValueError(f"{small[0]} is {getattr(self, small[0])}; at least 1 is expected")
-        if not 0 <= self.digits_weight < float("inf"):
-            raise ValueError(f"digits_weight is {self.digits_weight}; a finite number of at least 0 is expected")
+        for name in ("digits_weight", "words_weight"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is {getattr(self, name)}; a finite number of at least 0 is expected")
         if self.positions not in POSITIONS:
             raise ValueError(f"positions is {self.positions!r}; one of {', '.join(POSITIONS)} is expected")
         if self.shuffled and not self.terms:
@@ -134,6 +138,8 @@ def draw_batch(
     seed: int,  # seed of the training
     step: int,  # from 0
     count: int,  # pages
+    *,
+    printed: bool = False,  # which patches print a word, too
 ) -> dict[str, np.ndarray | torch.Tensor]:  # pixels (B, Y, X, 3) uint8 and the dense targets
     """Draw the pages of one step and their targets: a pure function of its arguments, equal for all arms of a
     comparison."""
@@ -141,7 +147,12 @@ def draw_batch(
         index = np.random.default_rng([seed, step]).integers(0, len(data.rows), count)
         return {"pixels": data.pixels[index]} | targets_at(data, index)
     pages = [draw_page(data, seed, step, i) for i in range(step * count, (step + 1) * count)]
-    targets = stack_targets([page.facts() for page in pages], (data.size // data.patch,) * 2, (data.size,) * 2)
+    grid = data.size // data.patch
+    facts, shape = [page.facts() for page in pages], ((grid, grid), (data.size, data.size))
+    targets = stack_targets(facts, *shape)
+    if printed:
+        marks = [printed_words(row, *shape) for row in facts]
+        targets |= {name: torch.from_numpy(np.stack([one[name] for one in marks])) for name in marks[0]}
     return {"pixels": np.stack([page.pixels for page in pages])} | targets
 
 
@@ -278,6 +289,9 @@ def learn_dense(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     "Train an encoder on the dense task, from random weights or further, and measure it on other pages as it learns."
     architecture = architecture or EmbeddedConfig()
+    if config.words_weight and not isinstance(data, FreshPages):
+        raise ValueError(f"words_weight is {config.words_weight} with a set of documents, which does not keep where "
+                         f"words stand; 0, or FreshPages, is expected")
     grid = (architecture.image_size // architecture.patch_size,) * 2
     if start is None:
         bundle, heads = new_encoder(tokenizer, config, architecture, data)
@@ -288,12 +302,15 @@ def learn_dense(
     named |= {f"heads.{name}": p for name, p in heads.named_parameters()}
 
     def batch_at(step, micro):
-        return draw_batch(data, config.seed, step, config.batch_size)
+        return draw_batch(data, config.seed, step, config.batch_size, printed=config.words_weight > 0)
 
     def losses(batch):
         features = patch_features(tower, pixel_values(bundle, batch["pixels"]), grid)
-        found = dense_losses(heads(features), batch)
-        return found | {"digits": config.digits_weight * found["digits"]}, len(batch["pixels"])
+        logits = heads(features)
+        found = dense_losses(logits, batch)
+        words = word_losses(logits, batch) if config.words_weight else {}
+        weighted = {name: config.words_weight * loss for name, loss in words.items()}
+        return found | weighted | {"digits": config.digits_weight * found["digits"]}, len(batch["pixels"])
 
     sets = held_out if isinstance(held_out, dict) else {"": held_out}
     asked = {name: part.digest for name, part in sets.items()}

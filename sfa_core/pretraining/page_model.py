@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PAGE', 'PAGE_KINDS', 'PAGE_RECIPE', 'ASKED', 'QUESTION_STAGES', 'page_documents', 'page_tokenizer', 'page_bundle',
-           'write_stage', 'read_stage', 'KnownStates', 'known_states', 'encoder_states', 'answer_names',
-           'learn_lookups', 'learn_questions']
+           'write_stage', 'read_stage', 'KnownStates', 'known_states', 'encoder_states', 'on_states', 'reading_parts',
+           'answer_names', 'learn_lookups', 'learn_questions']
 
 # %% ../../notebooks/library/10_pretraining/32_page_model.ipynb #4cfe0ac7
 import contextlib
@@ -38,8 +38,8 @@ from sfa_core.pretraining.recipe import (
     training_tokenizer,
 )
 from sfa_core.pretraining.stages import (
+    Batches,
     answer_losses,
-    joint_losses,
     lookup_batches,
     named_parts,
     question_batches,
@@ -51,7 +51,7 @@ from sfa_core.pretraining.stages import (
 PAGE = EmbeddedConfig(image_size=224, downsample_ratio=0.5, language_width=192, language_layers=4, language_heads=6,
                       language_hidden=576)
 PAGE_KINDS = ("bar", "grouped_bar", "table")
-PAGE_RECIPE = Recipe(documents=12_000, document_seed=71_000, encoder_steps=4_500, lookup_steps=3_000,
+PAGE_RECIPE = Recipe(documents=12_000, document_seed=71_000, encoder_steps=4_500, lookup_steps=2_000,
                      joint_steps=3_000, reading_steps=3_000, cell_steps=4_000)
 ASKED = dict(count=200, seed=72_000)  # pages whose names are asked while the look-ups are learned
 QUESTION_STAGES = ("joint", "reading", "cells")
@@ -132,6 +132,10 @@ class KnownStates(torch.nn.Module):
 
     dtype = torch.float32
 
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.place = torch.nn.Parameter(torch.empty(0, device=device), requires_grad=False)  # says where it stands
+
     def forward(self, pixel_values: torch.Tensor, **options) -> BaseModelOutput:  # (B, tokens, D)
         return BaseModelOutput(last_hidden_state=pixel_values)
 
@@ -142,7 +146,7 @@ def known_states(bundle: Bundle) -> Iterator[None]:
     tower = bundle.family.tower_of(bundle.model)
     name = next(name for name, module in bundle.model.named_modules() if module is tower)
     parent, own = bundle.model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-    setattr(parent, own, KnownStates())
+    setattr(parent, own, KnownStates(bundle.devices[0]))
     try:
         yield
     finally:
@@ -159,6 +163,23 @@ def encoder_states(
     tower = bundle.family.tower_of(bundle.model)
     parts = np.array_split(np.arange(len(pixels)), max(1, len(pixels) // size))
     return torch.cat([tower(pixel_values=pixel_values(bundle, pixels[part])).last_hidden_state for part in parts])
+
+
+def on_states(
+    draw: Batches,  # draws inputs and the pages they are of
+    states: torch.Tensor,  # (n, tokens, D) of all pages
+) -> Batches:
+    "Put the states of the encoder in place of the pixels of each batch."
+    def batch_at(step, micro):
+        inputs, index = draw(step, micro)
+        return inputs | {"pixel_values": states[index]}, index
+    return batch_at
+
+
+def reading_parts(bundle: Bundle) -> dict[str, torch.nn.Parameter]:
+    "Return the parameters of projector and language model."
+    return (named_parts(bundle.family.projector_of(bundle.model), "projector")
+            | named_parts(bundle.family.language_of(bundle.model), "language"))
 
 
 @torch.no_grad()
@@ -200,25 +221,18 @@ def learn_lookups(
     progress: bool = False,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # step, document, kind, right; and the log
     "Teach projector and language model to look up names, with the encoder as it is, and ask as they learn."
-    family, steps, path = bundle.family, recipe.lookup_steps, Path(folder) / "lookups.parquet"
+    steps, path = recipe.lookup_steps, Path(folder) / "lookups.parquet"
     curve = [pd.read_parquet(path)] if path.is_file() else []
     known = set(curve[0]["step"]) if curve else set()
     states, of_asked = (encoder_states(bundle, part.pixels) for part in (data, asked))
-    reading = (named_parts(family.projector_of(bundle.model), "projector")
-               | named_parts(family.language_of(bundle.model), "language"))
-    draw = lookup_batches(bundle, data, recipe)
-
-    def batch_at(step, micro):
-        inputs, index = draw(step, micro)
-        return inputs | {"pixel_values": states[index]}, index
-
+    batch_at = on_states(lookup_batches(bundle, data, recipe), states)
     learned = dict(documents=data.digest, asked=asked.digest, every=every,
                    begins=weights_key(named_parts(bundle.model, "model")))
     with known_states(bundle):
         for until in sorted({*range(every, steps, every), steps} - known | {steps}):
             bundle.model.train()
-            log = train_stage("lookup", reading, batch_at, lambda batch: answer_losses(bundle, batch), steps,
-                              recipe.joint_rate, recipe, learned, folder, until=until, progress=progress)
+            log = train_stage("lookup", reading_parts(bundle), batch_at, lambda batch: answer_losses(bundle, batch),
+                              steps, recipe.joint_rate, recipe, learned, folder, until=until, progress=progress)
             bundle.model.eval()
             if until not in known:
                 curve.append(answer_names(bundle, of_asked, asked).assign(step=until))
@@ -229,21 +243,22 @@ def learn_lookups(
 def learn_questions(
     stage: str,  # one of QUESTION_STAGES
     bundle: Bundle,
-    heads: DenseHeads,
     data: TrainingSet,
     recipe: Recipe,
     folder: str | Path,  # checkpoints; what was cut off goes on
     *,
     progress: bool = False,
 ) -> pd.DataFrame:  # the log
-    "Train everything on questions; ValueError for an unknown stage."
+    "Teach projector and language model whole questions, with the encoder as it is; ValueError for an unknown stage."
     if stage not in QUESTION_STAGES:
         raise ValueError(f"unknown stage {stage!r}; expected one of {', '.join(QUESTION_STAGES)}")
     steps = {"joint": recipe.joint_steps, "reading": recipe.reading_steps, "cells": recipe.cell_steps}[stage]
-    everything = named_parts(bundle.model.train(), "model") | named_parts(heads, "heads")
-    learned = dict(documents=data.digest, begins=weights_key(everything))
-    log = train_stage(stage, everything, question_batches(bundle, data, recipe, stage, steps),
-                      joint_losses(bundle, heads, data, recipe.dense_weight), steps,
-                      recipe.joint_rate / (1 if stage == "joint" else 2), recipe, learned, folder, progress=progress)
+    learned = dict(documents=data.digest, begins=weights_key(named_parts(bundle.model, "model")))
+    batch_at = on_states(question_batches(bundle, data, recipe, stage, steps), encoder_states(bundle, data.pixels))
+    with known_states(bundle):
+        bundle.model.train()
+        log = train_stage(stage, reading_parts(bundle), batch_at, lambda batch: answer_losses(bundle, batch), steps,
+                          recipe.joint_rate / (1 if stage == "joint" else 2), recipe, learned, folder,
+                          progress=progress)
     bundle.model.eval()
     return log

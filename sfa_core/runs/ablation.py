@@ -121,7 +121,7 @@ def mixture_of(
 
 # kind of what is kept -> module that makes it
 MADE_BY = {"cells": "runs.ablation", "dynamics": "pretraining.dynamics", "tuning": "pretraining.tuning",
-           "towers": "pretraining.towers"}
+           "towers": "pretraining.towers", "page": "pretraining.page_model"}
 
 
 def kept_folder(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PERCENT', 'SCALED', 'QUALIFIED', 'AWAY', 'WHOLE', 'Doubt', 'day_fraction', 'hundredth', 'calculation', 'sum_shown',
            'is_one_series', 'strict_operands', 'other_rows', 'calculated', 'other_operands', 'mixed_units',
-           'thousandth', 'named_value', 'other_cell', 'label_audit']
+           'thousandth', 'named_value', 'other_cell', 'other_name', 'label_audit']
 
 # %% ../../notebooks/library/04_scores/57_audit.ipynb #fb26f329
 import math
@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..documents.numbers import Number, agree, is_numeric, read_numbers, rounds_to
+from .asked import asked_names
 from .cells import name_key
-from .claims import within
+from .claims import same_answer, same_text, within
 from .facts import Facts, Place
 from .operations import asks_for_count, counts_marks, named_operations
 from sfa_core.scores.subsets import (
@@ -38,9 +39,10 @@ class Doubt(NamedTuple):
     "Why an expected answer is in doubt."
 
     reason: str  # with the calculation
-    rule: str  # day, hundredth, thousand, units, subset or row
+    rule: str  # day, hundredth, thousand, units, subset, row or name
     fits: tuple[float, ...]  # values that the page gives instead
     places: tuple[Place, ...]  # operands of the calculation, or where the value is printed
+    names: tuple[str, ...] = ()  # that the page gives instead
 
 
 PERCENT = re.compile(r"%|\bpercent(?:age|ages)?\b|\bshare\b", flags=re.IGNORECASE)
@@ -133,6 +135,8 @@ def strict_operands(question: str, known: Facts) -> tuple[Subset, list[Subset]] 
     whole = [s for s in named.subsets if len(s.operands) > 1]
     if len(whole) != 1:
         return None
+    if sizes and known.missed > 0.1:
+        return None  # a value that was missed may be one of them
     own, order = whole[0], sorted(range(len(values)), key=lambda i: values[i])
     if ends:
         others = [Subset((end, i), "") for end in (order[-1], order[0]) for i in order if i != end]
@@ -275,14 +279,32 @@ def other_cell(question: str, label: Number, known: Facts, stated: Sequence[Numb
     reason = f"the page prints {own.text} for {name}; the label {label.text} stands elsewhere"
     return Doubt(reason, "row", (own.value,), (place,))
 
+
+def other_name(question: str, answer: str, known: Facts, reply: str) -> Doubt | None:
+    """Check that an expected name is another one than those that the page gives, or one of several that fit equally,
+    and that a reply confirms it: it says another name that fits."""
+    if not reply or not (asked := asked_names(question, known)):
+        return None
+    names = lambda text, found: [name for name in found if same_text(text, name)]
+    own = names(answer, (*asked.names, *asked.others))
+    said = [name for name in asked.names if same_answer(question, reply, name)]
+    if len(own) != 1 or not said or same_answer(question, reply, answer):
+        return None
+    why = "one of several that fit" if own[0] in asked.names else "another one"
+    return Doubt(f"the page gives {asked.words}; the label {answer} is {why}", "name", (), known.places(asked.operands),
+                 asked.names)
+
 # %% ../../notebooks/library/04_scores/57_audit.ipynb #c502624c
 def label_audit(
     question: str,
     answer: str,      # the expected one
     known: Facts,
     stated: Sequence[Number] = (),  # stated of a reply, which may confirm what the page gives
+    reply: str = "",  # the same as a text
 ) -> Doubt | None:    # None where it is not in doubt
     "Check for an expected answer that the page contradicts in a way that explains it."
+    if known.level != "D" and (doubt := other_name(question, answer, known, reply)):
+        return doubt
     numbers = read_numbers(answer) if len(answer) < 200 else ()
     if len(numbers) != 1 or not is_numeric(answer):
         return None

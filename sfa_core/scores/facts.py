@@ -8,6 +8,7 @@ __all__ = ['RATIO', 'MOST_APART', 'Index', 'Facts', 'facts']
 # %% ../../notebooks/library/04_scores/50_facts.ipynb #ec9cff08
 import re
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -112,6 +113,17 @@ class Facts:
     def share_printed(self) -> float:
         "The share of operands that are printed as labels, 0 without operands."
         return sum(self.labelled.find(number) is not None for number, _ in self.operands) / max(1, len(self.operands))
+
+    @cached_property
+    def missed(self) -> float:
+        """The share of values that an engine missed on a page of texts, as far as it shows: those of names without a
+        value, and of names with fewer values than most have; 0 where it cannot be told."""
+        counts = Counter(row for row, _ in self.under if row)
+        if self.level != "C" or len(counts) < 3 or counts.total() < 0.8 * len(self.under):
+            return 0.0
+        usual = Counter(counts.values()).most_common(1)[0][0]
+        missed = sum(max(0, usual - count) for count in counts.values()) + usual * max(0, self.rows - len(counts))
+        return missed / (missed + counts.total())
 
     @cached_property
     def values(self) -> list[float]:

@@ -1,0 +1,382 @@
+"""What the committed references say, in sentences: README, the index and the site's findings page take them from here.
+
+    python site/findings.py        writes what was found into README.md and notebooks/index.ipynb
+
+Every number is read from exports/reference when the sentence is made; none is typed.
+"""
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+REFERENCE = ROOT / "exports" / "reference"
+OLD = ("embedded_model_", "bench")  # references that no study's page shows
+
+
+@dataclass(frozen=True)
+class Finding:
+    title: str  # the answer in a few words
+    brief: str  # its one number
+    text: str  # the answer with its numbers
+    sure: str  # what it rests on, and what it does not show
+    studies: tuple[str, ...]
+
+
+@cache
+def metrics(name: str) -> dict[str, Any]:
+    "Read the metrics of a reference."
+    return json.loads((REFERENCE / name / "metrics.json").read_text(encoding="utf-8"))
+
+
+def provenance(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+
+
+@cache
+def timings(name: str) -> dict[str, Any]:
+    return json.loads((REFERENCE / name / "timings.json").read_text(encoding="utf-8"))
+
+
+def percent(rate: float) -> str:
+    return f"{100 * rate:.0f} %"
+
+
+def points(row: dict, digits: int = 0) -> str:
+    "Write the interval of a difference of rates in points."
+    low, high = (f"{100 * row[end]:+.{digits}f}" for end in ("low", "high"))
+    return f"{low} to {high} points"
+
+
+def unsigned_zero(text: str) -> str:
+    "Write a rounded zero without a sign."
+    return re.sub(r"[+-](0(?:\.0+)?)(?![\d.])", r"\1", text)
+
+
+def learned(measure: str, task: str = "16 x 16", arm: str = "vision") -> dict[str, Any]:
+    "Return a measure of encoders from nothing at the last step at which the arms are compared."
+    rows = [row for row in metrics("binding_from_nothing")["difference"]
+            if (row["measure"], row["task"], row["arm"]) == (measure, task, arm)]
+    return max(rows, key=lambda row: row["step"])
+
+
+def from_nothing() -> Finding:
+    label, value, digits = (learned(name) for name in ("label_colour", "value_binding", "digits"))
+    off = [check["doses"][0] for check in metrics("binding_from_nothing")["checks"].values()]
+    lost = " and ".join(f"{-100 * dose['change']:.0f} ({-100 * dose['high']:.0f} to {-100 * dose['low']:.0f})"
+                        for dose in off)
+    return Finding(
+        "An encoder that starts from nothing learns with structure what belongs to what.",
+        f"{percent(label['with'])} of label patches know their bar's colour with SFA, {percent(label['control'])} "
+        f"without ({points(label)}).",
+        f"After {label['step']:,} steps on 224 px pages {percent(label['with'])} of the label patches know the colour "
+        f"of their bar with SFA, {percent(label['control'])} without (difference {points(label)}); the value that "
+        f"a patch belongs to is known in {percent(value['with'])} against {percent(value['control'])} "
+        f"({points(value)}). What a patch shows by itself differs far less: digits {percent(digits['with'])} against "
+        f"{percent(digits['control'])} ({points(digits)}).",
+        f"{label['seeds']} pairs of trainings, 95 % interval over pairs. Switching the learned bias off takes "
+        f"{lost} points of label colour away, training by training. Rows and columns of table cells are learned "
+        f"by neither arm in so few steps.",
+        ("61_binding_from_nothing", "00_tour"))
+
+
+def fine_tuned() -> Finding:
+    found, check = metrics("finetune")["vision_against_control"], metrics("finetune")["check"]
+    off = next(row for row in check["doses"] if row["dose"] == 0)
+    nothing = metrics("binding_from_nothing")["questions"]["From nothing"]
+    return Finding(
+        "An encoder that was taught this before gains nothing.",
+        unsigned_zero(f"{100 * found['difference']:+.1f} points ({points(found, 1)}) on {found['n']:,} questions."),
+        unsigned_zero(
+            f"Fine-tuned with and without SFA, the shipped model answers equally well: "
+            f"{100 * found['difference']:+.1f} points ({points(found, 1)}; {found['n']:,} questions, "
+            f"{len(found['seeds'])} seeds), equivalent within {100 * found['margin']:.0f} point. The bias it learns "
+            f"is {check['size']:.3f} logits; switched off, {100 * off['changed']:.1f} % of {check['n']:,} replies "
+            f"change."),
+        unsigned_zero(
+            f"The design would have resolved {100 * found['detectable']:.1f} points. Better binding is not yet a "
+            f"better answer: encoders from nothing, under a frozen language model, answer "
+            f"{100 * nothing['rate_a']:.0f} % without and {100 * nothing['rate_b']:.0f} % with SFA "
+            f"({points(nothing, 1)}, {nothing['n']:,} questions)."),
+        ("30_finetune", "61_binding_from_nothing", "60_ablation"))
+
+
+def wrong_numbers() -> Finding:
+    report, groups = metrics("grounding")["reports"]["baseline"], metrics("binding")["groups"]
+    counts, beyond = report["counts"], report["minus_floor"]
+    wrong = groups["misread"] + groups["invented"]
+    return Finding(
+        "“Read, but not bound” holds for plain reading, and not for wrong numbers at large.",
+        f"Of wrong readings {percent(groups['misread'] / wrong)} stand elsewhere on the page; over all questions "
+        f"{counts['ungrounded']:,} wrong numbers stand nowhere, {counts['misread_cell']} elsewhere.",
+        f"Asked for one printed value on pages it knows, the shipped model gives {wrong} wrong numbers in "
+        f"{sum(groups.values()):,} answers, and {percent(groups['misread'] / wrong)} of them stand elsewhere on the "
+        f"page. Over all questions and kinds of pages {counts['ungrounded']:,} wrong numbers stand nowhere and follow "
+        f"from nothing, {counts['misread_cell']} are another printed value.",
+        f"The share of unsupported numbers is {percent(report['ungrounded']['rate'])}; the same replies about other "
+        f"pages would give {percent(report['floor'])} (difference {points(beyond)}). "
+        f"Generated pages, one model; labelled replies to real pages agree with the verdicts in "
+        f"{percent(metrics('grounding')['trusted']['agreement'][0])} of cases.",
+        ("50_grounding", "51_real_answers", "52_where_binding_is_lost"))
+
+
+def lost() -> Finding:
+    steps = {row["step"]: row for row in metrics("binding")["lost"]}
+    told = {name: f"{100 * row['lost']:.0f} % ({100 * row['low']:.0f} to {100 * row['high']:.0f})"
+            for name, row in steps.items()}
+    return Finding(
+        "Binding is lost in the language model, not in the encoder that was taught it.",
+        f"In the language model {told['language model']}, in the encoder {told['encoder']}.",
+        f"Of what wrong answers lack beside right ones, the encoder loses {told['encoder']}, the hand-off "
+        f"{told['hand-off']}, the language model {told['language model']}, and {told['later']} goes while the answer "
+        f"is written.",
+        f"{steps['encoder']['n']} wrong answers of one model; linear readers, intervals over pages. An interval that "
+        f"contains zero leaves the stage open.",
+        ("52_where_binding_is_lost",))
+
+
+def cost() -> Finding:
+    encoder, spread = timings("cost")["encoder"], timings("cost").get("encoder_spread", {})
+    around = {name: f" ({low:.2f} to {high:.2f})" for name, (low, high) in spread.items()}
+    told = {name: f"{encoder[name]:.2f}{around.get(name, '')}" for name in ("training time", "inference time")}
+    return Finding(
+        "Structure is cheap.",
+        f"{told['training time']} times plain attention in training, {told['inference time']} without.",
+        f"The bias is exact and low rank: a 24-layer encoder of 1,025 tokens takes {told['training time']} times the "
+        f"time of plain attention in training and {told['inference time']} times without.",
+        "Processor time of one thread, range over rounds in brackets" + (
+            "; a graphics card has not been measured." if timings("cost")["large"] == "not measured" else "."),
+        ("65_cost",))
+
+
+FIRST = (from_nothing, fine_tuned, wrong_numbers, cost)  # what README and the landing page tell
+
+
+def findings() -> list[Finding]:
+    "Return the findings in their order: those that README tells, then the others."
+    return [tell() for tell in (*FIRST, lost)]
+
+
+# ---- study by study
+
+def runs() -> dict[str, Path]:
+    "Return the reference beside each study's page."
+    found = {}
+    for file in sorted(REFERENCE.glob("*/provenance.json")):
+        if not file.parent.name.startswith(OLD):
+            found[provenance(file.parent)["study"]] = file.parent
+    return found
+
+
+def told(name: str) -> str:
+    "Return the answer that a reference gives of itself, its first sentence."
+    answer = metrics(name)["answer"].removeprefix("**Answer of this run.**").strip()
+    return re.split(r"(?<=[.)])\s+(?=[A-Z])", answer)[0]
+
+
+def embedded() -> str:
+    row = metrics("embedded_model")["reads"][0]
+    return (f"It reads {row['rate']:.3f} ({row['low']:.3f} to {row['high']:.3f}) of {row['n']:,.0f} values on pages "
+            f"that neither trained it nor chose its recipe.")
+
+
+def baseline() -> str:
+    found = metrics("baseline")["summary"]
+    kinds = sorted(found["kinds"].items(), key=lambda item: item[1]["rate"])
+    return (f"{found['rate']:.3f} of {found['n']:,} questions right ({found['by_document']['low']:.3f} to "
+            f"{found['by_document']['high']:.3f}); from {kinds[0][1]['rate']:.2f} ({kinds[0][0]}) to "
+            f"{kinds[-1][1]['rate']:.2f} ({kinds[-1][0]}).")
+
+
+def tokens() -> str:
+    drops = metrics("tokens")["drops"]
+    name = min((key for key in drops if key.startswith("density ")), key=lambda key: int(key.split()[-1]))
+    row, full = drops[name], max(int(line["encoder_tokens"]) for line in metrics("tokens")["table"])
+    return (f"With {name.split()[-1]} of {full} encoder tokens {row['drop']:.1f} points of accuracy are lost, at most "
+            f"{row['at_most']:.1f} (95 %).")
+
+
+def explorer() -> str:
+    row = next(row for row in metrics("explorer")["evidence"] if row["layer"] == 0)
+    return (f"The first layer of the language model points at the evidence in {percent(row['pointing'])} of cases; "
+            f"chance would do so in {percent(row['pointing_chance'])}.")
+
+
+def entropy() -> str:
+    found, row = metrics("entropy"), metrics("entropy")["overall"]["trained"]
+    return (f"Text is attended from more narrowly in {found['narrower']} heads and more widely in {found['wider']}; "
+            f"on average by {row['difference']:+.3f} nats ({row['low']:+.3f} to {row['high']:+.3f}).")
+
+
+def sinks() -> str:
+    found = metrics("sinks")
+    own = "has sinks of its own" if found["natural_sinks"] else "has no sinks of its own"
+    row = found["changes"]["VHR"]
+    return (f"The shipped model {own}; making its visual heads louder (VHR) changes accuracy by "
+            f"{100 * row['difference']:+.1f} points ({points(row, 1)}).")
+
+
+def ablation() -> str:
+    found = metrics("ablation")["compared"]["vision"]
+    return unsigned_zero(f"SFA beside its control: {100 * found['difference']:+.1f} points ({points(found, 1)}), "
+                         f"{len(found['differences'])} seeds.")
+
+
+SHORT: dict[str, Callable[[], str]] = {
+    "00_tour": lambda: told("tour"), "05_embedded_model": embedded, "10_baseline_eval": baseline,
+    "20_density_and_tokens": tokens, "30_finetune": lambda: told("finetune"), "40_attention_explorer": explorer,
+    "45_entropy": entropy, "50_grounding": lambda: wrong_numbers().text.split(". ")[-1],
+    "52_where_binding_is_lost": lambda: lost().text, "55_sinks": sinks, "60_ablation": ablation,
+    "61_binding_from_nothing": lambda: from_nothing().text.split("; ")[0] + ".", "65_cost": lambda: cost().text,
+}
+
+
+def short(study: str) -> str:
+    "Return in a sentence what the reference of a study found; an em dash where it has none."
+    return SHORT[study]() if study in SHORT and study in runs() else "—"
+
+
+# ---- one model, many question sets
+
+def scores() -> list[tuple[str, ...]]:  # model, pages, questions, n, accuracy, 95 % interval, study
+    "Return what the shipped model scores where, from the easiest set to the hardest."
+    rows, known = [], "bars, grouped bars, tables (112 px; the kinds it learned)"
+    six = "all six kinds, three of them never seen"
+    read = metrics("embedded_model")["reads"][0]
+    rows.append((known, "reading one value", read, "05_embedded_model"))
+    seen = metrics("binding")["evaluation"]
+    rows.append((known, "one number beside a label", seen | seen["by_document"], "52_where_binding_is_lost"))
+    for name, pages, study in (("embedded_model", known, "05_embedded_model"), ("baseline", known, "10_baseline_eval"),
+                               ("finetune", six, "30_finetune"), ("grounding", six, "50_grounding"),
+                               ("ablation", six, "60_ablation")):
+        found = metrics(name)
+        row = found["summary"] if "summary" in found else found["summaries"].get("baseline-0",
+                                                                                  found["summaries"].get("baseline"))
+        rows.append((pages, "all kinds of questions", row | row["by_document"], study))
+    return [("embedded", pages, asked, f"{row['n']:,.0f}", f"{row['rate']:.3f}",
+             f"{row['low']:.3f} to {row['high']:.3f}", study) for pages, asked, row, study in rows]
+
+
+def score_table(link: Callable[[str], str]) -> str:
+    lines = ["| model | pages | questions | n | accuracy | 95 % interval | study |", "| --- " * 7 + "|"]
+    lines += [f"| {' | '.join(row[:-1])} | {link(row[-1])} |" for row in scores()]
+    return "\n".join(lines)
+
+
+# ---- pages
+
+def bullets(link: Callable[[str], str], found: list[Finding]) -> str:
+    "Write findings as a list, each with the studies it comes from."
+    return "\n".join(f"- **{one.title}** {one.text} "
+                     f"({', '.join(map(link, one.studies))})" for one in found)
+
+
+def filled(text: str, name: str, body: str) -> str:
+    "Put a body between the marks of that name; ValueError where a page has none."
+    start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    if text.count(start) != 1 or text.count(end) != 1:
+        raise ValueError(f"the page has {text.count(start)} marks {start!r}, expected one and its end")
+    head, tail = text.split(start)[0], text.split(end)[1]
+    return f"{head}{start}\n{body}\n{end}{tail}"
+
+
+def rendered(study: str) -> str:
+    return f"[{study}](exports/rendered/{study}.ipynb)"
+
+
+def readme(text: str) -> str:
+    "Return README with the findings and scores of the references."
+    text = filled(text, "findings", bullets(rendered, findings()[:len(FIRST)]))
+    return filled(text, "scores", score_table(rendered))
+
+
+def landing() -> str:
+    "Return the first page of the site, in Markdown: question, findings, figure, three doors."
+    told = "\n".join(f"- **{one.title}** {one.brief}" for one in findings()[:len(FIRST)])
+    return LANDING.format(told=told, picture=PICTURE)
+
+
+PICTURE = """<picture>
+<source media="(max-width: 600px)" srcset="_static/finding_phone.png">
+<img src="_static/finding.png" alt="Share of label patches that know their bar's colour, with and without structure, and where both encoders look">
+</picture>"""  # noqa: E501
+LANDING = """---
+html_theme.sidebar_secondary.remove: true
+---
+# SFA workbook
+
+**Does telling a vision encoder about rows and columns help it read charts, and when?** A model can read every digit of a page and still answer with the number of the wrong bar. Structure-factorized attention (SFA) adds
+304 weights a layer to the encoder's attention: same row, same column, near, same block.
+
+{told}
+
+{picture}
+
+::::{{grid}} 1 1 3 3
+:gutter: 2
+
+:::{{grid-item-card}} Explore
+:link: studies/40_attention_explorer.html
+:link-type: url
+Click a patch and see where it looks, click a word and see what it was read from. On your own page: `sfa demo`
+:::
+:::{{grid-item-card}} Run
+:link: studies/00_tour.html
+:link-type: url
+`make tour`, or any study on your own model: `sfa run 10_baseline_eval -p model FOLDER`
+:::
+:::{{grid-item-card}} Read
+:link: findings.html
+:link-type: url
+What was found and how sure it is; then the studies, and the library that they stand on
+:::
+::::
+"""  # noqa: E501
+
+
+def page(shown: set[str]) -> str:
+    "Return the findings page of the site, in Markdown, with links to the studies that are shown."
+    link = lambda study: f"[{study}](studies/{study}.ipynb)" if study in shown else f"`{study}`"
+    lines = ["# What was found", "", "What the committed runs say, how sure each answer is, and where it comes from. "
+             "The numbers are read from `exports/reference` whenever this page is drawn.", ""]
+    for one in findings():
+        picture = PICTURE if one.title == findings()[0].title else ""
+        lines += [f"## {one.title.rstrip('.')}", "", one.text, "", picture, "", f"**How sure.** {one.sure}", "",
+                  f"From {', '.join(map(link, one.studies))}.", ""]
+    lines += ["## Which model scores what, where", "", "One model, asked different questions about different pages: "
+              "a score without its question set says little. Intervals are over documents where the study has them.",
+              "", score_table(link), "", "## Study by study", "",
+              "| study | what was found | run | commit |", "| --- | --- | --- | --- |"]
+    for study, folder in sorted(runs().items()):
+        facts = provenance(folder)
+        said = metrics(folder.name).get("answer", "").removeprefix("**Answer of this run.**").strip() or short(study)
+        lines.append(f"| {link(study)} | {said} | `{facts['run']}` | "
+                     f"`{(facts['git']['commit'] or '')[:10]}` |")
+    return "\n".join(lines) + "\n"
+
+
+def index(notebook: dict) -> dict:
+    "Return the index with what each study found beside what it asks."
+    cell = next(cell for cell in notebook["cells"] if "".join(cell["source"]).startswith("## Studies"))
+    lines = "".join(cell["source"]).split("\n")
+    for at, line in enumerate(lines):
+        if match := re.match(r"\| \[(\w+)\]\((studies/[\w.]+)\) \| ([^|]*?) \|.*", line):
+            lines[at] = f"| [{match[1]}]({match[2]}) | {match[3]} | {short(match[1])} |"
+    cell["source"] = "\n".join(lines).splitlines(keepends=True)
+    return notebook
+
+
+def write() -> None:
+    "Write what was found into README.md and the index."
+    path = ROOT / "README.md"
+    path.write_text(readme(path.read_text(encoding="utf-8")), encoding="utf-8")
+    path = ROOT / "notebooks" / "index.ipynb"
+    written = index(json.loads(path.read_text(encoding="utf-8")))
+    path.write_text(json.dumps(written, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write()

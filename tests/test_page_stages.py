@@ -1,0 +1,75 @@
+"""The page model is trained stage by stage, in order, and a stage that was cut off ends with the same weights"""
+from dataclasses import replace
+
+import pytest
+from safetensors.torch import load_file
+from torch.nn.functional import one_hot
+
+from sfa_core.pretraining import dynamics
+from sfa_core.pretraining.dense import IGNORE, word_losses
+from sfa_core.pretraining.dynamics import DenseConfig, FreshPages, draw_batch, learn_dense
+from sfa_core.pretraining.page_model import PAGE_RECIPE, page_documents
+from sfa_core.runs import curves, page_stages
+from sfa_core.runs.page_stages import lookup_effect, lookup_table, read_page_stages, train_page_stage
+
+SMALL = replace(PAGE_RECIPE, documents=48, encoder_steps=2, lookup_steps=2, joint_steps=2, reading_steps=0,
+                batch=4, question_batch=2, questions=2, checkpoint_every=1)
+
+
+@pytest.fixture(autouse=True)
+def few_pages_are_asked_about(monkeypatch):
+    monkeypatch.setattr(page_stages, "ASKED", dict(page_stages.ASKED, count=8))
+    monkeypatch.setattr(page_stages, "binding_task", lambda side: curves.binding_task(side, held_out=4))
+
+
+def test_stages_follow_each_other_and_each_begins_with_what_the_last_one_left(tmp_path):
+    stages = tmp_path / "stages"
+    for arm in ("control", "vision"):
+        for stage in ("encoder", "lookup"):
+            train_page_stage(stage, arm, 0, stages, recipe=SMALL, kept=tmp_path / f"{arm}-{stage}")
+    with pytest.raises(ValueError, match="is not behind the stage encoder"):
+        train_page_stage("lookup", "control", 0, stages, recipe=SMALL, kept=tmp_path / "again")
+    joint = train_page_stage("joint", "control", 0, stages, recipe=SMALL, kept=tmp_path / "joint")
+    found = {(one.stage, one.arm): one for one in read_page_stages(stages)}
+    assert set(found) == {("encoder", "control"), ("encoder", "vision"), ("lookup", "control"), ("lookup", "vision"),
+                          ("joint", "control")}
+    assert joint.about["begins"] == found["lookup", "control"].about["ends"] != joint.about["ends"]
+    assert not load_file(stages / "vision-0.safetensors").keys() == load_file(stages / "control-0.safetensors").keys()
+    effect = lookup_effect(lookup_table(list(found.values())), 2)
+    assert effect.seeds == 1 and effect.documents == 8
+
+
+def test_a_stage_that_was_cut_off_ends_with_the_same_weights(tmp_path, monkeypatch):
+    whole = train_page_stage("encoder", "vision", 0, tmp_path / "whole", recipe=SMALL, kept=tmp_path / "a")
+    def cut(*args, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dynamics, "save_encoder", cut)
+        with pytest.raises(KeyboardInterrupt):
+            train_page_stage("encoder", "vision", 0, tmp_path / "cut", recipe=SMALL, kept=tmp_path / "b")
+    assert not (tmp_path / "cut" / "vision-0.safetensors").exists()
+    again = train_page_stage("encoder", "vision", 0, tmp_path / "cut", recipe=SMALL, kept=tmp_path / "b")
+    assert again.about["ends"] == whole.about["ends"]
+
+
+def test_words_are_marked_where_they_are_printed_and_the_pages_stay_the_same():
+    pages = FreshPages("page", ("table", "bar", "grouped_bar"), 168)
+    plain, marked = (draw_batch(pages, 0, 3, 3, printed=printed) for printed in (False, True))
+    assert set(marked) - set(plain) == {"printed_row", "printed_column"}
+    assert all((plain[name] == marked[name]).all() for name in plain)
+    for name in ("row", "column"):
+        printed = marked[f"printed_{name}"]
+        known = marked[name][printed] != IGNORE
+        assert printed.any() and known.float().mean() > 0.8
+    right = {name: one_hot(marked[name].clamp(min=0), 44).float() * 100 for name in ("row", "column")}
+    assert all(loss < 1e-6 for loss in word_losses(right, marked).values())
+
+
+def test_a_set_of_documents_does_not_say_where_words_stand(tmp_path):
+    few = page_documents(2, 1)
+    config = DenseConfig(steps=1, words_weight=1.0)
+    with pytest.raises(ValueError, match="does not keep where words stand"):
+        learn_dense(few, few, None, config, tmp_path)
+    with pytest.raises(ValueError, match="words_weight is -1"):
+        replace(config, words_weight=-1)
