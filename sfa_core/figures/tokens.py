@@ -87,7 +87,7 @@ def cost_curves(
 
 # %% ../../notebooks/library/11_figures/45_tokens.ipynb #4e8ae6c3
 def reducer_choice(
-    table: pd.DataFrame,  # class, method, share (of the tokens, 0..1), rate, low, high (0..1), n, ms; method "full" once
+    table: pd.DataFrame,  # class, method ("full" once), share of the tokens, rate, low, high (all 0..1), n, ms
     title: str = "Which reducer at which budget",
     subtitle: str = "",
 ) -> go.Figure:

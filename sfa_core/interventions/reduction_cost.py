@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLASSES', 'Reducer', 'tree_budget', 'reducers_at', 'other_reducers', 'attached', 'prompt_inputs', 'encode_anew',
-           'prefill', 'spent_tokens', 'count_tokens', 'reduction_costs', 'page_times']
+           'prefill', 'spent_tokens', 'count_tokens', 'reduction_costs', 'page_operations', 'page_times']
 
 # %% ../../notebooks/library/08_interventions/76_reduction_cost.ipynb #30243447
 import time
@@ -175,10 +175,7 @@ def reduction_costs(
     for reducer in reducers:
         with reducer.attach(bundle) as model:
             spent = spent_tokens(model, images, question).mean().to_dict()
-            batch = image_batch(model, images[:1], 1)
-            inputs, encoded = prompt_inputs(model, batch, question), encode_anew(model, batch)
-            spent["encoder_gflop"] = operations(lambda: encode_anew(model, batch)) / 1e9
-            spent["prefill_gflop"] = operations(lambda: prefill(model, encoded, inputs)) / 1e9
+            spent |= page_operations(model, images[0], question)
             tables.append({"method": reducer.name, "class": reducer.group, "budget": reducer.tokens} | spent)
     for turn in range(rounds + 1):
         image = images[turn % len(images)]
@@ -193,6 +190,14 @@ def reduction_costs(
     found = pd.DataFrame(tables).join(clock.groupby("place").median()).join(ratio)
     return found.assign(gflop=found["encoder_gflop"] + found["prefill_gflop"],
                         ms=found["encoder_ms"] + found["prefill_ms"])
+
+
+def page_operations(bundle: Bundle, image: Image.Image, question: str) -> dict[str, float]:  # GFLOP
+    "Count the operations of encoder and prefill for one page."
+    batch = image_batch(bundle, [image], 1)
+    inputs, encoded = prompt_inputs(bundle, batch, question), encode_anew(bundle, batch)
+    return {"encoder_gflop": operations(lambda: encode_anew(bundle, batch)) / 1e9,
+            "prefill_gflop": operations(lambda: prefill(bundle, encoded, inputs)) / 1e9}
 
 
 def page_times(bundle: Bundle, image: Image.Image, question: str) -> dict[str, float]:  # ms
