@@ -20,6 +20,7 @@ OLD = ("embedded_model_", "bench")  # references that no study's page shows
 @dataclass(frozen=True)
 class Finding:
     title: str  # the answer in a few words
+    brief: str  # its one number
     text: str  # the answer with its numbers
     sure: str  # what it rests on, and what it does not show
     studies: tuple[str, ...]
@@ -29,6 +30,10 @@ class Finding:
 def metrics(name: str) -> dict[str, Any]:
     "Read the metrics of a reference."
     return json.loads((REFERENCE / name / "metrics.json").read_text(encoding="utf-8"))
+
+
+def provenance(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
 
 
 @cache
@@ -65,6 +70,8 @@ def from_nothing() -> Finding:
                         for dose in off)
     return Finding(
         "An encoder that starts from nothing learns with structure what belongs to what.",
+        f"{percent(label['with'])} of label patches know their bar's colour with SFA, {percent(label['control'])} "
+        f"without ({points(label)}).",
         f"After {label['step']:,} steps on 224 px pages {percent(label['with'])} of the label patches know the colour "
         f"of their bar with SFA, {percent(label['control'])} without (difference {points(label)}); the value that "
         f"a patch belongs to is known in {percent(value['with'])} against {percent(value['control'])} "
@@ -82,6 +89,7 @@ def fine_tuned() -> Finding:
     nothing = metrics("binding_from_nothing")["questions"]["From nothing"]
     return Finding(
         "An encoder that was taught this before gains nothing.",
+        unsigned_zero(f"{100 * found['difference']:+.1f} points ({points(found, 1)}) on {found['n']:,} questions."),
         unsigned_zero(
             f"Fine-tuned with and without SFA, the shipped model answers equally well: "
             f"{100 * found['difference']:+.1f} points ({points(found, 1)}; {found['n']:,} questions, "
@@ -102,6 +110,8 @@ def wrong_numbers() -> Finding:
     wrong = groups["misread"] + groups["invented"]
     return Finding(
         "“Read, but not bound” holds for plain reading, and not for wrong numbers at large.",
+        f"Of wrong readings {percent(groups['misread'] / wrong)} stand elsewhere on the page; over all questions "
+        f"{counts['ungrounded']:,} wrong numbers stand nowhere, {counts['misread_cell']} elsewhere.",
         f"Asked for one printed value on pages it knows, the shipped model gives {wrong} wrong numbers in "
         f"{sum(groups.values()):,} answers, and {percent(groups['misread'] / wrong)} of them stand elsewhere on the "
         f"page. Over all questions and kinds of pages {counts['ungrounded']:,} wrong numbers stand nowhere and follow "
@@ -119,6 +129,7 @@ def lost() -> Finding:
             for name, row in steps.items()}
     return Finding(
         "Binding is lost in the language model, not in the encoder that was taught it.",
+        f"In the language model {told['language model']}, in the encoder {told['encoder']}.",
         f"Of what wrong answers lack beside right ones, the encoder loses {told['encoder']}, the hand-off "
         f"{told['hand-off']}, the language model {told['language model']}, and {told['later']} goes while the answer "
         f"is written.",
@@ -133,6 +144,7 @@ def cost() -> Finding:
     told = {name: f"{encoder[name]:.2f}{around.get(name, '')}" for name in ("training time", "inference time")}
     return Finding(
         "Structure is cheap.",
+        f"{told['training time']} times plain attention in training, {told['inference time']} without.",
         f"The bias is exact and low rank: a 24-layer encoder of 1,025 tokens takes {told['training time']} times the "
         f"time of plain attention in training and {told['inference time']} times without.",
         "Processor time of one thread, range over rounds in brackets" + (
@@ -155,7 +167,7 @@ def runs() -> dict[str, Path]:
     found = {}
     for file in sorted(REFERENCE.glob("*/provenance.json")):
         if not file.parent.name.startswith(OLD):
-            found[json.loads(file.read_text(encoding="utf-8"))["study"]] = file.parent
+            found[provenance(file.parent)["study"]] = file.parent
     return found
 
 
@@ -248,18 +260,18 @@ def scores() -> list[tuple[str, ...]]:  # model, pages, questions, n, accuracy, 
              f"{row['low']:.3f} to {row['high']:.3f}", study) for pages, asked, row, study in rows]
 
 
-def score_table(link: str) -> str:
+def score_table(link: Callable[[str], str]) -> str:
     lines = ["| model | pages | questions | n | accuracy | 95 % interval | study |", "| --- " * 7 + "|"]
-    lines += [f"| {' | '.join(row[:-1])} | [{row[-1]}]({link.format(row[-1])}) |" for row in scores()]
+    lines += [f"| {' | '.join(row[:-1])} | {link(row[-1])} |" for row in scores()]
     return "\n".join(lines)
 
 
 # ---- pages
 
-def bullets(link: str, found: list[Finding]) -> str:
+def bullets(link: Callable[[str], str], found: list[Finding]) -> str:
     "Write findings as a list, each with the studies it comes from."
     return "\n".join(f"- **{one.title}** {one.text} "
-                     f"({', '.join(f'[{name}]({link.format(name)})' for name in one.studies)})" for one in found)
+                     f"({', '.join(map(link, one.studies))})" for one in found)
 
 
 def filled(text: str, name: str, body: str) -> str:
@@ -271,31 +283,77 @@ def filled(text: str, name: str, body: str) -> str:
     return f"{head}{start}\n{body}\n{end}{tail}"
 
 
-RENDERED = "exports/rendered/{}.ipynb"
+def rendered(study: str) -> str:
+    return f"[{study}](exports/rendered/{study}.ipynb)"
 
 
 def readme(text: str) -> str:
     "Return README with the findings and scores of the references."
-    text = filled(text, "findings", bullets(RENDERED, findings()[:len(FIRST)]))
-    return filled(text, "scores", score_table(RENDERED))
+    text = filled(text, "findings", bullets(rendered, findings()[:len(FIRST)]))
+    return filled(text, "scores", score_table(rendered))
 
 
-def page(hero: str = "") -> str:
-    "Return the findings page of the site, in Markdown."
+def landing() -> str:
+    "Return the first page of the site, in Markdown: question, findings, figure, three doors."
+    told = "\n".join(f"- **{one.title}** {one.brief}" for one in findings()[:len(FIRST)])
+    return LANDING.format(told=told, picture=PICTURE)
+
+
+PICTURE = """<picture>
+<source media="(max-width: 600px)" srcset="_static/finding_phone.png">
+<img src="_static/finding.png" alt="Share of label patches that know their bar's colour, with and without structure, and where both encoders look">
+</picture>"""  # noqa: E501
+LANDING = """---
+html_theme.sidebar_secondary.remove: true
+---
+# SFA workbook
+
+**Does telling a vision encoder about rows and columns help it read charts, and when?** A model can read every digit of a page and still answer with the number of the wrong bar. Structure-factorized attention (SFA) adds
+304 weights a layer to the encoder's attention: same row, same column, near, same block.
+
+{told}
+
+{picture}
+
+::::{{grid}} 1 1 3 3
+:gutter: 2
+
+:::{{grid-item-card}} Explore
+:link: studies/40_attention_explorer.html
+:link-type: url
+Click a patch and see where it looks, click a word and see what it was read from. On your own page: `sfa demo`
+:::
+:::{{grid-item-card}} Run
+:link: studies/00_tour.html
+:link-type: url
+`make tour`, or any study on your own model: `sfa run 10_baseline_eval -p model FOLDER`
+:::
+:::{{grid-item-card}} Read
+:link: findings.html
+:link-type: url
+What was found and how sure it is; then the studies, and the library that they stand on
+:::
+::::
+"""  # noqa: E501
+
+
+def page(shown: set[str]) -> str:
+    "Return the findings page of the site, in Markdown, with links to the studies that are shown."
+    link = lambda study: f"[{study}](studies/{study}.ipynb)" if study in shown else f"`{study}`"
     lines = ["# What was found", "", "What the committed runs say, how sure each answer is, and where it comes from. "
              "The numbers are read from `exports/reference` whenever this page is drawn.", ""]
     for one in findings():
-        links = ", ".join(f"[{name}](studies/{name}.ipynb)" for name in one.studies)
-        lines += [f"## {one.title.rstrip('.')}", "", one.text, "", hero if one is findings()[0] else "",
-                  f"**How sure.** {one.sure}", "", f"From {links}.", ""]
+        picture = PICTURE if one.title == findings()[0].title else ""
+        lines += [f"## {one.title.rstrip('.')}", "", one.text, "", picture, "", f"**How sure.** {one.sure}", "",
+                  f"From {', '.join(map(link, one.studies))}.", ""]
     lines += ["## Which model scores what, where", "", "One model, asked different questions about different pages: "
               "a score without its question set says little. Intervals are over documents where the study has them.",
-              "", score_table("studies/{}.ipynb"), "", "## Study by study", "",
+              "", score_table(link), "", "## Study by study", "",
               "| study | what was found | run | commit |", "| --- | --- | --- | --- |"]
     for study, folder in sorted(runs().items()):
-        facts = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+        facts = provenance(folder)
         said = metrics(folder.name).get("answer", "").removeprefix("**Answer of this run.**").strip() or short(study)
-        lines.append(f"| [{study}](studies/{study}.ipynb) | {said} | `{facts['run']}` | "
+        lines.append(f"| {link(study)} | {said} | `{facts['run']}` | "
                      f"`{(facts['git']['commit'] or '')[:10]}` |")
     return "\n".join(lines) + "\n"
 

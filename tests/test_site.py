@@ -41,7 +41,7 @@ def test_nothing_is_rendered_that_is_no_study():
 def site(executed, smoke_run, tmp_path_factory):
     "The site of the library, of the rendered studies, and of one study as it runs now."
     pages, folder = tmp_path_factory.mktemp("pages"), tmp_path_factory.mktemp("site")
-    for source in [build_site.NOTEBOOKS / "index.ipynb", *LIBRARY]:
+    for source in [*sorted(build_site.NOTEBOOKS.glob("*.ipynb")), *LIBRARY]:
         target = pages / source.relative_to(build_site.NOTEBOOKS)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(executed(source), target)
@@ -89,6 +89,7 @@ def test_site_has_a_page_for_every_notebook_and_asks_for_nothing_from_outside(si
     html, pages = site
     for notebook in pages.rglob("*.ipynb"):
         page = html / notebook.relative_to(pages).with_suffix(".html")
+        page = html / "map.html" if page.name == "index.html" else page
         text = page.read_text()
         assert not re.findall(r'(?:<script[^>]*src|<link(?![^>]*canonical)[^>]*href|<img[^>]*src)="(?:https?:)?//[^"]*',
                               text), page
@@ -149,16 +150,17 @@ def test_the_side_bar_lists_modules_under_their_folders(site):
     html, _ = site
     bar = BeautifulSoup((html / "index.html").read_text(), "html.parser").select("nav.bd-links .caption-text")
     captions = [caption.text for caption in bar]
-    assert captions == ["Studies", *build_site.flow.FLOW, "the package", "Reference"]
+    assert captions == ["Start", "Studies", *build_site.flow.FLOW, "the package", "Reference"]
 
 
 def test_index_shows_the_pipeline_and_the_api_lists_every_function(site):
     html, pages = site
-    index = BeautifulSoup((html / "index.html").read_text(), "html.parser")
+    index = BeautifulSoup((html / "map.html").read_text(), "html.parser")
     stages = [link.text for link in index.select("#how-data-flows > blockquote a")]
     assert stages == list(build_site.flow.FLOW) and index.select_one("#how-data-flows img")["src"].endswith("all.svg")
-    listed = {link.text for link in BeautifulSoup((html / "api.html").read_text(),
-                                                  "html.parser").select("article table a")}
+    assert {page.stem for page in (html / "api").glob("*.html")} == set(build_site.flow.FLOW)
+    listed = {link.text for page in (html / "api").glob("*.html")
+              for link in BeautifulSoup(page.read_text(), "html.parser").select("article table a")}
     assert {
         "record",
         "AttentionRecord",
@@ -203,6 +205,68 @@ def test_pages_fit_the_screen_and_search_finds(site, browser, width, dark):
         any("15_intervals" in link.get_attribute("href") for link in page.locator("#search-results li a").all())
         and errors == []
     )
+    page.close()
+
+
+def test_search_results_show_where_the_words_stand(site, browser):
+    "On a page that is opened from a folder, too: nothing is fetched."
+    html, _ = site
+    page = browser.new_page()
+    page.goto((html / "search.html").as_uri() + "?q=mcnemar")
+    page.locator("#search-results .sfa-excerpt b").first.wait_for(timeout=30_000)
+    results, excerpts = page.locator("#search-results li").count(), page.locator("#search-results .sfa-excerpt")
+    assert excerpts.count() >= results / 2 > 0
+    assert "mcnemar" in excerpts.first.inner_text().lower() and len(excerpts.first.inner_text()) < 400
+    page.close()
+
+
+def test_the_first_page_is_one_screen_and_has_three_doors(site, browser):
+    "Question, findings, figure and the three doors, on a desktop without scrolling; on a phone nothing is cut off."
+    html, _ = site
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.goto((html / "index.html").as_uri())
+    doors = page.locator(".sd-card")
+    assert doors.count() == 3 and page.locator("article li").count() == len(build_site.findings.FIRST)
+    end = max(box["y"] + box["height"] for box in (door.bounding_box() for door in doors.all()))
+    assert end <= 900, f"the doors end at {end:.0f} px"
+    page.set_viewport_size({"width": 390, "height": 844})
+    picture = page.locator("article picture img")
+    assert picture.evaluate("image => image.currentSrc").endswith("finding_phone.png")
+    assert page.evaluate("() => [...document.querySelectorAll('article p, article li, article img')]"
+                         ".every(e => e.getBoundingClientRect().right <= innerWidth)")
+    page.close()
+
+
+def test_every_page_names_its_commit_and_a_study_its_run(site):
+    html, _ = site
+    for path in html.rglob("*.html"):
+        text = path.read_text()
+        if 'class="bd-footer-content' in text or "extra_footer" in text or "<article" in text:
+            assert f"Drawn from commit <code>{build_site.commit()}</code>" in text, path.name
+    known = build_site.json.loads(build_site.STAGE_SECONDS.read_text())
+    for study in STUDIES:
+        text = (html / "studies" / f"{study.stem}.html").read_text()
+        assert f"<code>{known[study.stem]['run']}</code>" in text, study.stem
+
+
+def test_pages_are_light(site):
+    "Beside the script that all share, no page is larger than 400 KB."
+    html, _ = site
+    large = {path.name: path.stat().st_size for path in html.rglob("*.html")
+             if path.stat().st_size > 400_000 and not path.name.endswith(".offline.html")}
+    assert large == {}
+
+
+def test_the_explorer_fits_a_phone(site, browser):
+    html, _ = site
+    page = browser.new_page(viewport={"width": 390, "height": 844})
+    page.goto((html / "studies" / "40_attention_explorer.html").as_uri())
+    frame = page.locator("iframe.sfa-offline")
+    frame.scroll_into_view_if_needed()
+    page.frame_locator("iframe.sfa-offline").locator("canvas").nth(1).wait_for(timeout=30_000)
+    inside = frame.element_handle().content_frame()
+    assert inside.evaluate("() => document.documentElement.scrollWidth <= innerWidth + 1")
+    assert frame.bounding_box()["width"] > 330
     page.close()
 
 

@@ -102,8 +102,8 @@ def sink_scatter(
         f"sinks, n = {len(table) - len(rest):,}", table[table["sink"]], ARM_COLOURS["adat"])
     for name, part, colour in groups:
         figure.add_trace(go.Scattergl(
-            x=(part["value"] / tau).to_numpy(np.float32), y=part[measure].to_numpy(np.float32), mode="markers",
-            name=name,
+            x=(part["value"] / tau).clip(lower=0.01).to_numpy(np.float32), y=part[measure].to_numpy(np.float32),
+            mode="markers", name=name,
             marker={"color": colour, "size": 5, "opacity": 0.5},
             hovertemplate=f"value %{{x:.2f}} τ, {figure_text(measure)} %{{y:.3g}}<extra></extra>",
         ))
@@ -111,8 +111,8 @@ def sink_scatter(
     # log10 of 1
     figure.add_annotation(x=0, y=1, yref="paper", text=f"τ = {tau:.1f}", showarrow=False, xanchor="left", yanchor="top",
                           xshift=4)
-    figure.update_xaxes(title_text="sink value / τ", type="log", dtick="D2")
-    figure.update_yaxes(title_text=f"{figure_text(measure)}, mean over heads and text tokens", type="log")
+    figure.update_xaxes(title_text="sink value / τ, at least 0.01", type="log", dtick=1)
+    figure.update_yaxes(title_text=f"{figure_text(measure)}, mean over heads and text tokens", type="log", dtick="D2")
     return in_style(figure, title, subtitle, 380, above=28).update_layout(showlegend=True)
 
 # %% ../../notebooks/library/11_figures/50_sinks.ipynb #b6be08c6
