@@ -38,7 +38,7 @@ def plain(rows=ROWS, **more):
 def details(rows=ROWS, rule=reported_match, **more):
     return {"accuracy": 0.5, "details": [
         dict(question=q, gt=g, pred=p, correct=rule(p, g), error_type="correct" if rule(p, g) else
-             "hallucinated_number" if HALLUCINATION["no digits shared, with decimals"](p, g) else "wrong_answer") | more
+             "hallucinated_number" if HALLUCINATION["no digits shared"](p, g) else "wrong_answer") | more
         for _, q, g, p, _ in rows]}
 
 

@@ -21,7 +21,7 @@ from sfa_core.tokens.patches import (
     PatchConfig,
     PatchPlan,
 )
-from sfa_core.tokens.planning import plan_patches, plan_tiles
+from sfa_core.tokens.planning import plan_patches, plan_tiles, tree_order
 from sfa_core.tokens.recall import tokens_on
 
 
@@ -300,3 +300,31 @@ def test_torch_pages_and_bytes_give_the_same_plan():
     page = make_document("bar", 3).pixels
     as_float = torch.from_numpy(page).float().div(255).numpy()
     assert np.array_equal(plan_patches(page, MAP).boxes, plan_patches(as_float, MAP).boxes)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 7), st.integers(1, 7), st.integers(1, 3), st.integers(0, 2**16))
+def test_squares_come_in_the_order_of_a_walk_with_a_heap(rows, columns, levels, seed):
+    """Sorting by the key of `tree_order` is popping the most urgent square and pushing the four inside it, also where
+    a grid leaves squares at its edges that lie in none."""
+    shapes = [(rows // 2**finer, columns // 2**finer) for finer in range(levels)][::-1]  # the coarsest first
+    counts = [down * across for down, across in shapes]
+    ranks, ends = np.random.default_rng(seed).permutation(sum(counts)), np.cumsum([0, *counts])
+    parts = [ranks[begin:end].reshape(1, *shape) for begin, end, shape in zip(ends, ends[1:], shapes)]
+    inside = {}  # square -> the larger one that it lies in
+    for level in range(1, levels):
+        for row, column in np.ndindex(shapes[level]):
+            if row // 2 < shapes[level - 1][0] and column // 2 < shapes[level - 1][1]:
+                inside[level, row, column] = level - 1, row // 2, column // 2
+    squares = [(level, row, column) for level in range(levels) for row, column in np.ndindex(shapes[level])]
+    rank = lambda square: int(parts[square[0]][0, square[1], square[2]])
+    waiting = [(rank(square), square) for square in squares if square not in inside]
+    heapq.heapify(waiting)
+    walked = []
+    while waiting:
+        walked.append(heapq.heappop(waiting)[1])
+        for square in squares:
+            if inside.get(square) == walked[-1]:
+                heapq.heappush(waiting, (rank(square), square))
+    order = tree_order(parts)[0].argsort()
+    assert [squares[place] for place in order] == walked

@@ -24,8 +24,11 @@ from sfa_core.interventions.reduction_language import fast_v, staying_tokens
 from sfa_core.models.answers import generate
 from sfa_core.models.embedded import EmbeddedConfig, train_tokenizer
 from sfa_core.models.images import image_batch, image_features
+from sfa_core.models.kept import kept_file
 from sfa_core.models.load import new_bundle
 from sfa_core.models.miniatures import miniature
+from sfa_core.tokens.adaptive import adaptive_tokens
+from sfa_core.tokens.patches import PatchConfig
 
 SHAPE = EmbeddedConfig(image_size=112, vision_width=32, vision_layers=3, vision_heads=2, vision_hidden=32,
                        language_width=32, language_layers=3, language_heads=2, language_kv_heads=1, head_dim=16,
@@ -232,9 +235,36 @@ def test_a_reducer_belongs_to_its_model(bundle, name):
         reduced, copied = logits(bundle, images), copy.deepcopy(bundle)
         assert torch.equal(logits(other, images), plain), "another model is as it was"
         assert torch.allclose(logits(copied, images), reduced, atol=1e-5)
-        if name != "FastV":
-            assert bundle.identity != before, "a reduced model is another one"
+        assert bundle.identity != before, "a reduced model is another one"
     assert bundle.identity == before and torch.allclose(logits(copied, images), reduced, atol=1e-5)
+
+
+def test_replies_under_a_reducer_are_kept_apart(bundle, tmp_path):
+    """Every reducer and every setting of one has a file of its own; a plain model has its old one before and behind."""
+    settings = {
+        "down-sampling to 6": down_sampled(bundle, 6), "down-sampling to 4": down_sampled(bundle, 4),
+        "random": random_dropped(bundle, 24, seed=1), "random, another seed": random_dropped(bundle, 24, seed=2),
+        "random, fewer": random_dropped(bundle, 20, seed=1), "PixelPrune": pixel_pruned(bundle),
+        "PixelPrune, lossy": pixel_pruned(bundle, tau=2), "ToMe": token_merged(bundle, 24),
+        "ToMe, fewer": token_merged(bundle, 20), "VisionZip": vision_zipped(bundle, 6),
+        "VisionZip, no means": vision_zipped(bundle, 6, contextual=0), "DivPrune": diversity_pruned(bundle, 6),
+        "DivPrune, fewer": diversity_pruned(bundle, 5), "FastV": fast_v(bundle, 5, layer=1),
+        "FastV, fewer": fast_v(bundle, 4, layer=1), "FastV, later": fast_v(bundle, 5, layer=2),
+        "guard": adaptive_tokens(bundle, PatchConfig(coarse=None, budget=25, bucket=8)),
+        "guard, more": adaptive_tokens(bundle, PatchConfig(coarse=None, budget=28, bucket=8)),
+    }
+    plain = kept_file(tmp_path, bundle, "data")
+    files = {"plain": plain}
+    for name, setting in settings.items():
+        with setting as reduced:
+            files[name] = kept_file(tmp_path, reduced if name.startswith("down") else bundle, "data")
+    assert len(set(files.values())) == len(files)
+    assert kept_file(tmp_path, bundle, "data") == plain
+
+
+def test_one_fastv_at_a_time(bundle):
+    with fast_v(bundle, 5, layer=1), pytest.raises(ValueError, match="leave the other FastV"), fast_v(bundle, 4):
+        pass
 
 
 def test_all_blocks_and_all_patches_are_the_plain_encoder(bundle):

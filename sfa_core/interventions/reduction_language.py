@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from ..core.bundle import Bundle
 from ..core.hooks import AttentionCall, attention_hooks
+from ..core.identity import key_of
 from .prompts import Prompt, following
+from ..tokens.adaptive import REDUCTION
 
 # %% ../../notebooks/library/08_interventions/74_reduction_language.ipynb #224b25de
 def last_attention(
@@ -66,6 +68,11 @@ class LanguagePruning:
         """Keep the rule, and the prompt that is followed."""
         self.kept, self.layer, self.prompt = kept, layer, prompt
         self.staying: Tensor | None = None  # (B, L) of the prompt under way
+
+    @property
+    def identity(self) -> str:
+        """Return a key over what decides the tokens of a prompt."""
+        return key_of(reduction="FastV", kept=self.kept, layer=self.layer)
 
     def see(self, call: AttentionCall) -> None:
         """Rank the tokens of a prompt in layer K."""
@@ -128,12 +135,16 @@ def fast_v(
     family, model = bundle.family, bundle.model
     if family.name not in PLACED:
         raise ValueError(f"FastV is not made for family {family.name}, expected {', '.join(PLACED)}")
-    decoders = list(family.language_of(model).layers)
+    language = family.language_of(model)
+    decoders = list(language.layers)
     if not 1 <= layer < len(decoders) or kept < 1:
         raise ValueError(f"{kept} tokens behind layer {layer}, expected at least 1 token and a layer from 1 to "
                          f"{len(decoders) - 1}")
+    if hasattr(language, REDUCTION):
+        raise ValueError("FastV expects a plain language model: leave the other FastV first")
     with following(bundle) as prompt:
         pruning = LanguagePruning(kept, layer, prompt)
+        setattr(language, REDUCTION, pruning)  # by which `bundle.identity` knows of it
         handles = [decoder.register_forward_pre_hook(partial(pruning.enter, number), with_kwargs=True)
                    for number, decoder in enumerate(decoders) if number >= layer]
         handles.append(decoders[-1].register_forward_hook(pruning.leave, prepend=True))
@@ -141,5 +152,6 @@ def fast_v(
             with attention_hooks(model, {layer: decoders[layer - 1].self_attn}, before=pruning.see, name="FastV"):
                 yield bundle
         finally:
+            delattr(language, REDUCTION)
             for handle in handles:
                 handle.remove()

@@ -99,8 +99,8 @@ class Agreement(NamedTuple):
     agreement: Interval | None
     kappa: Interval | None
     classes: tuple[ClassAgreement, ...]
-    between_readers: Interval | None  # agreement of two readers, where there were two
-    twice: int  # cases that two read
+    between_readers: Interval | None  # agreement of two readings, where there were two
+    twice: int  # cases that were read twice
 
 
 def agreement(cases: pd.DataFrame, *, draws: int = 2000, level: float = 0.95, seed: int = 0) -> Agreement:
@@ -153,7 +153,7 @@ def agreement_sentence(found: Agreement) -> str:
         return "No labelled cases have been read yet, so precision and recall of the verdicts are unknown."
     text = lambda value: "—" if value is None else f"{value.estimate:.2f} ({value.low:.2f} to {value.high:.2f})"
     two = (
-        f" Two readers agree on {text(found.between_readers)} of the {found.twice} cases both read."
+        f" Two readings agree on {text(found.between_readers)} of the {found.twice} cases read twice."
         if found.twice
         else ""
     )
