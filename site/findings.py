@@ -152,12 +152,34 @@ def cost() -> Finding:
         ("65_cost",))
 
 
+def page_model() -> Finding:
+    found = metrics("page_model")
+    steps = max(row["step"] for row in found["encoders"])
+    known = {row["measure"]: row for row in found["encoders"] if row["step"] == steps}
+    end = max((row for row in found["effects"] if row["names"] == "all names"), key=lambda row: row["step"])
+    at = {row["arm"]: row for row in found["lookups"] if (row["step"], row["measure"]) == (end["step"], "all names")}
+    both = {name: f"{percent(known[name]['with SFA'])} against {percent(known[name]['control'])}"
+            for name in ("label_colour", "value_binding", "column_binding")}
+    trainings = "one training of each arm" if end["seeds"] == 1 else f"{end['seeds']} pairs of trainings"
+    return Finding(
+        "The control catches up in part, and a language model on top still looks up more with structure.",
+        f"{percent(at['vision']['mean'])} of look-ups are right with SFA, {percent(at['control']['mean'])} without "
+        f"({points(end)}; {trainings}).",
+        f"After {steps:,} steps label colour is {both['label_colour']}, the value that a patch belongs to "
+        f"{both['value_binding']}, column words {both['column_binding']}. With the encoders fixed, a language model "
+        f"of two million weights learns to look up {percent(at['vision']['mean'])} of {at['vision']['n']:,} names with "
+        f"SFA and {percent(at['control']['mean'])} without (difference {points(end)}).",
+        f"{trainings.capitalize()}; the interval is over pages{'' if end['seeds'] == 1 else ' and trainings'}"
+        f"{', and says nothing about other trainings' if end['seeds'] == 1 else ''}. Not yet a model that ships.",
+        ("06_page_model", "61_binding_from_nothing"))
+
+
 FIRST = (from_nothing, fine_tuned, wrong_numbers, cost)  # what README and the landing page tell
 
 
 def findings() -> list[Finding]:
     "Return the findings in their order: those that README tells, then the others."
-    return [tell() for tell in (*FIRST, lost)]
+    return [tell() for tell in (*FIRST, page_model, lost)]
 
 
 # ---- study by study
@@ -227,6 +249,7 @@ def ablation() -> str:
 
 SHORT: dict[str, Callable[[], str]] = {
     "00_tour": lambda: told("tour"), "05_embedded_model": embedded, "10_baseline_eval": baseline,
+    "06_page_model": lambda: page_model().brief,
     "20_density_and_tokens": tokens, "30_finetune": lambda: told("finetune"), "40_attention_explorer": explorer,
     "45_entropy": entropy, "50_grounding": lambda: wrong_numbers().text.split(". ")[-1],
     "52_where_binding_is_lost": lambda: lost().text, "55_sinks": sinks, "60_ablation": ablation,
