@@ -107,6 +107,7 @@ def test_every_run_on_the_report_is_a_reference_of_committed_code():
 @pytest.mark.parametrize("name, study", [
     ("tour", "00_tour"), ("embedded_model", "05_embedded_model"), ("tokens", "20_density_and_tokens"),
     ("finetune", "30_finetune"), ("page_model", "06_page_model"),
+    ("real_answers", "51_real_answers"),
     ("grounding", "50_grounding"), ("binding", "52_where_binding_is_lost"),
     ("binding_from_nothing", "61_binding_from_nothing"),
     ("sinks", "55_sinks"), ("ablation", "60_ablation"), ("cost", "65_cost"),
@@ -245,6 +246,10 @@ def test_the_title_of_a_finding_is_what_its_numbers_say():
     assert groups["misread"] > 2 * groups["invented"] and counts["ungrounded"] > 2 * counts["misread_cell"]
     lost = {row["step"]: row for row in findings.metrics("binding")["lost"]}
     assert lost["language model"]["low"] > 0 > lost["encoder"]["low"]
+    replies = findings.metrics("real_answers")["corrected"]
+    assert len(replies) == 2 and all(row["high"] < 0.5 for row in replies.values())
+    pages = findings.metrics("page_model")
+    assert max((row for row in pages["effects"] if row["names"] == "all names"), key=lambda row: row["step"])["low"] > 0
     assert all(ratio < 1.15 for name, ratio in findings.timings("cost")["encoder"].items() if "time" in name)
 
 
