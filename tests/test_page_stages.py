@@ -1,6 +1,7 @@
 """The page model is trained stage by stage, in order, and a stage that was cut off ends with the same weights"""
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 from safetensors.torch import load_file
 from torch.nn.functional import one_hot
@@ -73,3 +74,21 @@ def test_a_set_of_documents_does_not_say_where_words_stand(tmp_path):
         learn_dense(few, few, None, config, tmp_path)
     with pytest.raises(ValueError, match="words_weight is -1"):
         replace(config, words_weight=-1)
+
+
+@pytest.mark.parametrize("notes", [
+    "[]", "{}", '{"arm": "control"}', '{"arm": "control", "seed": 0, "stage": "joint", "about": []}',
+    '{"arm": "../x", "seed": 0, "stage": "encoder", "about": {"commit": "a", "begins": "b", "ends": "c"}}',
+    '{"arm": "control", "seed": "0", "stage": "encoder", "about": {"commit": "a", "begins": "b", "ends": "c"}}',
+    '{"arm": "control", "seed": 0, "stage": "encoder", "about": {"commit": "a", "begins": "b", "ends": 1}}', "{"])
+def test_notes_that_are_of_no_stage_are_refused_by_name(tmp_path, notes):
+    (tmp_path / "control-0-encoder.json").write_text(notes)
+    pd.DataFrame({"step": [1]}).to_parquet(tmp_path / "control-0-encoder.parquet")
+    with pytest.raises(ValueError, match="control-0-encoder.json"):
+        read_page_stages(tmp_path)
+    (tmp_path / "control-0-encoder.json").write_text(
+        '{"arm": "control", "seed": 0, "stage": "encoder", "about": {"commit": "a", "begins": "b", "ends": "c"}}')
+    assert len(read_page_stages(tmp_path)) == 1
+    (tmp_path / "control-0-encoder.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(ValueError, match="control-0-encoder.json is not what a stage measured"):
+        read_page_stages(tmp_path)
