@@ -48,10 +48,10 @@ def test_a_training_that_is_cut_off_between_and_within_measurements_ends_the_sam
     folder, curve, weights = trained
     drawn = dynamics.draw_batch
     for last in (1, 3):
-        def failing(data, seed, step, count, last=last):
+        def failing(data, seed, step, count, last=last, **options):
             if step == last:
                 raise KeyboardInterrupt
-            return drawn(data, seed, step, count)
+            return drawn(data, seed, step, count, **options)
 
         monkeypatch.setattr(dynamics, "draw_batch", failing)
         with pytest.raises(KeyboardInterrupt):
@@ -81,8 +81,8 @@ def test_the_encoder_that_is_kept_measures_as_it_did(trained, tokenizer, held_ou
 def test_arms_of_a_seed_see_the_same_pages_and_no_page_twice(tokenizer, held_out, tmp_path, monkeypatch):
     seen, drawn = {}, dynamics.draw_batch
 
-    def noted(*given):
-        batch = drawn(*given)
+    def noted(*given, **options):
+        batch = drawn(*given, **options)
         seen[arm].append(batch["pixels"])
         return batch
 

@@ -416,7 +416,7 @@ def figures():
     from sfa_core.figures.learning import learning_curves
     from sfa_core.figures.sinks import place_shares, sink_scatter, visual_sinks
     from sfa_core.figures.style import in_style
-    from sfa_core.figures.tokens import cost_curves
+    from sfa_core.figures.tokens import cost_curves, reducer_choice
     from sfa_core.figures.verdicts import CLASS_COLOURS, taxonomy_bars, ungrounded_forest, verdict_gallery
     from sfa_core.runs.report import rate_figure
 
@@ -433,6 +433,8 @@ def figures():
     stages = pd.DataFrame([dict(panel=name, line=name, stage=name, name=name, value=0.5, low=0.4, high=0.6, n=4)])
     regions = pd.DataFrame([dict(layer=0, head=0, region=region, value=0.5) for region in ("text-dense", "sparse")])
     effects = pd.DataFrame([dict(layer=0, head=0, effect=0.1, effect_low=0.0, effect_high=0.2, n=4)])
+    reducers = pd.DataFrame([{"class": name, "method": method, "share": 0.5, "rate": 0.5, "low": 0.2, "high": 0.8,
+                              "n": 4, "ms": 1.0} for method in ("full", name)])
     share = dict(count=1, n=4, rate=0.2, low=0.1, high=0.3)
     reports = {name: dict(classes=dict.fromkeys(CLASS_COLOURS, share), ungrounded=share, floor=0.1)}
     asked = Sample("q", "d", "read", name, (name,), png(Image.fromarray(page)))
@@ -459,6 +461,7 @@ def figures():
         "cross": cross_architecture(changes, **words), "learning": learning_curves(bands, [name], unit=name, **words),
         "places": place_shares(places, **words),
         "scatter": sink_scatter(tokens, 2.0, name, **words),
+        "reducers": reducer_choice(reducers, **words),
         "costs": cost_curves(rates.assign(method=name, encoder_tokens=5), **words),
         "frames": attention_frames(page, {name: {name: grid}}, what=name, **words)}
 

@@ -199,7 +199,8 @@ def test_names_are_what_they_are(home, capsys, monkeypatch, tmp_path):
 
 def test_a_text_of_a_figure_is_not_on_the_page_and_a_height_is_a_number(tmp_path):
     text = "</script><script>"
-    page = plotly_html({"data": [{"text": text}], "layout": {"height": "1\"onmouseover="}}, "a", tmp_path)
+    page = plotly_html({"data": [{"text": text}], "layout": {"height": "1\"onmouseover="}}, "a",
+                       tmp_path / "p.figures")
     assert page == '<div class="sfa-plotly" id="a" data-figure="p.figures/a.js" style="min-height:450px"></div>'
     name, _, spec = (tmp_path / "p.figures" / "a.js").read_text().rstrip(";\n").partition("=")
     assert name == 'SFA_FIGURES["a"]' and json.loads(spec)["data"] == [{"text": text}]
