@@ -122,11 +122,11 @@ def test_a_further_training_begins_where_the_first_ended_and_resumes_exactly(sta
     drawn, firsts = dynamics.draw_batch, []
     first = dict(read_dense_encoder(start, tokenizer)[0].model.model.vision_tower.named_parameters())
 
-    def noted(data, seed, step, count):
+    def noted(data, seed, step, count, **options):
         if step == 1:
             raise KeyboardInterrupt
         firsts.append(step)
-        return drawn(data, seed, step, count)
+        return drawn(data, seed, step, count, **options)
 
     begin = measured.train
 

@@ -15,6 +15,7 @@ from sfa_core.scores.power import (
     design_of,
     detection_power,
     documents_needed,
+    expected_effect,
     least_detectable,
     plan_table,
 )
@@ -36,8 +37,16 @@ def test_the_least_detectable_effect_is_found_with_the_power_asked_for(seeds, do
     design = Design(seeds, documents, cells)
     least = least_detectable(design, count, size)
     assert detection_power(design, least, count, size) == pytest.approx(0.8, abs=0.002)
-    assert least_detectable(design, count, 4 * size) <= least * 1.001
+    assert expected_effect(design, 0, count, 4 * size)[1] <= expected_effect(design, 0, count, size)[1]
+    assert count > 1 or least_detectable(design, count, 4 * size) <= least * 1.001
     assert detection_power(design, 0, count, size) <= 0.065, "nothing is rarely seen"
+
+
+def test_more_documents_can_cost_power_where_seeds_are_few():
+    "The error falls, and what is left of it is that of two seeds: the interval's degrees of freedom fall to theirs."
+    design = Design(0.00928, 0.307, 0.0113)
+    assert least_detectable(design, 2, 4 * 182) > 1.5 * least_detectable(design, 2, 182)
+    assert least_detectable(design, 5, 4 * 182) < least_detectable(design, 5, 182)
 
 
 def test_documents_needed_are_the_fewest_that_suffice():
