@@ -12,6 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from sfa_core.scores.intervals import signed_text
+
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "exports" / "reference"
 OLD = ("embedded_model_", "bench")  # references that no study's page shows
@@ -47,13 +49,7 @@ def percent(rate: float) -> str:
 
 def points(row: dict, digits: int = 0) -> str:
     "Write the interval of a difference of rates in points."
-    low, high = (f"{100 * row[end]:+.{digits}f}" for end in ("low", "high"))
-    return f"{low} to {high} points"
-
-
-def unsigned_zero(text: str) -> str:
-    "Write a rounded zero without a sign."
-    return re.sub(r"[+-](0(?:\.0+)?)(?![\d.])", r"\1", text)
+    return f"{' to '.join(signed_text(100 * row[end], digits) for end in ('low', 'high'))} points"
 
 
 def learned(measure: str, task: str = "16 x 16", arm: str = "vision") -> dict[str, Any]:
@@ -89,18 +85,15 @@ def fine_tuned() -> Finding:
     nothing = metrics("binding_from_nothing")["questions"]["From nothing"]
     return Finding(
         "An encoder that was taught this before gains nothing.",
-        unsigned_zero(f"{100 * found['difference']:+.1f} points ({points(found, 1)}) on {found['n']:,} questions."),
-        unsigned_zero(
-            f"Fine-tuned with and without SFA, the shipped model answers equally well: "
-            f"{100 * found['difference']:+.1f} points ({points(found, 1)}; {found['n']:,} questions, "
-            f"{len(found['seeds'])} seeds), equivalent within {100 * found['margin']:.0f} point. The bias it learns "
-            f"is {check['size']:.3f} logits; switched off, {100 * off['changed']:.1f} % of {check['n']:,} replies "
-            f"change."),
-        unsigned_zero(
-            f"The design would have resolved {100 * found['detectable']:.1f} points. Better binding is not yet a "
-            f"better answer: encoders from nothing, under a frozen language model, answer "
-            f"{100 * nothing['rate_a']:.0f} % without and {100 * nothing['rate_b']:.0f} % with SFA "
-            f"({points(nothing, 1)}, {nothing['n']:,} questions)."),
+        f"{signed_text(100 * found['difference'], 1)} points ({points(found, 1)}) on {found['n']:,} questions.",
+        f"Fine-tuned with and without SFA, the shipped model answers equally well: "
+        f"{signed_text(100 * found['difference'], 1)} points ({points(found, 1)}; {found['n']:,} questions, "
+        f"{len(found['seeds'])} seeds), equivalent within {100 * found['margin']:.0f} point. The bias it learns "
+        f"is {check['size']:.3f} logits; switched off, {100 * off['changed']:.1f} % of {check['n']:,} replies change.",
+        f"The design would have resolved {100 * found['detectable']:.1f} points. Better binding is not yet a "
+        f"better answer: encoders from nothing, under a frozen language model, answer "
+        f"{100 * nothing['rate_a']:.0f} % without and {100 * nothing['rate_b']:.0f} % with SFA "
+        f"({points(nothing, 1)}, {nothing['n']:,} questions).",
         ("30_finetune", "61_binding_from_nothing", "60_ablation"))
 
 
@@ -270,8 +263,8 @@ def sinks() -> str:
 
 def ablation() -> str:
     found = metrics("ablation")["compared"]["vision"]
-    return unsigned_zero(f"SFA beside its control: {100 * found['difference']:+.1f} points ({points(found, 1)}), "
-                         f"{len(found['differences'])} seeds.")
+    return (f"SFA beside its control: {signed_text(100 * found['difference'], 1)} points ({points(found, 1)}), "
+            f"{len(found['differences'])} seeds.")
 
 
 SHORT: dict[str, Callable[[], str]] = {

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAGE', 'PAGE_KINDS', 'PAGE_RECIPE', 'ASKED', 'QUESTION_STAGES', 'page_documents', 'page_tokenizer', 'page_bundle',
-           'write_stage', 'read_stage', 'KnownStates', 'known_states', 'encoder_states', 'on_states', 'reading_parts',
+           'write_stage', 'read_stage', 'KnownStates', 'tower_name', 'known_states', 'encoder_states', 'on_states',
            'answer_names', 'learn_lookups', 'learn_questions']
 
 # %% ../../notebooks/library/10_pretraining/32_page_model.ipynb #4cfe0ac7
@@ -43,6 +43,7 @@ from sfa_core.pretraining.stages import (
     lookup_batches,
     named_parts,
     question_batches,
+    reading_parts,
     train_stage,
     weights_key,
 )
@@ -140,11 +141,17 @@ class KnownStates(torch.nn.Module):
         return BaseModelOutput(last_hidden_state=pixel_values)
 
 
+def tower_name(bundle: Bundle) -> str:
+    "Return the name of the encoder among the modules of a model."
+    tower = bundle.family.tower_of(bundle.model)
+    return next(name for name, module in bundle.model.named_modules() if module is tower)
+
+
 @contextlib.contextmanager
 def known_states(bundle: Bundle) -> Iterator[None]:
     "Let a model take the last states of its encoder in place of pixels."
     tower = bundle.family.tower_of(bundle.model)
-    name = next(name for name, module in bundle.model.named_modules() if module is tower)
+    name = tower_name(bundle)
     parent, own = bundle.model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
     setattr(parent, own, KnownStates(bundle.devices[0]))
     try:
@@ -174,12 +181,6 @@ def on_states(
         inputs, index = draw(step, micro)
         return inputs | {"pixel_values": states[index]}, index
     return batch_at
-
-
-def reading_parts(bundle: Bundle) -> dict[str, torch.nn.Parameter]:
-    "Return the parameters of projector and language model."
-    return (named_parts(bundle.family.projector_of(bundle.model), "projector")
-            | named_parts(bundle.family.language_of(bundle.model), "language"))
 
 
 @torch.no_grad()

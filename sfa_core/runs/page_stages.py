@@ -40,6 +40,7 @@ from sfa_core.pretraining.page_model import (
     page_documents,
     page_tokenizer,
     read_stage,
+    tower_name,
     write_stage,
 )
 from ..pretraining.recipe import Recipe
@@ -181,18 +182,22 @@ def stage_encoder(
     seed: int,
     tokenizer: object,  # tokenizer of a model that is built around the encoder
 ) -> tuple[Bundle, DenseHeads]:
-    "Read the encoder behind whichever stage an arm has reached, with its linear heads."
+    "Read the encoder behind whichever stage an arm has reached, with its linear heads; ValueError for another file."
     path = Path(folder) / f"{arm}-{seed}.safetensors"
     if read_parts(path, "tower")[0][0]:
         return read_dense_encoder(path, tokenizer)[:2]
     (model, heads), about = read_parts(path, "model", "heads")
-    bundle = new_bundle(EmbeddedConfig(**about["architecture"]), tokenizer, name=f"{arm}, seed {seed}")
-    place_patches(bundle, DenseConfig(**about["dense"]))
-    tower = bundle.family.tower_of(bundle.model)
-    name = next(name for name, module in bundle.model.named_modules() if module is tower)
-    tower.load_state_dict({key.removeprefix(f"{name}."): value for key, value in model.items()
-                           if key.startswith(f"{name}.")})
-    return bundle, heads_from(heads, str(path))
+    heads = heads_from(heads, str(path))
+    try:
+        bundle = new_bundle(EmbeddedConfig(**about["architecture"]), tokenizer, name=f"{arm}, seed {seed}")
+        place_patches(bundle, DenseConfig(**about["dense"]))
+        start = f"{tower_name(bundle)}."
+        bundle.family.tower_of(bundle.model).load_state_dict(
+            {name.removeprefix(start): value for name, value in model.items() if name.startswith(start)})
+    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ValueError(f"{path} holds no encoder of its own architecture ({reason})") from error
+    return bundle, heads
 
 # %% ../../notebooks/library/12_runs/66_page_stages.ipynb #439c834c
 def lookup_table(stages: list[PageStage]) -> pd.DataFrame:  # arm, seed, step, document, question, kind, right
