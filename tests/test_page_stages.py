@@ -1,4 +1,5 @@
 """The page model is trained stage by stage, in order, and a stage that was cut off ends with the same weights"""
+import shutil
 from dataclasses import replace
 
 import pandas as pd
@@ -20,6 +21,7 @@ SMALL = replace(PAGE_RECIPE, documents=48, encoder_steps=2, lookup_steps=2, join
 @pytest.fixture(autouse=True)
 def few_pages_are_asked_about(monkeypatch):
     monkeypatch.setattr(page_stages, "ASKED", dict(page_stages.ASKED, count=8))
+    monkeypatch.setattr(page_stages, "PRINT", dict(page_stages.PRINT, steps=2, every=1, batch_size=4))
     monkeypatch.setattr(page_stages, "binding_task", lambda side: curves.binding_task(side, held_out=4))
 
 
@@ -30,27 +32,39 @@ def test_stages_follow_each_other_and_each_begins_with_what_the_last_one_left(tm
             train_page_stage(stage, arm, 0, stages, recipe=SMALL, kept=tmp_path / f"{arm}-{stage}")
     with pytest.raises(ValueError, match="is not behind the stage encoder"):
         train_page_stage("lookup", "control", 0, stages, recipe=SMALL, kept=tmp_path / "again")
+    with pytest.raises(FileNotFoundError, match="behind the stage print"):
+        train_page_stage("joint", "control", 0, stages, recipe=SMALL, kept=tmp_path / "joint")
+    before = load_file(stages / "control-0.safetensors")
+    train_page_stage("print", "control", 0, stages, recipe=SMALL, kept=tmp_path / "print")
+    behind = load_file(stages / "control-0.safetensors")
+    changed = {name for name in before if not before[name].equal(behind[name])}
+    assert changed and all("vision_tower" in name or name.startswith("heads.") for name in changed)
     joint = train_page_stage("joint", "control", 0, stages, recipe=SMALL, kept=tmp_path / "joint")
     found = {(one.stage, one.arm): one for one in read_page_stages(stages)}
     assert set(found) == {("encoder", "control"), ("encoder", "vision"), ("lookup", "control"), ("lookup", "vision"),
-                          ("joint", "control")}
-    assert joint.about["begins"] == found["lookup", "control"].about["ends"] != joint.about["ends"]
+                          ("print", "control"), ("joint", "control")}
+    assert joint.about["begins"] == found["print", "control"].about["ends"] != joint.about["ends"]
     assert not load_file(stages / "vision-0.safetensors").keys() == load_file(stages / "control-0.safetensors").keys()
     effect = lookup_effect(lookup_table(list(found.values())), 2)
     assert effect.seeds == 1 and effect.documents == 8
 
 
-def test_a_stage_that_was_cut_off_ends_with_the_same_weights(tmp_path, monkeypatch):
-    whole = train_page_stage("encoder", "vision", 0, tmp_path / "whole", recipe=SMALL, kept=tmp_path / "a")
+@pytest.mark.parametrize("stage", ["encoder", "print"])
+def test_a_stage_that_was_cut_off_ends_with_the_same_weights(stage, tmp_path, monkeypatch):
+    for before in ("encoder", "lookup") if stage == "print" else ():
+        train_page_stage(before, "vision", 0, tmp_path / "whole", recipe=SMALL, kept=tmp_path / before)
+    if stage == "print":
+        shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    whole = train_page_stage(stage, "vision", 0, tmp_path / "whole", recipe=SMALL, kept=tmp_path / "a")
     def cut(*args, **options):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(dynamics, "save_encoder", cut)
         with pytest.raises(KeyboardInterrupt):
-            train_page_stage("encoder", "vision", 0, tmp_path / "cut", recipe=SMALL, kept=tmp_path / "b")
-    assert not (tmp_path / "cut" / "vision-0.safetensors").exists()
-    again = train_page_stage("encoder", "vision", 0, tmp_path / "cut", recipe=SMALL, kept=tmp_path / "b")
+            train_page_stage(stage, "vision", 0, tmp_path / "cut", recipe=SMALL, kept=tmp_path / "b")
+    assert not list((tmp_path / "cut").glob(f"*-{stage}.json"))
+    again = train_page_stage(stage, "vision", 0, tmp_path / "cut", recipe=SMALL, kept=tmp_path / "b")
     assert again.about["ends"] == whole.about["ends"]
 
 
