@@ -7,11 +7,11 @@ from sfa_core.core.hub import STRUCTURE
 from sfa_core.models.embedded import EmbeddedConfig
 from sfa_core.models.load import load_model, new_bundle, save_model
 from sfa_core.structure.inject import is_own, keep_structure, structures_of
+from sfa_core.structure.own import own_structure
 from sfa_core.structure.store import CARD_FILE, WEIGHTS_FILE
 from sfa_core.tokens.adaptive import attach_tokens, detach_tokens
 from sfa_core.tokens.density import load_density
 from sfa_core.tokens.patches import PatchConfig
-from sfa_core.training.arms import own_structure
 
 SMALL = EmbeddedConfig(vision_width=32, vision_layers=2, language_width=32, language_layers=1, language_hidden=64)
 PAGES = sfa.generate(4, seed=5)

@@ -38,7 +38,8 @@ from sfa_core.training.arms import (
     read_arm,
     save_arm,
 )
-from .arms import attach_terms, detach_terms, own_structure, trainable
+from ..structure.own import attach_terms, detach_terms, own_structure
+from .arms import trainable
 from .consistency import SCRConfig, with_consistency
 from .checkpoints import read_digest, read_log
 from .loop import train
