@@ -26,6 +26,7 @@ PLACES = {  # module: names it offers here
     "tokens.patches": "PatchConfig",
     "tokens.adaptive": "adaptive_tokens",
     "models.load": "load_model",
+    "models.pages": "pages_for",
     "models.encoders": "load_encoder",
     "models.answers": "answer",
     "models.evaluate": "evaluate",

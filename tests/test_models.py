@@ -141,10 +141,11 @@ def test_a_hub_id_without_a_network_says_how_to_get_it(monkeypatch, tmp_path):
     refused("no such/na me", "no such/na me", error=FileNotFoundError)
 
 
-def test_a_missing_embedded_model_names_its_study(monkeypatch, tmp_path):
-    monkeypatch.setattr(sfa_core.models.load, "EMBEDDED", tmp_path / "embedded_model")
-    with pytest.raises(FileNotFoundError, match="05_embedded_model"):
-        find_model("embedded")
+@pytest.mark.parametrize("name, study", [("embedded", "05_embedded_model"), ("embedded_page", "06_page_model")])
+def test_a_missing_model_that_ships_names_its_study(name, study, monkeypatch, tmp_path):
+    monkeypatch.setitem(sfa_core.models.load.SHIPPED_MODELS, name, tmp_path / name)
+    with pytest.raises(FileNotFoundError, match=study):
+        find_model(name)
 
 
 @pytest.mark.parametrize("text, word",

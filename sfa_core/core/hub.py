@@ -70,14 +70,14 @@ def hub_commit(
     return commit
 
 # %% ../../notebooks/library/01_core/35_hub.ipynb #35ab0009
-SHIPPED_MODELS = {"embedded": DATA / "embedded_model"}
+SHIPPED_MODELS = {"embedded": DATA / "embedded_model", "embedded_page": DATA / "embedded_page"}
 MADE_MODELS = {"dinov2_small": working_root() / "data" / "local" / "dinov2_small"}  # by `make real`
 PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")  # files of a model
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def local_model(
-    name: str | Path,  # "embedded", "dinov2_small", a folder or a hub id
+    name: str | Path,  # a key of SHIPPED_MODELS or MADE_MODELS, a folder or a hub id
 ) -> Path | None:  # None: a name of the hub
     """Return the folder that a model's name stands for here; FileNotFoundError for what is neither a folder nor a
     hub id."""
@@ -88,7 +88,8 @@ def local_model(
         return folder
     if not is_hub_id(name):
         given, hub = str(name)[:200], "OpenGVLab/InternVL3_5-1B-HF"
-        raise FileNotFoundError(f"no model folder {given!r}; expected 'embedded', a folder, or a hub id such as {hub}")
+        raise FileNotFoundError(f"no model folder {given!r}; expected {' or '.join(map(repr, SHIPPED_MODELS))}, a "
+                                f"folder, or a hub id such as {hub}")
     return None
 
 

@@ -190,7 +190,8 @@ def load_heads(folder: str | Path) -> DenseHeads:
     "Read the linear heads of a model's folder; FileNotFoundError where it has none."
     path = Path(folder) / "dense" / "heads.safetensors"
     if not path.is_file():
-        raise FileNotFoundError(f"no linear heads at {path}; expected a folder written by the study 05_embedded_model")
+        raise FileNotFoundError(f"no linear heads at {path}; expected the folder of a model that ships, or one written "
+                                f"by its study")
     return heads_from(read_tensors(path)[0], str(path))
 
 
@@ -209,9 +210,9 @@ license: apache-2.0
 library_name: transformers
 pipeline_tag: image-text-to-text
 ---
-# The embedded model of the SFA workbook
+# {title}
 A real `InternVLForConditionalGeneration` with {parameters:,} parameters ({layers}), trained from nothing by the study
-`05_embedded_model` on generated documents (bar charts, grouped bars and tables at 112 px). The encoder is plain: no structural bias. It is made for
+`{study}` on generated documents (bar charts, grouped bars and tables at {side} px). {encoder} It is made for
 studying attention on a laptop and reads nothing but such documents.
 
 ## How it was trained
@@ -243,6 +244,9 @@ def write_card(
     pages: str,  # the documents of the score, in a sentence
     origin: str = "",  # where and how the training ran, in sentences
     tried: str = "",  # what else was tried, Markdown
+    title: str = "The embedded model of the SFA workbook",
+    study: str = "05_embedded_model",  # that trains it
+    encoder: str = "The encoder is plain: no structural bias.",  # a sentence about it
 ) -> Path:
     "Write the model's card as README.md."
     vision, text = bundle.model.config.vision_config, bundle.model.config.text_config
@@ -253,7 +257,7 @@ def write_card(
     parameters = sum(p.numel() for p in bundle.model.parameters())
     text = CARD.format(parameters=parameters, layers=layers, pages=pages, origin=origin, stages=table(stages),
                        reads=table(reads), kinds=table(kinds),
-                       tried=tried,
+                       tried=tried, title=title, study=study, encoder=encoder, side=vision.image_size[0],
                        **{name: getattr(recipe, name)
                           for name in ("seed", "documents", "document_seed", "learning_rate", "joint_rate")})
     return write_atomic(Path(folder) / "README.md", text.rstrip() + "\n")

@@ -97,10 +97,11 @@ def source_documents(
     name: str,  # a kind of document, or a benchmark as `named_benchmark` reads it
     count: int,  # documents
     seed: int,  # seed of generated documents, and of the choice among others
+    preset: str = "embedded",  # of generated documents
 ) -> Dataset | list[Sample]:
     "Return documents to learn from; ValueError for what is neither a kind nor a benchmark."
     if name in DOCUMENT_KINDS:
-        return documents(count, seed, kinds=(name,))
+        return documents(count, seed, preset, kinds=(name,))
     if name.partition("@")[0].partition("/")[0] not in BENCHMARKS:
         raise ValueError(f"{name!r} is no source of documents, expected a kind ({', '.join(DOCUMENT_KINDS)}) or a "
                          f"benchmark ({', '.join(BENCHMARKS)})")
@@ -113,10 +114,11 @@ def mixture_of(
     weights: str,  # sources with weights, as "line:1 pie:1 chartqa/train:2"; no spaces in a name
     count: int,  # documents of each source
     seed: int,
+    preset: str = "embedded",  # of generated documents
 ) -> Mixture:
     "Mix documents of some sources; ValueError when the text does not say so."
     shares = source_weights(weights)
-    return Mixture({name: source_documents(name, count, seed) for name in shares}, shares)
+    return Mixture({name: source_documents(name, count, seed, preset) for name in shares}, shares)
 
 
 # kind of what is kept -> module that makes it
