@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STEPS', 'MOST', 'SHORT', 'NOTE', 'QUOTES', 'NAMED_NUMBER', 'YEAR_BEHIND', 'VALUE_BEHIND', 'even_step', 'find_scale',
            'missing_members', 'groups_along', 'tick_texts', 'stands_alone', 'ends_of_scale', 'names_a_value',
-           'is_value', 'has_value_behind', 'are_years', 'is_year_like', 'text_roles', 'with_roles']
+           'is_value', 'has_value_behind', 'are_years', 'is_year_like', 'icon_texts', 'text_roles', 'with_roles']
 
 # %% ../../notebooks/library/02_documents/42_roles.ipynb #f10efe9e
 import math
@@ -225,6 +225,19 @@ def is_year_like(text: str) -> bool:
     return len(numbers) == 1 and numbers[0].year and quantity(text) is not None
 
 
+def icon_texts(
+    texts: Sequence[tuple[int, str, float, float]],  # index, text, middle and height of each
+) -> set[int]:
+    "Find what an engine read from a column of icons: a quotation mark as 66, and at most one other digit."
+    found = set()
+    for _, _, at, height in (one for one in texts if one[1] in QUOTES):
+        column = [(i, text) for i, text, x, _ in texts if abs(x - at) < height]
+        others = [text for _, text in column if text not in QUOTES and is_value(text)]
+        if len(others) < 2 and all(len(text) == 1 for text in others):
+            found |= {i for i, text in column if text in QUOTES or len(text) == 1}
+    return found
+
+
 def text_roles(
     texts: Sequence[TextBox],
 ) -> tuple[str, ...]:  # one per text; only texts of role ocr get another one
@@ -239,6 +252,7 @@ def text_roles(
     notes = [texts[i].box for i in own if NOTE.fullmatch(texts[i].text.strip()) and texts[i].box[1] > foot / 2]
     named = [i for i in own if has_value_behind(texts[i].text)]
     middle = lambda i, k=0: (texts[i].box[k] + texts[i].box[k + 2]) / 2
+    icons = icon_texts([(i, texts[i].text.strip(), middle(i), texts[i].box[3] - texts[i].box[1]) for i in own])
     in_row_of = lambda row, i: sum(abs(middle(i, 1) - middle(k, 1)) < 4 for k in row) > 2
     for i in own:
         text, (x0, y0, x1, y1) = texts[i].text.strip(), texts[i].box
@@ -246,11 +260,7 @@ def text_roles(
         below = any(y0 >= note[1] and x0 < note[2] and x1 > note[0] for note in notes)
         if NOTE.fullmatch(text) or below and words > 1:
             roles[i] = "source"
-        elif (
-            text in QUOTES
-            and x0 > 0.92 * right
-            and not any(abs(middle(k) - middle(i)) < y1 - y0 for k in own if k != i and is_value(texts[k].text))
-        ):
+        elif x0 > 0.92 * right and i in icons:
             roles[i] = "icon"
         elif i in ticks:
             roles[i] = "tick"
