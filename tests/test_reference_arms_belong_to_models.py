@@ -42,3 +42,19 @@ def test_there_is_none_of_another_name(two_models):
     assert reference_arms("vision") == []
     with pytest.raises(FileNotFoundError, match="no finished run is named 'vision'"):
         arm_folder("vision", "bbb")
+
+
+def test_the_version_of_committed_results_follows_their_files(two_models):
+    made = two_models / "curves" / "16x16"
+    made.mkdir(parents=True)
+    (made / "control-0.json").write_text("{}")
+    before = named_versions("reference", "curves")
+    assert named_versions("reference", f"curves {two_models / 'arms'}") | before == named_versions(
+        "reference", f"curves {two_models / 'arms'}")
+    (made / "control-1.json").write_text("{}")
+    assert named_versions("reference", "curves").keys() == before.keys() != before
+    assert named_versions("reference", "curves") != before
+    with pytest.raises(FileNotFoundError, match="no reference 'curvs'"):
+        named_versions("reference", "curvs")
+    with pytest.raises(FileNotFoundError, match="no folder './curves'"):
+        named_versions("reference", "./curves")

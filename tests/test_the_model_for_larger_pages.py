@@ -46,7 +46,7 @@ def refused(act, *words):
 
 
 def test_what_belongs_to_the_smaller_model_is_refused_in_one_line(bundle, tmp_path):
-    refused(lambda: sfa.load_arm(bundle, REFERENCE / "arms" / "control"), "was trained on embedded", "embedded_page has")
+    refused(lambda: sfa.load_arm(bundle, REFERENCE / "arms" / "control"), "trained on embedded", "embedded_page has")
     refused(lambda: sfa.load_arm(load_model("embedded", placement="cpu"), REFERENCE / "arms_page" / "control"),
             "was trained on embedded_page", "embedded has")
     refused(lambda: page_bundle(EMBEDDED / "model.safetensors", bundle.tokenizer), "about")

@@ -186,9 +186,14 @@ def run_states(study: str = "*") -> list[RunState]:
 
 # %% ../../notebooks/library/12_runs/05_folders.ipynb #e99dff10
 def reference_folder(
-    name: str,  # folder below exports/reference
+    name: str,  # folder below exports/reference, or a folder written with a slash or as ~
 ) -> Path:
     "Find a committed result, among one's own exports or in the repository; FileNotFoundError when there is none."
+    if name.startswith(("~", ".")) or "/" in name:
+        folder = Path(os.path.expanduser(name))
+        if not is_folder(folder):
+            raise FileNotFoundError(f"no folder {name[:200]!r}; expected one, or a name in exports/reference")
+        return folder
     places = [root / "reference" / component(name, "reference") for root in (exports_root(), REPOSITORY / "exports")]
     found = [place for place in places if place.is_dir()]
     if not found:

@@ -22,7 +22,7 @@ from ..core.paths import REPOSITORY, working_root
 from ..core.hub import model_version
 from ..core.identity import code_digest, file_digest, folder_digest, key_of, package_versions
 from ..core.reading import is_folder
-from .folders import arm_folder, component, reference_arms, written
+from .folders import arm_folder, component, reference_arms, reference_folder, written
 from .results import shipped_digest
 
 # %% ../../notebooks/library/12_runs/20_studies.ipynb #257d02f7
@@ -61,6 +61,7 @@ TAGS = {  # what a parameter whose meaning begins with [TAG] names
     "mixture": "kinds of documents and benchmarks with weights, mixtures separated by |",
     "path": "a file or a folder",
     "paths": "files or folders, separated by commas",
+    "reference": "committed results: names in exports/reference, or folders, separated by spaces",
 }
 SET_BY_RUN = ("out_dir", "interactive")  # the runner decides these
 
@@ -157,6 +158,8 @@ def named_versions(
             return {}
         found, known = arm_folder(text), reference_arms(text) if "/" not in text else []
         return {text: "+".join(folder_digest(path)[:16] for path in (known if found in known else [found]))}
+    if tag == "reference":
+        return {name: folder_digest(reference_folder(name))[:16] for name in text.split()}
     if tag in ("path", "paths"):
         paths = [text] if tag == "path" else [part.strip() for part in text.split(",")]
         return {path: path_version(path) for path in paths if path}
