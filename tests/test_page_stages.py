@@ -10,7 +10,10 @@ from torch.nn.functional import one_hot
 from sfa_core.pretraining import dynamics
 from sfa_core.pretraining.dense import IGNORE, word_losses
 from sfa_core.pretraining.dynamics import DenseConfig, FreshPages, draw_batch, learn_dense
-from sfa_core.pretraining.page_model import PAGE_RECIPE, page_documents
+from sfa_core.models.load import new_bundle
+from sfa_core.pretraining.page_model import PAGE, PAGE_RECIPE, encoder_states, page_documents, page_tokenizer
+from sfa_core.pretraining.recipe import pixel_values
+from sfa_core.pretraining.stages import question_batches
 from sfa_core.runs import curves, page_stages
 from sfa_core.runs.page_stages import lookup_effect, lookup_table, read_page_stages, train_page_stage
 
@@ -106,3 +109,17 @@ def test_notes_that_are_of_no_stage_are_refused_by_name(tmp_path, notes):
     (tmp_path / "control-0-encoder.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(ValueError, match="control-0-encoder.json is not what a stage measured"):
         read_page_stages(tmp_path)
+
+
+def test_questions_on_known_states_are_packed_as_with_their_pixels():
+    data = page_documents(12, 5)
+    bundle = new_bundle(PAGE, page_tokenizer(data), 0)
+    states = encoder_states(bundle, data.pixels)
+    plain = question_batches(bundle, data, SMALL, "reading", 4)
+    known = question_batches(bundle, data, SMALL, "reading", 4, states)
+    for step in range(4):
+        (inputs, index), (packed, same) = plain(step, 0), known(step, 0)
+        assert (index == same).all() and packed.pop("pixel_values").equal(states[index])
+        pixels = inputs.pop("pixel_values")
+        assert pixels.equal(pixel_values(bundle, data.pixels[index]))
+        assert inputs.keys() == packed.keys() and all(inputs[name].equal(packed[name]) for name in inputs)

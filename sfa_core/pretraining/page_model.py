@@ -257,7 +257,7 @@ def learn_questions(
         raise ValueError(f"unknown stage {stage!r}; expected one of {', '.join(QUESTION_STAGES)}")
     steps = {"joint": recipe.joint_steps, "reading": recipe.reading_steps, "cells": recipe.cell_steps}[stage]
     learned = dict(documents=data.digest, begins=weights_key(named_parts(bundle.model, "model")))
-    batch_at = on_states(question_batches(bundle, data, recipe, stage, steps), encoder_states(bundle, data.pixels))
+    batch_at = question_batches(bundle, data, recipe, stage, steps, encoder_states(bundle, data.pixels))
     with known_states(bundle):
         bundle.model.train()
         log = train_stage(stage, reading_parts(bundle), batch_at, lambda batch: answer_losses(bundle, batch), steps,
