@@ -11,10 +11,11 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 SHIPPED = (  # patterns of files
-    "data/README.md", "data/density/*", "data/embedded_model/*", "data/embedded_model/dense/*", "data/fonts/*",
+    "data/README.md", "data/density/*", "data/embedded_model/*", "data/embedded_model/dense/*", "data/embedded_page/**/*",
+    "data/fonts/*",
     "data/grids/*.yaml",
     "notebooks/studies/*.ipynb",
-    "exports/reference/arms/**/*", "exports/reference/verdict_labels/*", "exports/reference/embedded_model*/*",
+    "exports/reference/arms*/**/*", "exports/reference/verdict_labels/*", "exports/reference/embedded_model*/*",
     "exports/reference/finetune/metrics.json", "exports/reference/curves/*/*.json",
     "exports/rendered/stage_seconds.json")
 cfg = ConfigParser(delimiters=["="])

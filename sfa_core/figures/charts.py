@@ -24,7 +24,7 @@ from .style import draw_page, grid_panels, in_style, outline, over, png_source, 
 # %% ../../notebooks/library/11_figures/20_charts.ipynb #fd07c57d
 def document_gallery(
     images: Sequence[Any],  # (Y, X, 3) uint8 or PIL images
-    captions: Sequence[str],
+    captions: Sequence[str],  # lines stay lines; long ones are wrapped
     title: str = "Documents",
     subtitle: str = "",
     columns: int = 4,
@@ -34,7 +34,9 @@ def document_gallery(
         raise ValueError(f"{len(images)} images and {len(captions)} captions, expected at least one image and as many "
                          f"captions")
     columns = min(columns, len(images))
-    edge, wrapped = 840 // columns, ["\n".join(textwrap.wrap(caption, 840 // columns // 8)) for caption in captions]
+    edge = 840 // columns
+    wrapped = ["\n".join(part for line in caption.splitlines() for part in textwrap.wrap(line, edge // 8))
+               for caption in captions]
     figure, places, height = grid_panels(wrapped, columns, min(edge, 320))
     for image, place in zip(images, places, strict=True):
         source, *size = png_source(image)

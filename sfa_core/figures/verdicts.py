@@ -108,9 +108,9 @@ def verdict_gallery(
     title: str = "Verdicts",
     columns: int = 4,
 ) -> go.Figure:
-    "Show pages with their evidence, question, answer, reply, verdict and reason."
-    captions = [f"{r.subclass or r.category}: {r.question} {r.answers[0]}, said {r.prediction[:80]!r}. {r.reason} "
-                f"(rule: {r.rule})" for r in verdicts.itertuples()]
+    "Show pages with their evidence: the class of the reply, the question, its answer, and what was said."
+    captions = [f"{r.subclass or r.category}\n{r.question}\nanswer {r.answers[0]}\nsaid {r.prediction[:80]!r}"
+                for r in verdicts.itertuples()]
     pages = [marked_page(asked[r.id], r.places) for r in verdicts.itertuples()]
     boxes = "Blue: where the answer stands. Orange, dashed: the number that was said, or the operands that give it."
     return document_gallery(pages, captions, title, boxes, columns)

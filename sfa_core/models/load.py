@@ -30,7 +30,15 @@ from ..core.bundle import Bundle
 from ..core.families import family_of
 from ..core.finite import check_finite
 from ..core.files import new_folder, put_back
-from ..core.hub import PATTERNS, SHIPPED_MODELS, cached_commit, folder_revision, local_model, weight_files
+from sfa_core.core.hub import (
+    PATTERNS,
+    SHIPPED_MODELS,
+    STRUCTURE,
+    cached_commit,
+    folder_revision,
+    local_model,
+    weight_files,
+)
 from ..core.reading import check_cache
 from .embedded import EmbeddedConfig, build_processor, image_only, new_model
 from .served import Served, open_served
@@ -38,7 +46,8 @@ from .quantization import keep_differentiable, quantization, quantized_layers
 from .templates import check_template
 from .weights import check_folder, check_stored, read_config
 from ..structure.bias import StructuralBias
-from ..structure.store import load_structure
+from ..structure.inject import CHILD, is_own, keep_structure
+from ..structure.store import CARD_FILE, load_structure, save_structure
 
 # %% ../../notebooks/library/06_models/20_load.ipynb #01fbf267
 EMBEDDED = SHIPPED_MODELS["embedded"]
@@ -84,10 +93,10 @@ def save_model(
     bundle: Bundle,
     folder: str | Path,  # new, empty, or a model to be replaced
 ) -> Path:
-    """Write a model with its processor as a Hugging Face folder; ValueError if the folder holds something that is
-    no model."""
-    folder = Path(folder)
-    if any(isinstance(module, StructuralBias) for module in bundle.model.modules()):
+    """Write a model with its processor as a Hugging Face folder, and a structural bias of its own in `structure`
+    below it; ValueError if the folder holds something that is no model."""
+    folder, own = Path(folder), is_own(bundle)
+    if not own and any(isinstance(module, StructuralBias) for module in bundle.model.modules()):
         raise ValueError(f"{bundle.name} has structural attention attached; save_structure writes it, and eject gives "
                          f"the plain model that belongs here")
     if (
@@ -104,7 +113,10 @@ def save_model(
     own |= {"processor_class": type(bundle.processor).__name__}
     with new_folder(folder, replace=True) as unfinished:
         with quiet():
-            bundle.model.save_pretrained(unfinished)
+            weights = {name: value for name, value in bundle.model.state_dict().items() if f".{CHILD}." not in name}
+            bundle.model.save_pretrained(unfinished, state_dict=weights)
+        if own:
+            save_structure(bundle, unfinished / STRUCTURE)
         bundle.processor.image_processor.save_pretrained(unfinished)
         bundle.tokenizer.save_pretrained(unfinished)
         (unfinished / "processor_config.json").write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")
@@ -300,6 +312,9 @@ def load_model(
     check_template(str(name), template, folder)
     bundle = check_bundle(Bundle(model, processor, family, str(name), folder_revision(folder)))
     place(bundle, ",".join(map(str, devices)))
+    if (folder / STRUCTURE / CARD_FILE).is_file():
+        load_structure(bundle, folder / STRUCTURE)
+        keep_structure(bundle)
     if structure is None:
         return bundle
     load_structure(bundle, structure)

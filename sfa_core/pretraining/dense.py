@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IGNORE', 'COLOURS', 'WORD_INDEX', 'HEADS', 'PAGE_HEADS', 'shared_area', 'slice_area', 'crossed_patches',
            'dense_targets', 'printed_words', 'stack_targets', 'DenseHeads', 'heads_of_size', 'dense_losses',
-           'word_losses', 'patch_features', 'heads_from', 'write_parts', 'read_parts', 'binding_counts',
+           'word_losses', 'on_device', 'patch_features', 'heads_from', 'write_parts', 'read_parts', 'binding_counts',
            'binding_rates', 'dense_binding']
 
 # %% ../../notebooks/library/10_pretraining/10_dense.ipynb #d87a48fc
@@ -233,6 +233,11 @@ def word_losses(
     return losses
 
 
+def on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    "Move the tensors of a batch to a device; what is no tensor stays."
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
 def patch_features(tower: nn.Module, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
     "Run an encoder and give its patches on the grid, (B, h, w, D), special tokens left out."
     hidden = tower(pixel_values=pixels).last_hidden_state
@@ -259,7 +264,7 @@ def write_parts(
     about: Mapping[str, Any],  # what is kept beside them, as JSON holds it
 ) -> Path:
     "Write the weights of some modules as one safetensors file, without the state of an optimiser."
-    kept = {f"{part}.{name}": value.detach().contiguous() for part, module in parts.items()
+    kept = {f"{part}.{name}": value.detach().cpu().contiguous() for part, module in parts.items()
             for name, value in module.named_parameters()}
     return write_atomic(path, save(kept, {"about": json.dumps(about)}))
 
@@ -305,5 +310,5 @@ def binding_rates(
 @torch.no_grad()
 def dense_binding(tower: nn.Module, heads: DenseHeads, batches) -> dict[str, dict[str, float]]:
     "Evaluate an encoder on batches of (pixels (B, 3, Y, X), targets); gives rate and n per measure."
-    return binding_rates(binding_counts(heads(patch_features(tower, pixels, targets["colour"].shape[1:])), targets)
-                         for pixels, targets in batches)
+    return binding_rates(binding_counts(heads(patch_features(tower, pixels, targets["colour"].shape[1:])),
+                                        on_device(targets, pixels.device)) for pixels, targets in batches)

@@ -28,6 +28,7 @@ from sfa_core.pretraining.dense import (
     dense_binding,
     dense_losses,
     heads_from,
+    on_device,
     patch_features,
     printed_words,
     read_parts,
@@ -39,7 +40,7 @@ from ..documents.generate import PRESETS, PRESET_KINDS, Document, generator_vers
 from ..models.embedded import EmbeddedConfig
 from .measured import train_measured
 from ..training.schedule import LoopConfig
-from ..models.load import new_bundle
+from ..models.load import new_bundle, place
 from ..core.bundle import Bundle
 from .recipe import TrainingSet, pixel_values, targets_at
 from ..structure.terms import check_terms
@@ -285,6 +286,7 @@ def learn_dense(
     architecture: EmbeddedConfig | None = None,  # None: the one that ships
     progress: bool = False,
     start: str | Path | None = None,  # encoder.safetensors that is trained further; None: random weights
+    placement: str = "cpu",  # device that it is trained on, as `load_model` names it
 # step, measure, rate, n; and `structural_weights` at the end, empty without terms
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     "Train an encoder on the dense task, from random weights or further, and measure it on other pages as it learns."
@@ -297,7 +299,8 @@ def learn_dense(
         bundle, heads = new_encoder(tokenizer, config, architecture, data)
     else:
         bundle, heads = continued_encoder(start, tokenizer, config, architecture, data)
-    tower = bundle.family.tower_of(bundle.model)
+    tower, device = bundle.family.tower_of(place(bundle, placement).model), bundle.devices[0]
+    heads.to(device)
     named = {f"tower.{name}": p for name, p in tower.named_parameters() if p.requires_grad}
     named |= {f"heads.{name}": p for name, p in heads.named_parameters()}
 
@@ -306,7 +309,7 @@ def learn_dense(
 
     def losses(batch):
         features = patch_features(tower, pixel_values(bundle, batch["pixels"]), grid)
-        logits = heads(features)
+        logits, batch = heads(features), on_device(batch, device)
         found = dense_losses(logits, batch)
         words = word_losses(logits, batch) if config.words_weight else {}
         weighted = {name: config.words_weight * loss for name, loss in words.items()}

@@ -25,6 +25,7 @@ from ..documents.generate import documents
 from ..models.embedded import EmbeddedConfig
 from ..models.load import new_bundle
 from ..models.sequences import IGNORE
+from ..structure.inject import keep_structure
 from .dense import DenseHeads, heads_from, read_parts, write_parts
 from .dynamics import DenseConfig, place_patches, read_dense_encoder
 from sfa_core.pretraining.recipe import (
@@ -53,7 +54,7 @@ PAGE = EmbeddedConfig(image_size=224, downsample_ratio=0.5, language_width=192, 
                       language_hidden=576)
 PAGE_KINDS = ("bar", "grouped_bar", "table")
 PAGE_RECIPE = Recipe(documents=12_000, document_seed=71_000, encoder_steps=4_500, lookup_steps=2_000,
-                     joint_steps=3_000, reading_steps=3_000, cell_steps=4_000)
+                     joint_steps=2_000, reading_steps=3_000, cell_steps=3_000)
 ASKED = dict(count=200, seed=72_000)  # pages whose names are asked while the look-ups are learned
 QUESTION_STAGES = ("joint", "reading", "cells")
 
@@ -117,7 +118,8 @@ def read_stage(
     heads = heads_from(heads, str(path))
     try:
         bundle = new_bundle(EmbeddedConfig(**about["architecture"]), tokenizer, name="page model")
-        place_patches(bundle, DenseConfig(**about["dense"]))
+        config = DenseConfig(**about["dense"])
+        place_patches(bundle, config)
         bundle.model.load_state_dict(model, strict=False)  # tied weights are kept once
         missing = {name for name, _ in bundle.model.named_parameters()} - set(model)
         if missing:
@@ -125,7 +127,7 @@ def read_stage(
     except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ValueError(f"{path} holds no page model of its own architecture ({reason})") from error
-    return bundle, heads.train(), about
+    return keep_structure(bundle) if config.terms else bundle, heads.train(), about
 
 # %% ../../notebooks/library/10_pretraining/32_page_model.ipynb #79dcf3bd
 class KnownStates(torch.nn.Module):

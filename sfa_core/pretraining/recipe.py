@@ -126,9 +126,9 @@ def targets_at(data: TrainingSet, index: np.ndarray) -> dict[str, torch.Tensor]:
 
 
 def pixel_values(bundle: Bundle, pixels: np.ndarray) -> torch.Tensor:
-    "Normalise decoded pages (B, Y, X, 3) as the processor does, (B, 3, Y, X) float32."
+    "Normalise decoded pages (B, Y, X, 3) as the processor does, (B, 3, Y, X) float32 on the encoder's device."
     table = pixel_table(bundle)
-    return torch.from_numpy(np.stack([table[c][pixels[..., c]] for c in range(3)], 1))
+    return torch.from_numpy(np.stack([table[c][pixels[..., c]] for c in range(3)], 1)).to(bundle.devices[0])
 
 
 READING = (*READ_KINDS, "colour")
@@ -168,8 +168,9 @@ def name_batch(bundle: Bundle, data: TrainingSet, index: np.ndarray,
     prefix = prompt_tokens(bundle, "")[0] + image_tokens(bundle, 1)
     name = lambda text: bundle.tokenizer(text, add_special_tokens=False)["input_ids"]
     branches = [[(name(q["question"]), answer_tokens(bundle, q["answers"][0])) for q in names] for names in asked]
-    return pack([prefix] * len(branches), branches,
-                bundle.tokenizer.pad_token_id) | {"pixel_values": pixel_values(bundle, data.pixels[index])}
+    packed = pack([prefix] * len(branches), branches, bundle.tokenizer.pad_token_id)
+    return {name: value.to(bundle.devices[1]) for name, value in packed.items()} | {
+        "pixel_values": pixel_values(bundle, data.pixels[index])}
 
 
 def training_tokenizer(data: TrainingSet, recipe: Recipe):

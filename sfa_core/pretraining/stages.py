@@ -24,7 +24,7 @@ from ..documents.generate import documents, generator_version
 from ..models.embedded import EmbeddedConfig
 from ..models.load import new_bundle
 from ..models.sequences import answer_loss, training_batch
-from .dense import DenseHeads, dense_losses, patch_features
+from .dense import DenseHeads, dense_losses, on_device, patch_features
 from sfa_core.pretraining.recipe import (
     Recipe,
     TrainingSet,
@@ -101,7 +101,8 @@ def encoder_losses(
 ) -> dict[str, torch.Tensor]:
     "Return the weighted losses of the dense targets, head by head."
     grid, tower = bundle.grid, bundle.family.tower_of(bundle.model)
-    found = dense_losses(heads(patch_features(tower, pixels, (grid.height, grid.width))), targets_at(data, index))
+    targets = on_device(targets_at(data, index), pixels.device)
+    found = dense_losses(heads(patch_features(tower, pixels, (grid.height, grid.width))), targets)
     return {f"dense_{name}": weight * loss for name, loss in found.items()}
 
 

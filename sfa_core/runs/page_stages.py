@@ -25,7 +25,7 @@ from ..core.identity import file_digest
 from ..core.paths import working_root
 from ..core.reading import read_json
 from ..models.embedded import EmbeddedConfig
-from ..models.load import load_model, new_bundle
+from ..models.load import load_model, new_bundle, place
 from ..pretraining.dense import DenseHeads, heads_from, read_parts
 from sfa_core.pretraining.dynamics import (
     DenseConfig,
@@ -147,7 +147,7 @@ def learn_encoder(
     seed: int,
     recipe: Recipe,
     kept: Path,  # where checkpoints are kept
-    progress: bool,
+    **options: Any,  # progress and placement, as `learn_dense` takes them
 ) -> tuple[pd.DataFrame, Path]:  # what was measured, and the encoder as `learn_dense` wrote it
     "Train an encoder further, on pages that no stage before has seen."
     task = binding_task(PAGE.image_size // PAGE.patch_size)
@@ -162,8 +162,8 @@ def learn_encoder(
         before = DenseConfig(**read_dense_encoder(start, tokenizer)[2]["dense"])
         config = DenseConfig(before.terms, steps=recipe.encoder_steps, seed=seed, **ENCODER)
     pages = FreshPages("page", PAGE_KINDS, seed=1 if stage == "encoder" else 2)
-    measured, _ = learn_dense(pages, dict(task.asked), tokenizer, config, kept, task.architecture, progress,
-                              start=start)
+    measured, _ = learn_dense(pages, dict(task.asked), tokenizer, config, kept, task.architecture, start=start,
+                              **options)
     return measured, kept / "encoder.safetensors"
 
 
@@ -175,6 +175,7 @@ def train_page_stage(
     *,
     recipe: Recipe = PAGE_RECIPE,
     kept: str | Path | None = None,  # where checkpoints are kept; None: the cache
+    placement: str = "cpu",  # device, as `load_model` names it; another one rounds differently
     progress: bool = False,
 ) -> PageStage:
     "Train one stage of one model; what was cut off goes on."
@@ -185,7 +186,7 @@ def train_page_stage(
     with locked(Path(folder) / f"{arm}-{seed}"):
         if stage == "encoder":
             measured, encoder = learn_encoder(stage, start, load_model("embedded").tokenizer, seed, recipe, kept,
-                                              progress)
+                                              progress=progress, placement=placement)
             target.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(target, encoder.read_bytes())
         else:
@@ -193,17 +194,20 @@ def train_page_stage(
             tokenizer = page_tokenizer(data, recipe)
             if stage == "lookup":
                 bundle, heads, config = page_bundle(start, tokenizer)
+                place(bundle, placement)
                 measured, _ = learn_lookups(bundle, data, page_documents(**ASKED), recipe, kept, progress=progress)
             else:
                 bundle, heads, about = read_stage(start, tokenizer)
                 config = DenseConfig(**about["dense"])
                 if stage == "print":
-                    measured, encoder = learn_encoder(stage, start, tokenizer, seed, recipe, kept, progress)
+                    measured, encoder = learn_encoder(stage, start, tokenizer, seed, recipe, kept, progress=progress,
+                                                      placement=placement)
                     learned, heads, about = read_dense_encoder(encoder, tokenizer)
                     bundle.family.tower_of(bundle.model).load_state_dict(
                         learned.family.tower_of(learned.model).state_dict())
                     config = DenseConfig(**about["dense"])
                 else:
+                    place(bundle, placement)
                     measured = learn_questions(stage, bundle, data, recipe, kept, progress=progress)
             write_stage(target, bundle, heads, architecture=asdict(PAGE), dense=asdict(config), arm=arm, seed=seed,
                         stage=stage)
@@ -276,10 +280,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--folder", default=str(working_root() / "exports" / "reference" / STAGE_FOLDER),
                         help="where weights and measurements are written")
     parser.add_argument("--kept", help="where checkpoints are kept; none: the cache")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda:0 or auto; another device rounds differently")
     given = parser.parse_args(arguments)
     try:
         found = train_page_stage(given.stage, given.arm, given.seed, given.folder, kept=given.kept,
-                                 progress=sys.stderr.isatty())
+                                 placement=given.device, progress=sys.stderr.isatty())
     except (FileNotFoundError, ValueError) as error:
         sys.exit(str(error))
     print(f"{given.stage} of {given.arm}, seed {given.seed}: {found.about['seconds']:,} s")

@@ -22,7 +22,7 @@ from ..core.paths import REPOSITORY, working_root
 from ..core.hub import model_version
 from ..core.identity import code_digest, file_digest, folder_digest, key_of, package_versions
 from ..core.reading import is_folder
-from .folders import arm_folder, component, written
+from .folders import arm_folder, component, reference_arms, written
 from .results import shipped_digest
 
 # %% ../../notebooks/library/12_runs/20_studies.ipynb #257d02f7
@@ -153,7 +153,10 @@ def named_versions(
         names = [name.strip() for name in text.split("," if tag == "models" else "\0")]
         return {name: model_version(name) for name in names if name}
     if tag == "arm":
-        return {} if text == "baseline" else {text: folder_digest(arm_folder(text))[:16]}
+        if text == "baseline":
+            return {}
+        found, known = arm_folder(text), reference_arms(text) if "/" not in text else []
+        return {text: "+".join(folder_digest(path)[:16] for path in (known if found in known else [found]))}
     if tag in ("path", "paths"):
         paths = [text] if tag == "path" else [part.strip() for part in text.split(",")]
         return {path: path_version(path) for path in paths if path}

@@ -22,9 +22,10 @@ from ..core.finite import check_finite
 from ..core.schema import Card, Finite, Seed, Weight, check_card, check_fields
 from ..structure.bias import StructuralBias
 from ..structure.terms import TERMS, check_terms
-from ..structure.inject import CHILD, eject
+from ..structure.inject import CHILD, is_own
+from ..structure.own import attach_terms, detach_terms, own_structure
 from ..structure.rivals import attach_low_rank, detach_low_rank, updates_of
-from ..structure.store import load_structure, save_structure
+from ..structure.store import load_structure, read_structure, save_structure
 from ..tokens.adaptive import CONTROL, attach_tokens, detach_tokens
 from ..tokens.density import load_density
 from ..tokens.patches import PatchConfig
@@ -179,8 +180,8 @@ def put_back(model: torch.nn.Module, before: dict[str, Tensor]) -> None:
 
 
 def plain_model(bundle: Bundle) -> torch.nn.Module:
-    "Return a bundle's model; ValueError when structural attention is attached already."
-    if any(isinstance(module, StructuralBias) for module in bundle.model.modules()):
+    "Return a bundle's model; ValueError when structural attention is attached that is not its own."
+    if not is_own(bundle) and any(isinstance(module, StructuralBias) for module in bundle.model.modules()):
         raise ValueError(f"{bundle.name} has structural attention attached; the plain base model is expected")
     return bundle.model
 
@@ -229,7 +230,7 @@ class LoadedArm:
         if ARMS[self.about["arm"]].density:
             detach_tokens(self.bundle)
         if "structure" in ARMS[self.about["arm"]].parts:
-            eject(self.bundle)
+            detach_terms(self.bundle)
         if updates_of(self.bundle):
             detach_low_rank(self.bundle)
         put_back(self.bundle.model, self.before)
@@ -316,7 +317,8 @@ def load_arm(
     check_base(bundle, about, folder)
     roots = [part for name, part in (("tower", family.tower_of(model)), ("projector", family.projector_of(model)))
              if name in ARMS[about["arm"]].parts]
-    expected = parameters_of(model, roots)
+    own = own_structure(bundle)
+    expected = {name: p for name, p in parameters_of(model, roots).items() if name not in own}
     if "low_rank" not in ARMS[about["arm"]].parts:
         check_weights(expected, weights, bundle, folder)
     if ARMS[about["arm"]].density and (ours := load_density()[1]["sha256"]) != about["density"]:
@@ -326,9 +328,11 @@ def load_arm(
         raise ValueError(f"arm in {folder} was trained on {base['name']} of identity {theirs}; {bundle.name}, which "
                          f"was never saved, has {here}")
     patches = patches_of(about, str(Path(folder) / "arm.json")) if ARMS[about["arm"]].density else None
-    before = {name: p.detach().to("cpu", copy=True) for name, p in expected.items()}
+    before = {name: p.detach().to("cpu", copy=True) for name, p in (expected | own).items()}
     try:
         if "structure" in ARMS[about["arm"]].parts:
+            if own:
+                attach_terms(bundle, read_structure(folder)[0]["terms"])
             load_structure(bundle, folder)
         if ARMS[about["arm"]].density:
             attach_density(bundle, about["arm"], patches)
@@ -340,7 +344,7 @@ def load_arm(
         if hasattr(family.tower_of(model), CONTROL):
             detach_tokens(bundle)
         if any(isinstance(module, StructuralBias) for module in model.modules()):
-            eject(bundle)
+            detach_terms(bundle)
         if updates_of(bundle):
             detach_low_rank(bundle)
         put_back(model, before)

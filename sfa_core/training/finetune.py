@@ -25,7 +25,6 @@ from ..documents.generate import documents
 from ..models.sequences import answer_loss, training_batch
 from ..core.bundle import Bundle
 from ..core.finite import check_finite
-from ..structure.inject import eject, inject
 from ..structure.rivals import attach_low_rank, bias_parameters, detach_low_rank, updates_of
 from ..structure.store import load_structure
 from ..tokens.adaptive import CONTROL, detach_tokens
@@ -39,6 +38,7 @@ from sfa_core.training.arms import (
     read_arm,
     save_arm,
 )
+from ..structure.own import attach_terms, detach_terms, own_structure
 from .arms import trainable
 from .consistency import SCRConfig, with_consistency
 from .checkpoints import read_digest, read_log
@@ -58,7 +58,7 @@ def give_back(bundle: Bundle, config: FinetuneConfig, mode: bool, dtypes: list, 
     if hasattr(bundle.family.tower_of(model), CONTROL):
         detach_tokens(bundle)
     if "structure" in ARMS[config.arm].parts:
-        eject(bundle)
+        detach_terms(bundle)
     if updates_of(bundle):
         detach_low_rank(bundle)
     for part, dtype in dtypes:
@@ -77,11 +77,12 @@ def prepared(bundle: Bundle, config: FinetuneConfig) -> Iterator[dict[str, Param
     modules = [part for name, part in (("tower", family.tower_of(model)), ("projector", family.projector_of(model)))
                if name in parts]
     dtypes = [next(part.parameters()).dtype for part in modules]
-    before = {name: p.detach().to("cpu", copy=True) for name, p in parameters_of(model, modules).items()}
+    touched = parameters_of(model, modules) | own_structure(bundle)
+    before = {name: p.detach().to("cpu", copy=True) for name, p in touched.items()}
     if model.dtype == torch.float16:
         raise ValueError(f"{bundle.name} is in float16; float32 or bfloat16 is expected for training")
     if "structure" in parts:
-        inject(bundle, config.terms, blocks=config.blocks, seed=config.seed)
+        attach_terms(bundle, config.terms, blocks=config.blocks, seed=config.seed)
     if "low_rank" in parts:  # as many parameters as the terms would have
         attach_low_rank(bundle, bias_parameters(bundle, config.terms, config.blocks), seed=config.seed)
     try:
