@@ -8,12 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from sfa_core.documents.benchmarks import load_benchmark
 from sfa_core.documents.generate import documents
-from sfa_core.documents.ocr import ocr_folder, page_lines, rapid_ocr, read_ocr, whole_pages, with_ocr
+from sfa_core.documents.ocr import (
+    more_confident, ocr_folder, page_lines, rapid_ocr, read_ocr, read_twice, whole_pages, with_ocr,
+)
 from sfa_core.documents.pages import with_pages
 from sfa_core.documents.samples import Sample, TextBox, samples
 from sfa_core.runs.commands import main
@@ -234,6 +237,23 @@ def test_new_pages_are_added_and_damaged_ones_are_named_and_tried_again(shades, 
     picture(shades / "9.png", color=(0, 0, 9))
     run = ocr_folder(shades, engine=engine, progress=False)
     assert (run.pages, run.new, run.failed) == (7, 1, {}) and len(read_ocr(run.file).evidence) == 7
+
+
+def test_a_second_reading_at_twice_the_size_adds_what_was_missed_and_keeps_the_surer_text(shades, tmp_path):
+    def sizes(page):
+        k = 1 if page.shape[:2] == (30, 40) else 2
+        yield ("Os1o" if k == 1 else "Oslo"), [[0, 0], [20 * k, 0], [20 * k, 9 * k], [0, 9 * k]], 0.5 + k / 10
+        if k == 2:
+            yield "42", [[60, 40], [78, 40], [78, 58], [60, 58]], 0.9
+
+    once, twice = (ocr_folder(shades, tmp_path / f"{name}.jsonl", engine=engine, progress=False).file
+                   for name, engine in (("once", sizes), ("twice", read_twice(sizes, lambda found: True))))
+    texts = lambda file: {(t.text, t.box) for t in read_ocr(file).evidence["3.png"].texts}
+    assert texts(once) == {("Os1o", (0, 0, 20, 9))}
+    assert texts(twice) == {("Oslo", (0, 0, 20, 9)), ("42", (30, 20, 39, 29))}
+    asked = []
+    read_twice(sizes, lambda found: asked.append(found) or False)(np.zeros((30, 40, 3), np.uint8))
+    assert [t.text for t in asked[0].texts] == ["Os1o"] and more_confident([]) == []
 
 
 def test_the_texts_of_other_pages_are_one_line(shades, tmp_path):

@@ -81,6 +81,8 @@ def parser() -> argparse.ArgumentParser:
                                           "where it was interrupted")
     ocr.add_argument("folder", metavar="FOLDER", help="pictures, in it or below it")
     ocr.add_argument("--out", metavar="FILE", help="JSON lines, one text each (default: FOLDER.ocr.jsonl, beside it)")
+    ocr.add_argument("--twice", action="store_true", help="read a page again at twice the size where names are left "
+                                                          "without a value")
     demo = commands.add_parser("demo", help="ask a model about one page and write its attention as one HTML file")
     demo.add_argument("--model", default="embedded", metavar="MODEL", help="embedded, a folder or a hub id")
     demo.add_argument("--image", default="", metavar="FILE", help="a picture (default: a generated page)")
@@ -185,9 +187,11 @@ def demo_command(options: argparse.Namespace) -> None:
 def ocr_command(options: argparse.Namespace) -> int:  # 0 when every picture was read
     "Read the texts of a folder of pictures."
     # brings numpy and pictures: the other commands need not wait for them
-    from sfa_core.documents.ocr import ocr_folder
+    from sfa_core.documents.ocr import ocr_folder, rapid_ocr, read_twice
+    from sfa_core.scores.facts import facts
 
-    run = ocr_folder(options.folder, options.out)
+    engine = read_twice(rapid_ocr(), lambda found: facts(found).missed > 0) if options.twice else None
+    run = ocr_folder(options.folder, options.out, engine=engine)
     print(run)
     return 1 if run.failed else 0
 

@@ -86,7 +86,7 @@ def find_support(
     return Support("none", (), "")
 
 # %% ../../notebooks/library/04_scores/58_support.ipynb #77ff9064
-ENOUGH = 0.9  # share of names that have a value
+ENOUGH = 0.8  # share of names that have a value
 
 
 def has_every_value(known: Facts) -> bool:
