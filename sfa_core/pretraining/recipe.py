@@ -8,7 +8,7 @@ __all__ = ['NAMES', 'READING', 'CURRICULUM', 'CARD', 'Recipe', 'named_values', '
            'training_tokenizer', 'save_heads', 'load_heads', 'dense_batches', 'write_card']
 
 # %% ../../notebooks/library/10_pretraining/20_recipe.ipynb #43d4d068
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,12 +107,12 @@ class TrainingSet:
                       targets={name: array_digest(value) for name, value in self.targets.items()})
 
 
-def decode_documents(data: Dataset, grid: tuple[int, int]) -> TrainingSet:
-    "Decode a dataset of documents and derive the dense targets on a grid (h, w)."
+def decode_documents(data: Dataset, grid: tuple[int, int] | None) -> TrainingSet:
+    "Decode a dataset of documents and derive the dense targets on a grid (h, w); without a grid there are none."
     rows, pixels, targets = [], [], []
     for row in data.cast_column("image", ImageFeature(decode=False)):
         pixels.append(np.asarray(decode(row["image"]["bytes"], row["id"])))
-        made = dense_targets(row, grid, pixels[-1].shape[:2])
+        made = dense_targets(row, grid, pixels[-1].shape[:2]) if grid else {}
         targets.append({name: value.astype(np.int8 if value.dtype == np.int64 else value.dtype)
                         for name, value in made.items()})
         rows.append({key: row[key] for key in ("id", "kind", "image", "table", "marks", "questions")})
@@ -140,9 +140,9 @@ CURRICULUM = {  # stage -> (share of its steps until which it holds, kinds asked
 }
 
 
-def phase_at(stage: str, step: int, steps: int) -> tuple[str, ...]:
+def phase_at(stage: str, step: int, steps: int, curriculum: Mapping[str, tuple] = CURRICULUM) -> tuple[str, ...]:
     "Return the kinds that are asked at a step of a stage."
-    return next(kinds for end, kinds in CURRICULUM[stage] if step < end * steps)
+    return next(kinds for end, kinds in curriculum[stage] if step < end * steps)
 
 
 def eligible(data: TrainingSet, kinds: tuple[str, ...]) -> tuple[list[int], list[list[dict]]]:

@@ -28,6 +28,7 @@ from ..models.images import image_tokens
 from ..models.sequences import answer_loss, answer_tokens, pack, prompt_tokens, training_batch
 from .dense import DenseHeads, dense_losses, on_device, patch_features
 from sfa_core.pretraining.recipe import (
+    CURRICULUM,
     Recipe,
     TrainingSet,
     decode_documents,
@@ -80,6 +81,7 @@ def question_batches(
     stage: str,
     steps: int,  # of the stage
     states: torch.Tensor | None = None,  # (n, tokens, D) of all documents, given in the place of their pixels
+    curriculum: Mapping[str, tuple] = CURRICULUM,
 ) -> Batches:
     "Draw questions in the chat template, and the documents they are about: (inputs, index)."
 
@@ -88,7 +90,8 @@ def question_batches(
         return eligible(data, kinds)
 
     def batch(step, micro):
-        index, asked = visit(recipe, stage, step, recipe.question_batch, among(phase_at(stage, step, steps)))
+        kinds = phase_at(stage, step, steps, curriculum)
+        index, asked = visit(recipe, stage, step, recipe.question_batch, among(kinds))
         if states is not None:
             return packed_questions(bundle, asked) | {"pixel_values": states[index]}, index
         rows = [data.rows[at] | {"questions": questions} for at, questions in zip(index, asked)]

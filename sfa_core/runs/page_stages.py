@@ -190,7 +190,7 @@ def train_page_stage(
             target.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(target, encoder.read_bytes())
         else:
-            data = page_documents(recipe.documents, recipe.document_seed)
+            data = page_documents(recipe.documents, recipe.document_seed, dense=False)
             tokenizer = page_tokenizer(data, recipe)
             if stage == "lookup":
                 bundle, heads, config = page_bundle(start, tokenizer)
