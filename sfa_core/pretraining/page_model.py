@@ -56,7 +56,7 @@ PAGE = EmbeddedConfig(image_size=224, downsample_ratio=0.5, language_width=192, 
                       language_hidden=576)
 PAGE_KINDS = ("bar", "grouped_bar", "table")
 PAGE_RECIPE = Recipe(documents=12_000, document_seed=71_000, encoder_steps=4_500, lookup_steps=2_000,
-                     joint_steps=2_000, reading_steps=2_000, cell_steps=2_000)
+                     joint_steps=2_000, reading_steps=4_000, cell_steps=3_000)
 ASKED = dict(count=200, seed=72_000)  # pages whose names are asked while the look-ups are learned
 QUESTION_STAGES = ("joint", "reading", "cells")
 # as CURRICULUM, but questions with long answers come last: a step with them takes three times as long
