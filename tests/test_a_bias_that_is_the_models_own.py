@@ -58,6 +58,12 @@ def test_it_is_saved_beside_the_plain_model_and_comes_back_with_it(bundle, tmp_p
     assert load_model(save_model(once, tmp_path / "changed"), placement="cpu").revision != once.revision
 
 
+def test_a_model_without_one_is_saved_without_one(tmp_path):
+    plain = load_model("embedded", placement="cpu")
+    folder = save_model(plain, tmp_path / "plain")
+    assert not (folder / STRUCTURE).exists() and not is_own(load_model(folder, placement="cpu"))
+
+
 def test_it_decides_what_the_model_sees(bundle):
     before = states(bundle)
     with torch.no_grad():

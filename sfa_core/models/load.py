@@ -95,8 +95,8 @@ def save_model(
 ) -> Path:
     """Write a model with its processor as a Hugging Face folder, and a structural bias of its own in `structure`
     below it; ValueError if the folder holds something that is no model."""
-    folder, own = Path(folder), is_own(bundle)
-    if not own and any(isinstance(module, StructuralBias) for module in bundle.model.modules()):
+    folder, structured = Path(folder), is_own(bundle)
+    if not structured and any(isinstance(module, StructuralBias) for module in bundle.model.modules()):
         raise ValueError(f"{bundle.name} has structural attention attached; save_structure writes it, and eject gives "
                          f"the plain model that belongs here")
     if (
@@ -115,7 +115,7 @@ def save_model(
         with quiet():
             weights = {name: value for name, value in bundle.model.state_dict().items() if f".{CHILD}." not in name}
             bundle.model.save_pretrained(unfinished, state_dict=weights)
-        if own:
+        if structured:
             save_structure(bundle, unfinished / STRUCTURE)
         bundle.processor.image_processor.save_pretrained(unfinished)
         bundle.tokenizer.save_pretrained(unfinished)
