@@ -6,12 +6,14 @@
 __all__ = ['RATIO', 'MOST_APART', 'Index', 'Facts', 'facts']
 
 # %% ../../notebooks/library/04_scores/50_facts.ipynb #ec9cff08
+import math
 import re
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 
 from ..documents.numbers import Number, read_numbers, rounds_to, ten_digits
 from ..documents.samples import Evidence
@@ -108,6 +110,19 @@ class Facts:
         "The scale words that the page says; every one for texts of an engine, which miss the turned title of an axis."
         words = ("thousand", "million", "billion", "trillion")
         return frozenset(word for word in words if self.level == "C" or any(word in name for name in self.names))
+
+    @cached_property
+    def bottom(self) -> float:
+        """The lowest number of a scale with three and more; a value below it was misread. Minus infinity without one,
+        and where the scale may begin one step lower, at 0."""
+        ticks = sorted({number.value for number, place in self.numbers if place in self.weak and not number.year})
+        begins = len(ticks) >= 3 and ticks[0] > 1.5 * min(b - a for a, b in pairwise(ticks))
+        return ticks[0] if begins else -math.inf
+
+    @cached_property
+    def years(self) -> frozenset[float]:
+        "The years that the page prints."
+        return frozenset(number.value for number, _ in self.numbers if number.year)
 
     @cached_property
     def share_printed(self) -> float:

@@ -17,7 +17,7 @@ import pandas as pd
 
 from ..documents.replies import answer_of
 from ..documents.samples import Sample
-from .audit import Doubt, label_audit
+from .audit import label_audit
 from .cells import Place
 from .claims import Claim, answer_category, confirm_mark, read_claim, same_answer, within
 from .facts import Facts, facts
@@ -25,6 +25,7 @@ from .intervals import clustered_bootstrap, wilson_interval
 from .metrics import relaxed_accuracy
 from .operations import MOST_OPERANDS
 from .records import Evaluation, number_tolerance
+from .rescaled import Doubt
 from .support import Support, find_slip, find_support, is_covered, is_estimate
 
 # %% ../../notebooks/library/04_scores/60_grounding.ipynb #67f90fb8
@@ -70,7 +71,7 @@ def evidence_category(
         return "misread_cell", f"visible {found.how}, and not the answer", found.rule
     if estimate:
         return "estimation_error", f"within 15 % of {claim.answers[0]}, which is not printed as a label", "estimate"
-    if slip and found.rule in ("", "pair or line", "scale or title"):
+    if slip and (found.rule in ("", "pair or line") or found.rule == "scale or title" and slip.places):
         return "calculation_error", f"near {slip.how}: a slip of the right calculation", "slip"
     if found.kind == "visible":
         return "misread_cell", f"visible {found.how}, and not the answer", found.rule
