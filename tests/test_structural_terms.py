@@ -166,9 +166,11 @@ def label_all(bundle, batch):
 
 @each_family
 def test_every_term_is_exact_in_every_family(name, monkeypatch):
-    "The low-rank path, forced on the CPU, against the dense bias; windowed and native sizes included."
+    """The low-rank path, forced on the CPU, against the dense bias; windowed and native sizes included. In float64:
+    in float32 rounding alone, which differs from processor to processor, comes near 1e-4 in a gradient."""
     monkeypatch.setattr(attention_module, "may_strip", lambda *given: False)
     bundle = attached(name, terms=SOFT)
+    bundle.model.double()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for bias in structures_of(bundle):
@@ -183,7 +185,7 @@ def test_every_term_is_exact_in_every_family(name, monkeypatch):
         output.square().mean().backward()
         found[way] = [output.detach(), *(w.grad.clone() for w in tower.parameters() if w.grad is not None)]
     assert len(found["sfa"]) == len(found["sfa_dense"]) > len(structures_of(bundle)) * len(SOFT)
-    assert all(error_of(a, b) < 1e-4 for a, b in zip(*found.values(), strict=True))
+    assert all(error_of(a, b) < 1e-9 for a, b in zip(*found.values(), strict=True))
 
 
 def test_new_terms_change_nothing_until_they_learn_and_do_learn():
