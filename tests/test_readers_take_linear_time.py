@@ -125,7 +125,7 @@ def test_twice_the_text_takes_less_than_three_times_as_long(tmp_path, unit):
 
 def test_the_measurement_finds_what_is_quadratic():
     quadratic = lambda n: lambda: [i for i in range(n) for j in range(n) if i == j]
-    assert grows(quadratic(300), quadratic(600)) >= 3
+    assert grows(quadratic(900), quadratic(1800)) >= 3
     assert grows(lambda: sum(range(2 * 10**5)), lambda: sum(range(4 * 10**5))) < 3
 
 

@@ -257,7 +257,12 @@ def test_a_model_folder_that_says_something_else_is_loaded_or_refused_by_name(mo
 
 # Names
 
-def test_names_that_are_no_text_and_names_that_are_too_long_are_one_line(tmp_path):
+def test_names_that_are_no_text_and_names_that_are_too_long_are_one_line(tmp_path, monkeypatch):
+    exports = tmp_path / "exports"  # with runs of a study, so that names are looked for among them
+    (exports / "runs" / "05_embedded_model" / "0123456789ab").mkdir(parents=True)
+    monkeypatch.setenv("SFA_EXPORTS", str(exports))
+    tmp_path = tmp_path / "named"
+    tmp_path.mkdir()
     name = os.fsdecode(b"caf\xe9.json")
     (tmp_path / name).write_text("{}")
     keys = {folder_digest(tmp_path), folder_revision(tmp_path)}

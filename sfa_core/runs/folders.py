@@ -68,10 +68,10 @@ def component(
     name: str,  # as given by a person
     what: str,  # "study" or "run", for the message
 ) -> str:  # the same name
-    "Refuse a name that is not a single plain path component."
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
-        raise ValueError(f"a {what} name is letters, digits, '_', '-' and '.', starting with a letter or digit; got "
-                         f"{written(name)}")
+    "Refuse a name that is not a single plain path component, or longer than a file system takes."
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}", name):
+        raise ValueError(f"a {what} name is at most 200 letters, digits, '_', '-' and '.', starting with a letter or "
+                         f"digit; got {written(name)}")
     return name
 
 # %% ../../notebooks/library/12_runs/05_folders.ipynb #1af529b9
