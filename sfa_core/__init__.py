@@ -17,7 +17,7 @@ PLACES = {  # module: names it offers here
     "documents.generate": "make_document",
     "documents.benchmarks": "load_benchmark",
     "scores.records": "Evaluation",
-    "scores.compare": "compare compare_seeds Comparison",
+    "scores.compare": "compare compare_seeds",
     "scores.grounding": "categorise grounding_report chance_floor",
     "scores.harness": "read_answers",
     "scores.differences": "why_different",
