@@ -70,8 +70,8 @@ def component(
 ) -> str:  # the same name
     "Refuse a name that is not a single plain path component, or longer than a file system takes."
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}", name):
-        raise ValueError(f"a {what} name is at most 200 letters, digits, '_', '-' and '.', starting with a letter or "
-                         f"digit; got {written(name)}")
+        raise ValueError(f"a {what} name is letters, digits, '_', '-' and '.', starting with a letter or digit, at "
+                         f"most 200 of them; got {written(name)}")
     return name
 
 # %% ../../notebooks/library/12_runs/05_folders.ipynb #1af529b9
