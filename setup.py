@@ -12,6 +12,7 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 SHIPPED = (  # patterns of files
     "data/README.md", "data/density/*", "data/embedded_model/*", "data/embedded_model/dense/*",
+    "data/embedded_page/**/*",
     "data/fonts/*",
     "data/grids/*.yaml",
     "notebooks/studies/*.ipynb",
