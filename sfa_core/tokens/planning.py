@@ -22,7 +22,7 @@ from .patches import PATCH, PRESETS, SOURCE, PatchConfig, PatchPlan
 
 # %% ../../notebooks/library/05_tokens/22_planning.ipynb #dd584c39
 STEP = 255 * 1024  # merge errors are multiples of 1 / STEP, so that no rounding decides a plan
-BAND = 112  # rows of a page that a processor judges at a time: what they need stays in its cache
+BAND = 112  # rows of one page that a processor judges at a time: what they need stays in its cache
 
 
 def halve(
@@ -67,12 +67,14 @@ def merge_errors(
 ) -> dict[int, Tensor]:  # of each size: (B, Y // size, X // size) largest difference
     "Measure what pages lose in every square of some sizes; ValueError for pixels that are not finite."
     if pages.device.type == "cpu":
-        bands = np.split(pages.numpy(), range(BAND, pages.shape[2], BAND), 2)
-        found = [band_errors(part, max(sizes), np) for part in bands]
-        found = [{size: torch.from_numpy(errors) for size, errors in part.items()} for part in found]
+        starts = range(BAND, pages.shape[2], BAND)
+        parts = [[band_errors(band, max(sizes), np) for band in np.split(page[None], starts, 2)]
+                 for page in pages.numpy()]
+        found = {size: torch.from_numpy(np.concatenate([np.concatenate([band[size] for band in bands], 1)
+                                                        for bands in parts])) for size in sizes}
     else:
-        found = [band_errors(pages, max(sizes), torch)]
-    errors = {size: torch.cat([part[size] for part in found], 1).mul(STEP).round().div(STEP) for size in sizes}
+        found = band_errors(pages, max(sizes), torch)
+    errors = {size: (found[size] * STEP).round() / STEP for size in sizes}
     whole = all(side % (2 * PATCH) == 0 for side in pages.shape[-2:])  # every pixel lies in a square
     check_finite_pixels(errors[2 * PATCH] if whole else pages)
     return errors
@@ -265,9 +267,11 @@ def checked_tiles(pages: Tensor, density: Tensor | None, config: PatchConfig,
     given, sides = grid is not None, tuple(pages.shape[-2:])
     shape = None if density is None else tuple(density.shape[1:])
     grid = tuple(grid or shape or (sides[0] // PATCH, sides[1] // PATCH))
-    if density is not None and (shape != grid or not (density.min() >= 0 and density.max() <= 1)):
-        raise ValueError(f"density has shape {shape} and runs from {float(density.min()):.3g} to "
-                         f"{float(density.max()):.3g}, expected {grid} in 0..1")
+    if density is not None:
+        low, high = density.aminmax()
+        if shape != grid or not (low >= 0 and high <= 1):
+            raise ValueError(f"density has shape {shape} and runs from {float(low):.3g} to {float(high):.3g}, expected "
+                             f"{grid} in 0..1")
     if len(grid) != 2 or min(grid) < 1:
         raise ValueError(f"a grid of {grid} on an image of {sides[0]} x {sides[1]} px, expected at least one patch of "
                          f"{PATCH} px")
