@@ -241,16 +241,23 @@ def test_the_title_of_a_finding_is_what_its_numbers_say():
     assert label["low"] > 0.3 and value["low"] > 0, "structure helps an encoder from nothing"
     tuned = findings.metrics("finetune")["vision_against_control"]
     assert tuned["outcome"] == "equivalent" and tuned["low"] < 0 < tuned["high"], "and not one that was taught before"
+    moved = [one["size"] for one in findings.metrics("binding_from_nothing")["checks"].values()]
+    assert findings.metrics("finetune")["check"]["size"] < 0.05 * min(moved), "whose bias hardly moves"
     groups = findings.metrics("binding")["groups"]
     counts = findings.metrics("grounding")["reports"]["baseline"]["counts"]
     assert groups["misread"] > 2 * groups["invented"] and counts["ungrounded"] > 2 * counts["misread_cell"]
     lost = {row["step"]: row for row in findings.metrics("binding")["lost"]}
-    assert lost["language model"]["low"] > 0 > lost["encoder"]["low"]
+    assert lost["language model"]["low"] > 0 > lost["encoder"]["low"] and lost["later"]["low"] > lost["encoder"]["high"]
     replies = findings.metrics("real_answers")["corrected"]
     assert len(replies) == 2 and all(row["high"] < 0.5 for row in replies.values())
     pages = findings.metrics("page_model")
+    steps, _ = findings.encoders_later()
+    gaps = {row["measure"]: abs(row["difference"]) for row in pages["encoders"] if row["step"] == steps}
+    printed = {row["measure"]: abs(row["vision"] - row["control"]) for row in pages["printed"]}
+    assert gaps["label_colour"] < 0.1 and max(printed["value_binding"], printed["column_binding"]) < 0.1, "catches up"
     assert max((row for row in pages["effects"] if row["names"] == "all names"), key=lambda row: row["step"])["low"] > 0
     assert all(ratio < 1.15 for name, ratio in findings.timings("cost")["encoder"].items() if "time" in name)
+    assert findings.metrics("cost")["counted"]["1025 inference"]["low rank"]["peak_ratio"] > 2
 
 
 def test_a_page_without_the_marks_of_the_findings_is_refused():
