@@ -156,7 +156,7 @@ def visit(recipe: Recipe, stage: str, step: int, size: int,
           among: tuple[list[int], list[list[dict]]]) -> tuple[np.ndarray, list[list[dict]]]:
     """Draw the documents of one step, and what is asked of each this time: a pure function of seed, stage, step and
     what may be asked."""
-    rng = np.random.default_rng([recipe.seed, list(CURRICULUM).index(stage) + 1, step])
+    rng = np.random.default_rng([recipe.seed, (*CURRICULUM, "fresh").index(stage) + 1, step])
     drawn = rng.integers(0, len(among[0]), size)
     ask = lambda q: [q[i] for i in sorted(rng.choice(len(q), min(recipe.questions, len(q)), replace=False))]
     return np.array([among[0][i] for i in drawn]), [ask(among[1][i]) for i in drawn]

@@ -37,6 +37,7 @@ from sfa_core.pretraining.dynamics import (
 )
 from sfa_core.pretraining.page_model import (
     ASKED,
+    FRESH,
     PAGE,
     PAGE_KINDS,
     PAGE_RECIPE,
@@ -192,6 +193,8 @@ def train_page_stage(
         else:
             data = page_documents(recipe.documents, recipe.document_seed, dense=False)
             tokenizer = page_tokenizer(data, recipe)
+            if stage == "fresh":
+                data = page_documents(FRESH["documents"], FRESH["document_seed"], dense=False)
             if stage == "lookup":
                 bundle, heads, config = page_bundle(start, tokenizer)
                 place(bundle, placement)
