@@ -171,6 +171,10 @@ def page_model() -> Finding:
     trainings = "one training of each arm" if end["seeds"] == 1 else f"{end['seeds']} pairs of trainings"
     read = next((row for row in found["reads"]
                  if (row["arm"], row["questions"]) == (found["ships"], "all reading")), {})
+    stages = list(dict.fromkeys(row["stage"] for row in found["between"]))
+    last = {row["questions"]: row for row in found["between"] if row["stage"] == stages[-1]}
+    named = dict(read_label="labels", read_colour="colours", read_cell="cells")
+    answers = ", ".join(f"{name} {points(last[kind])}" for kind, name in named.items())
     ships = (f" The one that ships reads {read['rate']:.3f} of {read['n']:,} values right ({read['low']:.3f} to "
              f"{read['high']:.3f})." if read else "")
     return Finding(
@@ -182,7 +186,8 @@ def page_model() -> Finding:
         f"what is printed values are {printed['value_binding']}, column words {printed['column_binding']}. "
         f"With the encoders of {steps:,} steps fixed, a language model "
         f"of two million weights learns to look up {percent(at['vision']['mean'])} of {at['vision']['n']:,} names with "
-        f"SFA and {percent(at['control']['mean'])} without (difference {points(end)}).{ships}",
+        f"SFA and {percent(at['control']['mean'])} without (difference {points(end)}). Of whole questions behind the "
+        f"further stage and `{stages[-1]}` it reads {points(last['all reading'])} more ({answers}).{ships}",
         f"{trainings.capitalize()}; the interval is over pages{'' if end['seeds'] == 1 else ' and trainings'}"
         f"{', and says nothing about other trainings' if end['seeds'] == 1 else ''}.",
         ("06_page_model", "61_binding_from_nothing"))
