@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import load_file
 from torch.nn.functional import one_hot
 
-from sfa_core.pretraining import dynamics
+from sfa_core.pretraining import dynamics, page_model
 from sfa_core.pretraining.dense import IGNORE, word_losses
 from sfa_core.pretraining.dynamics import DenseConfig, FreshPages, draw_batch, learn_dense
 from sfa_core.models.load import new_bundle
@@ -17,14 +17,17 @@ from sfa_core.pretraining.stages import question_batches
 from sfa_core.runs import curves, page_stages
 from sfa_core.runs.page_stages import lookup_effect, lookup_table, read_page_stages, train_page_stage
 
-SMALL = replace(PAGE_RECIPE, documents=48, encoder_steps=2, lookup_steps=2, joint_steps=2, reading_steps=0,
-                batch=4, question_batch=2, questions=2, checkpoint_every=1)
+SMALL = replace(PAGE_RECIPE, documents=48, encoder_steps=2, lookup_steps=2, joint_steps=2, reading_steps=1,
+                cell_steps=1, batch=4, question_batch=2, questions=2, checkpoint_every=1)
 
 
 @pytest.fixture(autouse=True)
 def few_pages_are_asked_about(monkeypatch):
     monkeypatch.setattr(page_stages, "ASKED", dict(page_stages.ASKED, count=8))
     monkeypatch.setattr(page_stages, "PRINT", dict(page_stages.PRINT, steps=2, every=1, batch_size=4))
+    monkeypatch.setattr(page_stages, "ANSWERED", dict(page_stages.ANSWERED, n=6))
+    for module in (page_stages, page_model):
+        monkeypatch.setattr(module, "FRESH", dict(page_model.FRESH, steps=2, documents=12))
     monkeypatch.setattr(page_stages, "binding_task", lambda side: curves.binding_task(side, held_out=4))
 
 
@@ -50,6 +53,13 @@ def test_stages_follow_each_other_and_each_begins_with_what_the_last_one_left(tm
     assert not load_file(stages / "vision-0.safetensors").keys() == load_file(stages / "control-0.safetensors").keys()
     effect = lookup_effect(lookup_table(list(found.values())), 2)
     assert effect.seeds == 1 and effect.documents == 8
+    for stage in ("reading", "cells", "fresh"):
+        last = train_page_stage(stage, "control", 0, stages, recipe=SMALL, kept=tmp_path / stage)
+        assert list(last.measured["stage"].unique()) == [stage]
+    answers = page_stages.answer_table(stages)
+    assert set(answers["stage"]) == {"joint", "reading", "cells", "fresh"} and set(answers["arm"]) == {"control"}
+    asked = [list(part["document"] + part["kind"]) for _, part in answers.groupby("stage")]
+    assert all(part == asked[0] for part in asked) and len(set(answers["document"])) == 6
 
 
 @pytest.mark.parametrize("stage", ["encoder", "print"])

@@ -260,12 +260,10 @@ ANSWERED = dict(n=500, seed=ASKED["seed"])  # pages that are asked about behind 
 def stage_answers(
     weights: str | Path,  # behind a stage, as `write_stage` wrote them
     tokenizer: object,
-    *,
-    pages: dict[str, int] = ANSWERED,
 ) -> pd.DataFrame:  # document, kind, right (strict); a row per question
     "Ask the model behind a stage every question that reads one value; the errors are those of `read_stage`."
     bundle, _, about = read_stage(weights, tokenizer)
-    drawn = documents(**pages, size=about["architecture"]["image_size"], preset="page", kinds=PAGE_KINDS)
+    drawn = documents(**ANSWERED, size=about["architecture"]["image_size"], preset="page", kinds=PAGE_KINDS)
     records = evaluate(bundle, samples(drawn, READ_KINDS), batch_size=64, max_new_tokens=8).records
     return records.assign(right=records["strict"] == 1)[["document", "kind", "right"]]
 
