@@ -112,7 +112,7 @@ def sink_scatter(
     figure.add_annotation(x=0, y=1, yref="paper", text=f"τ = {tau:.1f}", showarrow=False, xanchor="left", yanchor="top",
                           xshift=4)
     figure.update_xaxes(title_text="sink value / τ, at least 0.01", type="log", dtick=1)
-    figure.update_yaxes(title_text=f"{figure_text(measure)}, mean over heads and text tokens", type="log", dtick="D2")
+    figure.update_yaxes(title_text=f"{figure_text(measure)}, mean over heads and text tokens", type="log", dtick=1)
     return in_style(figure, title, subtitle, 380, above=28).update_layout(showlegend=True)
 
 # %% ../../notebooks/library/11_figures/50_sinks.ipynb #b6be08c6
