@@ -27,6 +27,7 @@ from sfa_core.models.images import image_batch, image_features
 from sfa_core.models.kept import kept_file
 from sfa_core.models.load import new_bundle
 from sfa_core.models.miniatures import miniature
+from sfa_core.structure.inject import eject, inject, structures_of, use_attention
 from sfa_core.tokens.adaptive import adaptive_tokens
 from sfa_core.tokens.patches import PatchConfig
 
@@ -295,7 +296,7 @@ def test_wrong_budgets_are_named(bundle):
         with pytest.raises(ValueError, match=message), reducer:
             pass
     second = token_merged(bundle, 24)
-    with random_dropped(bundle, 24), pytest.raises(ValueError, match="expects a plain encoder"), second:
+    with random_dropped(bundle, 24), pytest.raises(ValueError, match="expects an encoder with all its tokens"), second:
         pass
 
 
@@ -312,3 +313,66 @@ def test_down_sampling_makes_fewer_tokens_of_a_smaller_page_and_leaves_the_model
     assert part.inputs["pixel_values"].shape[-1] == 4 * 14 < whole.inputs["pixel_values"].shape[-1]
     assert [len(page) for page in features.images] == [4] * 3
     assert all(torch.equal(a, b) for a, b in zip(before.images, after.images, strict=True))
+
+
+STRUCTURED = REDUCERS | {"down-sampled": lambda bundle: down_sampled(bundle, 4)}
+
+
+@pytest.fixture
+def structured(bundle):
+    "The model with a structural bias as large as a learned one."
+    inject(bundle, seed=2)
+    with torch.no_grad():
+        for bias in structures_of(bundle):
+            for weight in bias.parameters():
+                weight.mul_(100)
+    yield bundle
+    eject(bundle)
+
+
+@pytest.mark.parametrize("name", STRUCTURED)
+def test_a_bias_of_zeros_changes_nothing_under_a_reducer(bundle, name):
+    with STRUCTURED[name](bundle) as reduced:
+        plain = features(reduced, pages())
+    inject(bundle)
+    try:
+        with torch.no_grad():
+            for bias in structures_of(bundle):
+                for weight in bias.parameters():
+                    weight.zero_()
+        with STRUCTURED[name](bundle) as reduced:
+            found = features(reduced, pages())
+    finally:
+        eject(bundle)
+    assert all(torch.allclose(own, other, atol=1e-5) for own, other in zip(found, plain, strict=True))
+
+
+@pytest.mark.parametrize("name", STRUCTURED)
+def test_a_bias_stands_where_the_tokens_that_are_left_stand(structured, name):
+    "Low rank as written out for all pairs; each page by itself as in a batch; afterwards the whole page as before."
+    images = pages()
+    before = features(structured, images)
+    with STRUCTURED[name](structured) as reduced:
+        found = features(reduced, images)
+        alone = [features(reduced, [image])[0] for image in images]
+        use_attention(structured.model, "sfa_dense")
+        try:
+            written_out = features(reduced, images)
+        finally:
+            use_attention(structured.model, "sfa")
+    for own, single, oracle in zip(found, alone, written_out, strict=True):
+        assert torch.allclose(own, single, atol=1e-5) and torch.allclose(own, oracle, atol=1e-4)
+    assert all(torch.equal(own, other) for own, other in zip(features(structured, images), before, strict=True))
+    if name != "FastV":  # which lets all tokens of the encoder be
+        assert any(own.shape != other.shape or not torch.allclose(own, other, atol=1e-3)
+                   for own, other in zip(found, before, strict=True))
+
+
+def test_a_reducer_that_keeps_all_tokens_is_the_structured_encoder(structured):
+    images = pages(2)
+    whole = features(structured, images)
+    for reducer in (random_dropped(structured, 64), token_merged(structured, 64), diversity_pruned(structured, 16),
+                    vision_zipped(structured, 16, contextual=0), down_sampled(structured, 8)):
+        with reducer as reduced:
+            found = features(reduced, images)
+        assert all(torch.allclose(own, other, atol=1e-5) for own, other in zip(found, whole))

@@ -8,21 +8,21 @@ __all__ = ['random_blocks', 'unpredicted_blocks', 'similar_pairs', 'merge_means'
 
 # %% ../../notebooks/library/08_interventions/70_reduction.ipynb #c342f711
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, one_hot
 
 from ..core.bundle import Bundle
 from ..core.hooks import AttentionCall, attention_hooks
 from ..core.identity import key_of
 from ..models.resolution import at_resolution
-from ..structure.geometry import PADDING
-from ..structure.inject import CHILD, use_attention, vision_attention
+from ..structure.geometry import PADDING, merge_cells, uniform_geometry
+from ..structure.inject import CHILD, set_geometry, structures_of, use_attention, vision_attention
 from ..tokens.adaptive import CONTROL, REDUCTION
 from ..tokens.areas import AREA
 from ..tokens.embedding import embedding_parts
@@ -135,9 +135,11 @@ class Reduction:
         self.tower, attentions = family.tower_of(model), family.attentions_of(model)
         if family.views != "tiles":
             raise ValueError(f"{name} is not made for family {family.name}, expected internvl or an encoder alone")
-        if hasattr(self.tower, CONTROL) or hasattr(self.tower, REDUCTION) or hasattr(attentions[0], CHILD):
-            raise ValueError(f"{name} expects a plain encoder: take structure, adaptive tokens and other reductions "
-                             f"away first")
+        if hasattr(self.tower, CONTROL) or hasattr(self.tower, REDUCTION):
+            raise ValueError(f"{name} expects an encoder with all its tokens: take adaptive tokens and other "
+                             f"reductions away first")
+        # where each token of the whole sequence is; None: the encoder has no structural bias
+        self.base = structures_of(bundle)[0].geometry if hasattr(attentions[0], CHILD) else None
         self.grid = bundle.grid.height, bundle.grid.width
         self.merge = 1 if family.alone else family.merge(model.config)
         self.special = len(embedding_parts(model, family, self.grid).special)
@@ -157,8 +159,15 @@ class Reduction:
         """Return how many tokens of each image the language model sees; None where all of them stay."""
         return None
 
-    def areas(self, area: Tensor | None) -> None:  # (T, L) log sizes of the keys; None: all alike
-        """Let all attention modules of the encoder add sizes to their keys."""
+    def areas(
+        self,
+        area: Tensor | None,  # (T, L) log sizes of the keys; None: the whole sequence, all alike
+        members: Callable[[], Tensor] | None = None,  # (T, L, S + N) 0 / 1: the tokens that each of them stands for
+    ) -> None:
+        """Let all attention modules of the encoder add sizes to their keys; a structural bias is told places too."""
+        if self.base is not None:
+            places = self.base if area is None else merge_cells(self.base, members())
+            return set_geometry(Bundle(self.model, None, self.family, self.name), places)
         for attention in self.family.attentions_of(self.model):
             setattr(attention, AREA, area)
 
@@ -168,7 +177,7 @@ class Reduction:
         kernel, attentions = vision_attention(self.model), self.family.attentions_of(self.model)
         setattr(self.tower, REDUCTION, self)
         try:
-            if replaced:
+            if replaced and self.base is None:
                 use_attention(self.model, "adat")
             self.attach()
             yield self
@@ -181,7 +190,7 @@ class Reduction:
                 if hasattr(attention, AREA):
                     delattr(attention, AREA)
             if replaced:
-                use_attention(self.model, kernel)
+                self.areas(None) if self.base is not None else use_attention(self.model, kernel)
 
     def attach(self) -> None:
         """Attach hooks, and keep their handles."""
@@ -229,7 +238,8 @@ class BlockDrop(Reduction):
         counts = kept.sum(1)
         self.order = kept.int().argsort(dim=1, descending=True, stable=True)[:, : int(counts.max())]
         real = torch.arange(self.order.shape[1], device=tokens.device) < counts[:, None]
-        self.areas(torch.where(real, 0.0, PADDING))
+        self.areas(torch.where(real, 0.0, PADDING),
+                   lambda: one_hot(self.order, tokens.shape[1]) * real[..., None])
         return tokens.gather(1, self.order[..., None].expand(-1, -1, tokens.shape[-1])) * real[..., None]
 
     def finish(self, tower: nn.Module, args: tuple, output: Any) -> Any:
@@ -276,7 +286,7 @@ class TokenMerging(Reduction):
         place = similar_pairs(self.keys.pop(number).float(), self.spread[number], self.special)
         states, self.size = merge_means(states, self.size, place, self.spread[number])
         self.place = place.gather(1, self.place)
-        self.areas(self.size.log())
+        self.areas(self.size.log(), lambda: one_hot(self.place, states.shape[1]).mT)
         return (states, *output[1:]) if isinstance(output, tuple) else states
 
     def finish(self, tower: nn.Module, args: tuple, output: Any) -> Any:
@@ -292,10 +302,19 @@ def down_sampled(
 ) -> Iterator[Bundle]:
     """Show a model smaller tiles, of cells x cells patches: its own resizing and its own interpolated positions.
 
-    The plain rival: the same tokens for every page. ValueError for a family that does not interpolate positions, or
-    for cells that make no whole language tokens.
+    The plain rival: the same tokens for every page. A structural bias is told the rows and columns of the smaller
+    grid. ValueError for a family that does not interpolate positions, or for cells that make no whole language tokens.
     """
-    yield at_resolution(bundle, cells * PATCH)
+    smaller = at_resolution(bundle, cells * PATCH)
+    if not hasattr(bundle.family.attentions_of(bundle.model)[0], CHILD):
+        yield smaller
+        return
+    places = structures_of(bundle)[0].geometry
+    set_geometry(bundle, uniform_geometry(cells, cells, int(places.special.sum())))
+    try:
+        yield smaller
+    finally:
+        set_geometry(bundle, places)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from torch.nn.functional import normalize
 from ..core.bundle import Bundle
 from ..core.hooks import AttentionCall, attention_hooks
 from .reduction import Reduction
+from ..structure.inject import placed_bias
 
 # %% ../../notebooks/library/08_interventions/72_reduction_handoff.ipynb #1cb657ac
 CONTEXTUAL = 10 / 64  # share of contextual tokens, as in the paper
@@ -90,8 +91,9 @@ class HandOff(Reduction):
 
     def see(self, call: AttentionCall) -> None:
         """Keep the attention that patches receive, and the means of their keys over heads."""
-        queries = call.query[:, :, :1] if self.special else call.query
-        weights = (queries @ call.key.mT * call.scaling).float().softmax(-1)
+        logits, placed = (call.query @ call.key.mT * call.scaling).float(), placed_bias(call.module, call.query)
+        logits = logits if placed is None else logits + placed[0].dense(placed[1])
+        weights = (logits[:, :, :1] if self.special else logits).softmax(-1)
         self.received = weights.mean(2).sum(1)[:, self.special :]  # (T, N)
         self.keys = call.key.mean(1)[:, self.special :]
 
