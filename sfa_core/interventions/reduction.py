@@ -22,7 +22,7 @@ from ..core.hooks import AttentionCall, attention_hooks
 from ..core.identity import key_of
 from ..models.resolution import at_resolution
 from ..structure.geometry import PADDING, merge_cells, uniform_geometry
-from ..structure.inject import CHILD, set_geometry, structures_of, use_attention, vision_attention
+from ..structure.inject import places_of, set_geometry, use_attention, vision_attention
 from ..tokens.adaptive import CONTROL, REDUCTION
 from ..tokens.areas import AREA
 from ..tokens.embedding import embedding_parts
@@ -132,14 +132,13 @@ class Reduction:
         """Check that the encoder has a place for it; ValueError names a family without one."""
         model, family = bundle.model, bundle.family
         self.model, self.family, self.name, self.settings = model, family, name, settings
-        self.tower, attentions = family.tower_of(model), family.attentions_of(model)
+        self.tower = family.tower_of(model)
         if family.views != "tiles":
             raise ValueError(f"{name} is not made for family {family.name}, expected internvl or an encoder alone")
         if hasattr(self.tower, CONTROL) or hasattr(self.tower, REDUCTION):
             raise ValueError(f"{name} expects an encoder with all its tokens: take adaptive tokens and other "
                              f"reductions away first")
-        # where each token of the whole sequence is; None: the encoder has no structural bias
-        self.base = structures_of(bundle)[0].geometry if hasattr(attentions[0], CHILD) else None
+        self.base = places_of(bundle)
         self.grid = bundle.grid.height, bundle.grid.width
         self.merge = 1 if family.alone else family.merge(model.config)
         self.special = len(embedding_parts(model, family, self.grid).special)
@@ -159,12 +158,9 @@ class Reduction:
         """Return how many tokens of each image the language model sees; None where all of them stay."""
         return None
 
-    def areas(
-        self,
-        area: Tensor | None,  # (T, L) log sizes of the keys; None: the whole sequence, all alike
-        members: Callable[[], Tensor] | None = None,  # (T, L, S + N) 0 / 1: the tokens that each of them stands for
-    ) -> None:
-        """Let all attention modules of the encoder add sizes to their keys; a structural bias is told places too."""
+    def areas(self, area: Tensor | None, members: Callable[[], Tensor] | None = None) -> None:
+        """Let all attention modules add log sizes (T, L) to their keys, or none for the whole sequence; a structural
+        bias is told places too, those of the tokens that each one stands for, (T, L, S + N) 0 / 1."""
         if self.base is not None:
             places = self.base if area is None else merge_cells(self.base, members())
             return set_geometry(Bundle(self.model, None, self.family, self.name), places)
@@ -186,11 +182,12 @@ class Reduction:
                 handle.remove()
             self.handles = []
             delattr(self.tower, REDUCTION)
+            self.areas(None)
             for attention in attentions:
                 if hasattr(attention, AREA):
                     delattr(attention, AREA)
             if replaced:
-                self.areas(None) if self.base is not None else use_attention(self.model, kernel)
+                use_attention(self.model, kernel)
 
     def attach(self) -> None:
         """Attach hooks, and keep their handles."""
@@ -305,16 +302,14 @@ def down_sampled(
     The plain rival: the same tokens for every page. A structural bias is told the rows and columns of the smaller
     grid. ValueError for a family that does not interpolate positions, or for cells that make no whole language tokens.
     """
-    smaller = at_resolution(bundle, cells * PATCH)
-    if not hasattr(bundle.family.attentions_of(bundle.model)[0], CHILD):
-        yield smaller
-        return
-    places = structures_of(bundle)[0].geometry
-    set_geometry(bundle, uniform_geometry(cells, cells, int(places.special.sum())))
+    smaller, places = at_resolution(bundle, cells * PATCH), places_of(bundle)
+    if places is not None:
+        set_geometry(bundle, uniform_geometry(cells, cells, int(places.special.sum())))
     try:
         yield smaller
     finally:
-        set_geometry(bundle, places)
+        if places is not None:
+            set_geometry(bundle, places)
 
 
 @contextmanager

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['CHILD', 'OWN', 'FUNCTIONS', 'placed_bias', 'structural_attention', 'dense_attention', 'eager_attention', 'inject',
            'eject', 'structures_of', 'keep_structure', 'is_own', 'replace_bias', 'add_terms', 'vision_attention',
-           'use_attention', 'visible_weights', 'visible_attention', 'set_geometry', 'set_labels', 'set_blocks']
+           'use_attention', 'visible_weights', 'visible_attention', 'set_geometry', 'places_of', 'set_labels',
+           'set_blocks']
 
 # %% ../../notebooks/library/03_structure/40_inject.ipynb #2cc488a2
 import contextlib
@@ -289,6 +290,11 @@ def set_geometry(
         if kind not in ready:
             ready[kind] = geometry.map(lambda tensor, weight=weight: tensor.to(weight))
         bias.geometry = ready[kind]
+
+
+def places_of(bundle: Bundle) -> Geometry | None:  # None: there is no bias
+    "Return the places that the attached bias was told last."
+    return getattr(getattr(bundle.family.attentions_of(bundle.model)[0], CHILD, None), "geometry", None)
 
 
 def set_labels(
