@@ -248,6 +248,10 @@ def test_the_title_of_a_finding_is_what_its_numbers_say():
     assert groups["misread"] > 2 * groups["invented"] and counts["ungrounded"] > 2 * counts["misread_cell"]
     lost = {row["step"]: row for row in findings.metrics("binding")["lost"]}
     assert lost["language model"]["low"] > 0 > lost["encoder"]["low"] and lost["later"]["low"] > lost["encoder"]["high"]
+    rows, tests, _ = findings.reduced()
+    assert all(tests[f"density + guard - {name}"]["low"] > 0.05 for name in ("down-sampling", "random blocks"))
+    assert min(rows[name]["rate"] for name in ("DivPrune", "FastV")) > rows["density + guard"]["rate"] + 0.05
+    assert rows["density + guard"]["encoder_gflop"] > rows["full"]["encoder_gflop"], "the network costs more"
     replies = findings.metrics("real_answers")["corrected"]
     assert len(replies) == 2 and all(row["high"] < 0.5 for row in replies.values())
     pages = findings.metrics("page_model")
