@@ -216,12 +216,12 @@ def reducers() -> Finding:
         f"With {share} of the patches (a square of {side} x {side} instead of 16 x 16) {rate[ours]} of the answers are "
         f"right where density and the guard decide what is merged, {rate['down-sampling']} after down-sampling "
         f"(difference {points(even)}), {rate['random blocks']} with random blocks ({points(random)}) and "
-        f"{rate['full']} with all patches. Thinned out behind the encoder (DivPrune) {rate['DivPrune']} are left, inside "
-        f"the language model (FastV) {rate['FastV']}.",
+        f"{rate['full']} with all patches. Thinned out behind the encoder (DivPrune) {rate['DivPrune']} are left, "
+        f"inside the language model (FastV) {rate['FastV']}.",
         f"{even['n']:,} questions about {even['documents']} generated pages, one model that was not trained on fewer "
         f"tokens; intervals over pages. Merged patches leave more language tokens than down-sampling does "
-        f"({rows[ours]['language_tokens']:.0f} against {rows['down-sampling']['language_tokens']:.0f}), and the network "
-        f"that estimates density costs more than it saves at 224 px.",
+        f"({rows[ours]['language_tokens']:.0f} against {rows['down-sampling']['language_tokens']:.0f}), and the "
+        f"network that estimates density costs more than it saves at 224 px.",
         ("20_density_and_tokens",))
 
 
