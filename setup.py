@@ -16,7 +16,7 @@ SHIPPED = (  # patterns of files
     "data/fonts/*",
     "data/grids/*.yaml",
     "notebooks/studies/*.ipynb",
-    "exports/reference/arms*/**/*", "exports/reference/verdict_labels/*", "exports/reference/embedded_model*/*",
+    "exports/reference/arms/**/*", "exports/reference/verdict_labels/*", "exports/reference/embedded_model*/*",
     "exports/reference/finetune/metrics.json", "exports/reference/curves/*/*.json",
     "exports/rendered/stage_seconds.json")
 cfg = ConfigParser(delimiters=["="])

@@ -71,6 +71,7 @@ def from_nothing() -> Finding:
     label, value, digits = (learned(name) for name in ("label_colour", "value_binding", "digits"))
     off = [check["doses"][0] for check in metrics("binding_from_nothing")["checks"].values()]
     steps, later = encoders_later()
+    shuffled = learned("label_colour", arm="shuffled")
     lost = " and ".join(f"{-100 * dose['change']:.0f} ({-100 * dose['high']:.0f} to {-100 * dose['low']:.0f})"
                         for dose in off)
     return Finding(
@@ -81,7 +82,9 @@ def from_nothing() -> Finding:
         f"of their bar with SFA, {percent(label['control'])} without (difference {points(label)}); the value that "
         f"a patch belongs to is known in {percent(value['with'])} against {percent(value['control'])} "
         f"({points(value)}). What a patch shows by itself differs far less: digits {percent(digits['with'])} against "
-        f"{percent(digits['control'])} ({points(digits)}). It is a head start in part: after {steps:,} steps, in one "
+        f"{percent(digits['control'])} ({points(digits)}). The same weights on shuffled places gain nothing: "
+        f"{percent(shuffled['with'])} know the colour ({points(shuffled)}), so it is the structure. It is a head start "
+        f"in part: after {steps:,} steps, in one "
         f"training of each arm, label colour is {later['label_colour']}, the value {later['value_binding']}, and the "
         f"words of columns {later['column_binding']}.",
         f"{label['seeds']} pairs of trainings, 95 % interval over pairs. Switching the learned bias off takes "

@@ -239,6 +239,8 @@ def test_readme_and_index_give_the_findings_of_the_references():
 def test_the_title_of_a_finding_is_what_its_numbers_say():
     label, value = (findings.learned(measure) for measure in ("label_colour", "value_binding"))
     assert label["low"] > 0.3 and value["low"] > 0, "structure helps an encoder from nothing"
+    shuffled = findings.learned("label_colour", arm="shuffled")
+    assert abs(shuffled["difference"]) < 0.05 and shuffled["high"] < label["low"], "and it is the structure"
     tuned = findings.metrics("finetune")["vision_against_control"]
     assert tuned["outcome"] == "equivalent" and tuned["low"] < 0 < tuned["high"], "and not one that was taught before"
     moved = [one["size"] for one in findings.metrics("binding_from_nothing")["checks"].values()]
