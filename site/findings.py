@@ -75,7 +75,7 @@ def from_nothing() -> Finding:
     lost = " and ".join(f"{-100 * dose['change']:.0f} ({-100 * dose['high']:.0f} to {-100 * dose['low']:.0f})"
                         for dose in off)
     return Finding(
-        "An encoder that starts from nothing learns sooner with structure what belongs to what.",
+        "From nothing, an encoder learns sooner with structure what belongs to what.",
         f"{percent(label['with'])} of label patches know their bar's colour with SFA, {percent(label['control'])} "
         f"without ({points(label)}).",
         f"After {label['step']:,} steps on 224 px pages {percent(label['with'])} of the label patches know the colour "
@@ -98,8 +98,9 @@ def fine_tuned() -> Finding:
     off = next(row for row in check["doses"] if row["dose"] == 0)
     trained = [one["size"] for one in metrics("binding_from_nothing")["checks"].values()]
     return Finding(
-        "Fine-tuned for a while, an encoder that was taught this before gains nothing, and its bias hardly moves.",
-        f"{signed_text(100 * found['difference'], 1)} points ({points(found, 1)}) on {found['n']:,} questions.",
+        "Fine-tuned briefly, an encoder taught this gains nothing.",
+        f"{signed_text(100 * found['difference'], 1)} points ({points(found, 1).removesuffix(' points')}) on "
+        f"{found['n']:,} questions.",
         f"Fine-tuned with and without SFA, the shipped model answers equally well: "
         f"{signed_text(100 * found['difference'], 1)} points ({points(found, 1)}; {found['n']:,} questions, "
         f"{len(found['seeds'])} seeds), equivalent within {100 * found['margin']:.0f} point. The bias it learns "
@@ -426,7 +427,7 @@ html_theme.sidebar_secondary.remove: true
 # SFA workbook
 
 **Does telling a vision encoder about rows and columns help it read charts, and when?** A model can read every digit of a page and still answer with the number of the wrong bar. Structure-factorized attention (SFA) adds
-304 weights a layer to the encoder's attention: same row, same column, near, same block.
+three weights a head to the encoder's attention: same row, same column, near.
 
 {told}
 
