@@ -5,8 +5,10 @@ import sfa_core as sfa
 from sfa_core.core.paths import REPOSITORY
 from sfa_core.documents.questions import READ_KINDS
 from sfa_core.models.load import EMBEDDED, load_model
+from sfa_core.models.miniatures import miniature
 from sfa_core.models.pages import pages_for, preset_for
 from sfa_core.pretraining.dense import dense_binding
+from sfa_core.pretraining.dynamics import fresh_encoder
 from sfa_core.pretraining.page_model import page_bundle
 from sfa_core.pretraining.recipe import dense_batches, load_heads
 from sfa_core.core.hub import SHIPPED_MODELS
@@ -56,3 +58,21 @@ def test_what_belongs_to_the_smaller_model_is_refused_in_one_line(bundle, tmp_pa
 def test_dense_heads_of_the_smaller_model_do_not_fit(bundle):
     heads = load_heads(EMBEDDED)
     assert set(load_heads(SHIPPED_MODELS["embedded_page"]).classes) - set(heads.classes) == {"hundreds"}
+
+
+def test_its_encoder_goes_back_to_random_weights_with_its_bias(bundle):
+    first, again, other = (fresh_encoder(bundle, seed) for seed in (0, 0, 1))
+    weights = [dict(one.model.named_parameters()) for one in (bundle, first, again, other)]
+    changed = {name for name, weight in weights[0].items() if not weight.equal(weights[1][name])}
+    assert all(weights[1][name].equal(weights[2][name]) for name in weights[1])
+    assert any(not weights[1][name].equal(weights[3][name]) for name in changed)
+    assert not any("language_model" in name for name in changed) and any("projector" in name for name in changed)
+    own = {name for name in weights[0] if ".structure." in name}
+    assert own and own <= changed and all(weights[1][name].abs().max() < 0.2 for name in own), "no bias to begin with"
+    assert sfa.answer(first, sfa.samples(pages_for(bundle, 1, seed=3))[:2]), "and it answers, though not right"
+
+
+def test_an_encoder_of_another_architecture_is_refused_in_one_line(bundle):
+    other = miniature("internvl")
+    refused(lambda: fresh_encoder(other, 0), "is not of the embedded architecture", other.name)
+    refused(lambda: fresh_encoder(miniature("llava"), 0), "is not of the embedded architecture")

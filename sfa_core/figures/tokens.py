@@ -126,7 +126,8 @@ def reducer_choice(
                          row=1, col=column)
         for row, value in ((1, full["rate"].iloc[0]), (2, full["ms"].iloc[0])):
             figure.add_hline(y=float(value), line={"color": FAINT, "dash": "dot"}, row=row, col=column)
-        figure.update_xaxes(tickformat=".0%", row=2, col=column, title_text="share of the tokens asked for")
+        figure.update_xaxes(tickformat=".0%", row=2, col=column, title_text="share of the tokens asked for",
+                            ticklabelstandoff=8)  # clear of the zero beside the lowest corner
     figure.update_yaxes(tickformat=".0%", row=1)
     figure.update_yaxes(title_text="accuracy, 95 % interval", row=1, col=1)
     figure.update_yaxes(title_text="encoder + prefill, ms", rangemode="tozero", row=2, col=1)

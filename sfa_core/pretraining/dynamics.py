@@ -17,7 +17,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..structure.inject import inject, structures_of
+from ..structure.bias import StructuralBias
+from ..structure.inject import CHILD, inject, replace_bias, structures_of
 from ..structure.rivals import attach_embeddings, attach_rotary, learned_positions, shuffle_structure
 from ..core.files import locked
 from ..core.identity import file_digest
@@ -42,6 +43,7 @@ from .measured import train_measured
 from ..training.schedule import LoopConfig
 from ..models.load import new_bundle, place
 from ..core.bundle import Bundle
+from ..core.families import pair, vision_of
 from .recipe import TrainingSet, pixel_values, targets_at
 from ..structure.terms import check_terms
 
@@ -331,17 +333,27 @@ def learn_dense(
 
 # %% ../../notebooks/library/10_pretraining/30_dynamics.ipynb #5c4bb6eb
 def fresh_encoder(
-    bundle: Bundle,  # bundle of the shipped architecture
+    bundle: Bundle,  # bundle of an embedded model
     seed: int,
 ) -> Bundle:  # a copy, whose encoder and projector know nothing; its language model is the same
-    "Take a model's encoder and projector back to random weights; ValueError for another architecture."
-    random, model = new_bundle(EmbeddedConfig(), bundle.tokenizer, seed).model, copy.deepcopy(bundle.model)
-    for part in (bundle.family.tower_of, bundle.family.projector_of):
-        try:
-            part(model).load_state_dict(part(random).state_dict())
-        except RuntimeError as error:
-            raise ValueError(
-                f"{bundle.name} is not of the embedded architecture: {str(error).splitlines()[-1].strip()}"
-            ) from error
+    "Take a model's encoder, its bias and its projector back to random weights; ValueError for another architecture."
+    model, config = copy.deepcopy(bundle.model), bundle.model.config
+    known, kept = replace(bundle, model=model), "expected the encoder and the projector of an embedded model"
+    try:
+        shape = EmbeddedConfig(image_size=pair(vision_of(model).image_size)[0],
+                               downsample_ratio=config.downsample_ratio, language_width=config.text_config.hidden_size)
+        random = new_bundle(shape, bundle.tokenizer, seed).model
+        for part in (bundle.family.tower_of, bundle.family.projector_of):
+            absent = part(model).load_state_dict(part(random).state_dict(), strict=False)
+            if absent.unexpected_keys or any(f".{CHILD}." not in name for name in absent.missing_keys):
+                raise ValueError(f"{len(absent.missing_keys)} weights more, {len(absent.unexpected_keys)} fewer")
+    except (AttributeError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise ValueError(f"{bundle.name} is not of the embedded architecture: {reason}; {kept}") from error
+    attentions = bundle.family.attentions_of(model)
+    if hasattr(attentions[0], CHILD):
+        draws = np.random.SeedSequence(seed).generate_state(len(attentions))
+        for attention, own, draw in zip(attentions, structures_of(known), draws, strict=True):
+            replace_bias(attention, StructuralBias(own.heads, own.blocks, own.terms, int(draw), **own.settings))
     return replace(bundle, model=model, name=f"{bundle.name}, encoder from seed {seed}",
                    revision=f"{bundle.revision}-encoder-{seed}", cache={})
