@@ -328,8 +328,7 @@ def learn_dense(
                                identity, progress)
         save_encoder(Path(folder) / "encoder.safetensors", tower, heads, **identity)
     return curve, structural_weights(bundle) if config.terms else pd.DataFrame(
-        columns=["layer", "term", "head", "weight"]
-    )
+        columns=["layer", "term", "head", "weight"])
 
 # %% ../../notebooks/library/10_pretraining/30_dynamics.ipynb #5c4bb6eb
 def fresh_encoder(
@@ -338,10 +337,9 @@ def fresh_encoder(
 ) -> Bundle:  # a copy, whose encoder and projector know nothing; its language model is the same
     "Take a model's encoder, its bias and its projector back to random weights; ValueError for another architecture."
     model, config = copy.deepcopy(bundle.model), bundle.model.config
-    known, kept = replace(bundle, model=model), "expected the encoder and the projector of an embedded model"
     try:
-        shape = EmbeddedConfig(image_size=pair(vision_of(model).image_size)[0],
-                               downsample_ratio=config.downsample_ratio, language_width=config.text_config.hidden_size)
+        shape = EmbeddedConfig(pair(vision_of(model).image_size)[0], downsample_ratio=config.downsample_ratio,
+                               language_width=config.text_config.hidden_size)
         random = new_bundle(shape, bundle.tokenizer, seed).model
         for part in (bundle.family.tower_of, bundle.family.projector_of):
             absent = part(model).load_state_dict(part(random).state_dict(), strict=False)
@@ -349,11 +347,9 @@ def fresh_encoder(
                 raise ValueError(f"{len(absent.missing_keys)} weights more, {len(absent.unexpected_keys)} fewer")
     except (AttributeError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[-1].strip()
-        raise ValueError(f"{bundle.name} is not of the embedded architecture: {reason}; {kept}") from error
-    attentions = bundle.family.attentions_of(model)
-    if hasattr(attentions[0], CHILD):
-        draws = np.random.SeedSequence(seed).generate_state(len(attentions))
-        for attention, own, draw in zip(attentions, structures_of(known), draws, strict=True):
-            replace_bias(attention, StructuralBias(own.heads, own.blocks, own.terms, int(draw), **own.settings))
+        raise ValueError(f"{bundle.name} is not of the embedded architecture: {reason}") from error
+    for layer, attention in enumerate(bundle.family.attentions_of(model)):
+        if own := getattr(attention, CHILD, None):
+            replace_bias(attention, StructuralBias(own.heads, own.blocks, own.terms, seed + layer, **own.settings))
     return replace(bundle, model=model, name=f"{bundle.name}, encoder from seed {seed}",
                    revision=f"{bundle.revision}-encoder-{seed}", cache={})
