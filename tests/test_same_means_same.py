@@ -399,7 +399,7 @@ def test_the_id_of_a_run_follows_code_packages_and_data_not_prose(study, monkeyp
 
 def test_every_study_says_which_parameters_name_something(monkeypatch):
     monkeypatch.delenv("SFA_STUDIES", raising=False)
-    plain = {"out_dir", "split", "precision", "budgets", "rows", "sides", "grid", "arms", "profile", "preset",
+    plain = {"out_dir", "split", "precision", "squares", "rows", "sides", "grid", "arms", "profile", "preset",
              "stage"}
     words = {"06_page_model": {"arm"}}  # an arm of a stage is a word, no trained arm
     for name in studies.known_studies():
