@@ -222,11 +222,11 @@ def train_page_stage(
         about = dict(commit=(git["commit"] or "") + (" with changes" if git["dirty"] else ""),
                      seconds=round(time.perf_counter() - began), recipe=asdict(recipe), begins=begins,
                      ends=file_digest(target))
-        found = PageStage(arm, seed, stage, about, measured)
-        write_page_stage(folder, found)
         if stage in QUESTION_STAGES:
             answers = stage_answers(target, tokenizer)
             write_atomic(target.with_name(f"{arm}-{seed}-{stage}-answers.parquet"), answers.to_parquet(index=False))
+        found = PageStage(arm, seed, stage, about, measured)
+        write_page_stage(folder, found)
     return found
 
 # %% ../../notebooks/library/12_runs/66_page_stages.ipynb #022ee6de
