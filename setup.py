@@ -17,7 +17,7 @@ SHIPPED = (  # patterns of files
     "data/grids/*.yaml",
     "notebooks/studies/*.ipynb",
     "exports/reference/arms/**/*", "exports/reference/verdict_labels/*", "exports/reference/embedded_model*/*",
-    "exports/reference/finetune/metrics.json", "exports/reference/curves/*/*.json",
+    "exports/reference/finetune/metrics.json", "exports/reference/curves/*/*.json", "exports/reference/tunings/**/*",
     "exports/rendered/stage_seconds.json")
 cfg = ConfigParser(delimiters=["="])
 cfg.read(ROOT / "settings.ini", encoding="utf-8")

@@ -414,13 +414,14 @@ def readme(text: str) -> str:
 def landing() -> str:
     "Return the first page of the site, in Markdown: question, findings, figure, three doors."
     told = "\n".join(f"- **{one.title}** {one.brief}" for one in findings()[:len(FIRST)])
-    return LANDING.format(told=told, picture=PICTURE)
+    return LANDING.format(told=told, picture=PICTURE, explored=EXPLORED)
 
 
 PICTURE = """<picture>
 <source media="(max-width: 600px)" srcset="_static/finding_phone.png">
 <img src="_static/finding.png" alt="Share of label patches that know their bar's colour, with and without structure, and where both encoders look">
 </picture>"""  # noqa: E501
+EXPLORED = """<img class="sfa-picture" src="_static/explorer.png" alt="A table of eight rows, where a patch of the answer looks, and which patches the answer needs">"""  # noqa: E501
 LANDING = """---
 html_theme.sidebar_secondary.remove: true
 ---
@@ -452,6 +453,8 @@ Click a patch and see where it looks, click a word and see what it was read from
 What was found and how sure it is; then the studies, and the library that they stand on
 :::
 ::::
+
+{explored}
 """  # noqa: E501
 
 
@@ -460,8 +463,9 @@ def page(shown: set[str]) -> str:
     link = lambda study: f"[{study}](studies/{study}.ipynb)" if study in shown else f"`{study}`"
     lines = ["# What was found", "", "What the committed runs say, how sure each answer is, and where it comes from. "
              "The numbers are read from `exports/reference` whenever this page is drawn.", ""]
+    pictures = {findings()[0].title: PICTURE, page_model().title: EXPLORED}
     for one in findings():
-        picture = PICTURE if one.title == findings()[0].title else ""
+        picture = pictures.get(one.title, "")
         lines += [f"## {one.title.rstrip('.')}", "", one.text, "", picture, "", f"**How sure.** {one.sure}", "",
                   f"From {', '.join(map(link, one.studies))}.", ""]
     lines += ["## Which model scores what, where", "", "One model, asked different questions about different pages: "

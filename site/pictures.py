@@ -2,8 +2,8 @@
 
     python site/pictures.py [NAME ...]    writes finding.png and the others of FIGURES to exports/reference/pictures
 
-The finding is drawn from the committed curves and encoders of 61_binding_from_nothing; the explorer shows a page with
-the first seed of a trained arm from exports/reference/arms where there is one, else the model as it is. Needs Chromium.
+The finding is drawn from the committed curves and encoders of 61_binding_from_nothing, the views of the explorer from
+the model for larger pages. Needs Chromium.
 """
 import sys
 
@@ -13,7 +13,10 @@ from plotly.subplots import make_subplots
 from sfa_core.attention.probes import record
 from sfa_core.documents.generate import documents
 from sfa_core.documents.samples import samples
+from sfa_core.models.answers import answer
+from sfa_core.interventions.hiding import hide_patches
 from sfa_core.models.load import load_model
+from sfa_core.models.pages import pages_for
 from sfa_core.core.paths import REPOSITORY
 from sfa_core.figures.learning import seed_bands
 from sfa_core.figures.style import (
@@ -28,7 +31,6 @@ from sfa_core.figures.style import (
     save_figure,
     see_through,
 )
-from sfa_core.figures.views import Choice, Recorder, look, view_figure
 from sfa_core.pretraining.dynamics import read_dense_encoder
 from sfa_core.runs.curves import curve_table, read_curves
 
@@ -37,14 +39,39 @@ PICTURES = REFERENCE / "pictures"
 
 
 def explorer_figure():
-    "Draw the explorer's view of one page."
-    trained = sorted((REFERENCE / "arms").glob("*vision*"))
-    arms = {"baseline": None, "vision": trained[0]} if trained else {"baseline": None}
-    first = samples(documents(1, seed=7_300), kinds=("read_label",))[0]
-    recorder, label = Recorder(load_model("embedded"),
-                               arms), next(text.box for text in first.evidence.texts if text.role == "label")
-    place = (label[0] + label[2]) / 2, (label[1] + label[3]) / 2
-    return view_figure(look(recorder, recorder.page(first), Choice(layer=2, place=place)), 1000)
+    """Draw three of the explorer's views of a table of eight rows that the larger model reads right: the page, where a
+    patch of the answer looks, and what the answer loses without each patch."""
+    bundle = load_model("embedded_page")
+    drawn = pages_for(bundle, 300, seed=7_351, kinds=("table",))
+    asked = samples(drawn.filter(lambda table: len(table) == 9, input_columns="table"), kinds=("read_cell",))
+    replies = answer(bundle, asked[:24], max_new_tokens=8)
+    sample, said = next((one, reply.prediction.strip()) for one, reply in zip(asked, replies)
+                        if reply.prediction.strip() in one.answers)
+    left, top, right, bottom = sample.evidence.texts[sample.evidence.answer[0]].box
+    seen = record(bundle, [sample], queries="all")
+    token = seen.token_at(0, (left + right) / 2, (top + bottom) / 2)
+    looks, needed = seen.map(0, seen.layers[-2], token), hide_patches(bundle, sample, said)
+    place = int(seen.grid.row[token]), int(seen.grid.column[token])
+    figure = make_subplots(1, 3, horizontal_spacing=0.03, subplot_titles=[
+        "the page", "where the outlined patch looks", "what the answer loses without a patch"])
+    for panel, values in enumerate((None, looks, needed.loss), start=1):
+        source, *size = png_source(sample.image, faded=panel > 1)
+        draw_page(figure, (1, panel), source, size)
+        if panel > 1:
+            figure.add_trace(over(values, size, f"coloraxis{panel}", ("attention", "loss, nats")[panel - 2]), 1, panel)
+        if panel < 3:
+            outline(figure, (1, panel), place, looks.shape, size)
+        figure.update_xaxes(visible=False, constrain="domain", row=1, col=panel)
+        figure.update_yaxes(visible=False, autorange="reversed", scaleanchor=f"x{panel}", constrain="domain", row=1,
+                            col=panel)
+    most = float(needed.loss.max())
+    figure.update_layout(
+        coloraxis2={"colorscale": see_through("attention"), "cmin": 0, "cmax": float(looks.max()), "showscale": False},
+        coloraxis3={"colorscale": see_through("difference"), "cmin": -most, "cmax": most, "showscale": False})
+    in_style(figure, f"{sample.question} It says {said}.",
+             "embedded_page, a table of eight rows that it reads right. Middle: attention in the encoder, last layer but "
+             "one, mean over heads. Right: red patches are those that the answer needs.", 310, above=26, width=1000)
+    return figure.update_layout(margin={"l": 20, "r": 20}).update_annotations(font={"size": 13})
 
 
 def looks_of_encoders(drawn):  # arm -> map of the patch under the first label, and that patch

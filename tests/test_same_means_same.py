@@ -1,4 +1,5 @@
 """Whatever decides a result is in its key: one field changed gives another key, prose and places give the same."""
+import ast
 import io
 import multiprocessing
 import os
@@ -282,7 +283,8 @@ STUDY = [
     'arm: str = ""  # [arm] an arm',
     'mixtures: str = ""  # [mixture] what is learned', 'benchmarks: str = ""  # [data] what is asked',
     'source: str = ""  # [source] of those',
-    'images: str = ""  # [path] pages', 'label: str = ""  # a text',
+    'images: str = ""  # [path] pages', 'logs: str = ""  # [paths] of replies', 'kept: str = ""  # [reference] results',
+    'shown: str = ""  # [runs] on the page', 'plan: str = ""  # [grid] of runs', 'label: str = ""  # a text',
 ]
 
 
@@ -313,7 +315,8 @@ def folder(place, name, text="1"):
 
 NAMED = {  # parameters that name the folder {0}, alone or among others
     "model": dict(model="{0}"), "models": dict(models="embedded, {0}"), "arm": dict(arm="{0}"),
-    "images": dict(images="{0}"),
+    "images": dict(images="{0}"), "logs": dict(logs="{0}/a.json,{0}"), "kept": dict(kept="curves {0}"),
+    "plan": dict(plan="{0}/a.json"),
     "mixture": dict(mixtures="line:1 | bar:2 chartqa/train@{0}:1"),
     "benchmarks": dict(benchmarks="synthetic chartqa@{0}"),
     "source": dict(benchmarks="chartqa", source="{0}")}
@@ -341,6 +344,24 @@ def test_a_text_without_a_tag_and_a_name_of_a_run_never_mean_the_working_directo
     with pytest.raises(FileNotFoundError,
                        match=r"no finished run is named 'mine'.*written with a slash, such as ./mine"):
         run_identity("toy", {"arm": "mine"})
+
+
+@pytest.mark.parametrize("name, other", [("metrics.json", '{"n": 2}'), ("table_1.csv", "n\n2\n"),
+                                         ("figures/figure_1.json", "{}")])
+def test_a_report_of_runs_that_changed_is_another_report(study, name, other):
+    alone = run_identity("toy", {"shown": "*/*"})
+    assert run_identity("toy", {"shown": "00_tour/*"}) != alone
+    mine = folder(study / "exports" / "reference", "mine")
+    (mine / "provenance.json").write_text('{"study": "toy", "run": "0123456789ab", "wall_seconds": 1}')
+    before = run_identity("toy", {"shown": "*/*"})
+    assert before != alone
+    (mine / name).parent.mkdir(exist_ok=True)
+    (mine / name).write_text(other)
+    assert run_identity("toy", {"shown": "*/*"}) != before
+    (mine / "provenance.json").write_text('{"study": "90_report", "run": "0123456789ab", "wall_seconds": 1}')
+    assert run_identity("toy", {"shown": "*/*"}) == alone  # a report is no part of a report
+    with pytest.raises(FileNotFoundError, match=r"no finished run is 'tea/\*'; expected STUDY/RUN"):
+        run_identity("toy", {"shown": "tea/*"})
 
 
 HUB = {
@@ -399,13 +420,33 @@ def test_the_id_of_a_run_follows_code_packages_and_data_not_prose(study, monkeyp
 
 def test_every_study_says_which_parameters_name_something(monkeypatch):
     monkeypatch.delenv("SFA_STUDIES", raising=False)
-    plain = {"out_dir", "split", "precision", "squares", "rows", "sides", "grid", "arms", "profile", "preset",
-             "stage"}
+    plain = {"out_dir", "split", "precision", "squares", "rows", "sides", "arms", "profile", "preset", "stage"}
     words = {"06_page_model": {"arm"}}  # an arm of a stage is a word, no trained arm
     for name in studies.known_studies():
         texts = {key: entry for key, entry in studies.study_parameters(name).items() if entry["type"] is str}
         known = plain | words.get(name, set())
         assert not [key for key, entry in texts.items() if not entry["tag"] and key not in known], name
+
+
+# functions that read what is committed or was run, by a name or, without one, whatever there is
+READERS = {"reference_folder", "arm_folder", "reference_arms", "read_curves", "read_page_stages", "answer_table",
+           "committed_tunings", "committed_effects", "all_runs", "references", "finished_runs", "find_run"}
+SHOWN = {"51_real_answers": {"arm_folder"},  # its example, no number of which is a result
+         "90_report": {"references"}}  # named as left out, no number of which is shown
+
+
+def test_no_study_reads_results_that_its_parameters_do_not_name(monkeypatch):
+    monkeypatch.delenv("SFA_STUDIES", raising=False)
+    seen = 0
+    for name in studies.known_studies():
+        cells = nbformat.read(studies.study_path(name), 4).cells
+        code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+        assert "REPOSITORY" not in code, name  # no path of its own to what is committed
+        calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)
+                 and getattr(node.func, "id", "") in READERS - SHOWN.get(name, set())]
+        seen += len(calls)
+        assert not [ast.unparse(call) for call in calls if not call.args or isinstance(call.args[0], ast.Constant)], name
+    assert seen > 8
 
 
 def test_a_wrong_tag_is_refused(study, monkeypatch):

@@ -62,6 +62,8 @@ TAGS = {  # what a parameter whose meaning begins with [TAG] names
     "path": "a file or a folder",
     "paths": "files or folders, separated by commas",
     "reference": "committed results: names in exports/reference, or folders, separated by spaces",
+    "grid": "the plan of a grid: its name or a YAML file",
+    "runs": "finished runs and references as STUDY/RUN, in which * stands for any text",
 }
 SET_BY_RUN = ("out_dir", "interactive")  # the runner decides these
 
@@ -158,6 +160,14 @@ def named_versions(
             return {}
         found, known = arm_folder(text), reference_arms(text) if "/" not in text else []
         return {text: "+".join(folder_digest(path)[:16] for path in (known if found in known else [found]))}
+    if tag == "runs":
+        from sfa_core.runs.readable import run_versions  # which reads tables and figures, a second
+
+        return run_versions(text)
+    if tag == "grid":
+        from sfa_core.runs.grids import grid_path  # which itself reads studies
+
+        return {text: file_digest(grid_path(text))[:16]}
     if tag == "reference":
         return {name: folder_digest(reference_folder(name))[:16] for name in text.split()}
     if tag in ("path", "paths"):
