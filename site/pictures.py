@@ -69,8 +69,8 @@ def explorer_figure():
         coloraxis2={"colorscale": see_through("attention"), "cmin": 0, "cmax": float(looks.max()), "showscale": False},
         coloraxis3={"colorscale": see_through("difference"), "cmin": -most, "cmax": most, "showscale": False})
     in_style(figure, f"{sample.question} It says {said}.",
-             "embedded_page, a table of eight rows that it reads right. Middle: attention in the encoder, last layer but "
-             "one, mean over heads. Right: red patches are those that the answer needs.", 310, above=26, width=1000)
+             "embedded_page, a table of eight rows that it reads right. Middle: attention in the encoder, last layer "
+             "but one, mean over heads. Right: red patches are those that the answer needs.", 310, above=26, width=1000)
     return figure.update_layout(margin={"l": 20, "r": 20}).update_annotations(font={"size": 13})
 
 
