@@ -173,25 +173,25 @@ def page_model() -> Finding:
     end = max((row for row in found["effects"] if row["names"] == "all names"), key=lambda row: row["step"])
     at = {row["arm"]: row for row in found["lookups"] if (row["step"], row["measure"]) == (end["step"], "all names")}
     trainings = "one training of each arm" if end["seeds"] == 1 else f"{end['seeds']} pairs of trainings"
-    read = next((row for row in found["reads"]
-                 if (row["arm"], row["questions"]) == (found["ships"], "all reading")), {})
-    stages = list(dict.fromkeys(row["stage"] for row in found["between"]))
-    last = {row["questions"]: row for row in found["between"] if row["stage"] == stages[-1]}
+    read = next(row for row in found["reads"] if (row["arm"], row["questions"]) == (found["ships"], "all reading"))
+    ends = {row["questions"]: row for row in found["ends"]}
+    rate = {row["arm"]: percent(row["rate"]) for row in found["reads"] if row["questions"] == "all reading"}
     named = dict(read_label="labels", read_colour="colours", read_cell="cells")
-    answers = ", ".join(f"{name} {points(last[kind])}" for kind, name in named.items())
-    ships = (f" The one that ships reads {read['rate']:.3f} of {read['n']:,} values right ({read['low']:.3f} to "
-             f"{read['high']:.3f})." if read else "")
+    answers = ", ".join(f"{name} {points(ends[kind])}" for kind, name in named.items())
+    gain = points(ends["all reading"])
     return Finding(
-        "The control catches up on most, and a language model on top still looks up more with structure.",
-        f"{percent(at['vision']['mean'])} of look-ups are right with SFA, {percent(at['control']['mean'])} without "
-        f"({points(end)}; {trainings}).",
+        "The control catches up on most, and a language model on top still reads more with structure.",
+        f"{rate['vision']} of values on fresh pages are read with SFA in the encoder, {rate['control']} without "
+        f"({gain}; one training of each arm).",
         f"After {steps:,} steps label colour is {known['label_colour']}, the value that a patch belongs to "
         f"{known['value_binding']}, column words {known['column_binding']}; after a further stage with more weight on "
         f"what is printed values are {printed['value_binding']}, column words {printed['column_binding']}. "
         f"With the encoders of {steps:,} steps fixed, a language model "
         f"of two million weights learns to look up {percent(at['vision']['mean'])} of {at['vision']['n']:,} names with "
-        f"SFA and {percent(at['control']['mean'])} without (difference {points(end)}). Of whole questions behind the "
-        f"further stage and `{stages[-1]}` it reads {points(last['all reading'])} more ({answers}).{ships}",
+        f"SFA and {percent(at['control']['mean'])} without (difference {points(end)}). Trained on questions to the end, "
+        f"on the encoders of the further stage, it reads {rate['vision']} of {ends['all reading']['n']:,} values on "
+        f"fresh pages with SFA and {rate['control']} without (difference {gain}; {answers}). The one that ships reads "
+        f"{read['rate']:.3f} ({read['low']:.3f} to {read['high']:.3f}).",
         f"{trainings.capitalize()}; the interval is over pages{'' if end['seeds'] == 1 else ' and trainings'}"
         f"{', and says nothing about other trainings' if end['seeds'] == 1 else ''}.",
         ("06_page_model", "61_binding_from_nothing"))
