@@ -76,8 +76,9 @@ def from_nothing() -> Finding:
                         for dose in off)
     return Finding(
         "From nothing, an encoder learns sooner with structure what belongs to what.",
-        f"{percent(label['with'])} of label patches know their bar's colour with SFA, {percent(label['control'])} "
-        f"without ({points(label)}).",
+        f"After {label['step']:,} steps {percent(label['with'])} of label patches know their bar's colour with SFA, "
+        f"{percent(label['control'])} without ({points(label)}; {label['seeds']} pairs of trainings), and "
+        f"{percent(shuffled['with'])} with the same weights on shuffled places.",
         f"After {label['step']:,} steps on 224 px pages {percent(label['with'])} of the label patches know the colour "
         f"of their bar with SFA, {percent(label['control'])} without (difference {points(label)}); the value that "
         f"a patch belongs to is known in {percent(value['with'])} against {percent(value['control'])} "
@@ -99,8 +100,8 @@ def fine_tuned() -> Finding:
     trained = [one["size"] for one in metrics("binding_from_nothing")["checks"].values()]
     return Finding(
         "Fine-tuned briefly, an encoder taught this gains nothing.",
-        f"{signed_text(100 * found['difference'], 1)} points ({points(found, 1).removesuffix(' points')}) on "
-        f"{found['n']:,} questions.",
+        f"With SFA beside without: {signed_text(100 * found['difference'], 1)} points "
+        f"({points(found, 1).removesuffix(' points')}) on {found['n']:,} questions; hardly any structure is learned.",
         f"Fine-tuned with and without SFA, the shipped model answers equally well: "
         f"{signed_text(100 * found['difference'], 1)} points ({points(found, 1)}; {found['n']:,} questions, "
         f"{len(found['seeds'])} seeds), equivalent within {100 * found['margin']:.0f} point. The bias it learns "
@@ -117,14 +118,14 @@ def wrong_numbers() -> Finding:
     wrong = groups["misread"] + groups["invented"]
     return Finding(
         "“Read, but not bound” holds for plain reading, and not for wrong numbers at large.",
-        f"Of wrong readings {percent(groups['misread'] / wrong)} stand elsewhere on the page; over all questions "
+        f"Of {wrong} wrong readings {percent(groups['misread'] / wrong)} stand elsewhere on the page; over all questions "
         f"{counts['ungrounded']:,} wrong numbers stand nowhere, {counts['misread_cell']} elsewhere.",
         f"Asked for one printed value on pages it knows, the shipped model gives {wrong} wrong numbers in "
         f"{sum(groups.values()):,} answers, and {percent(groups['misread'] / wrong)} of them stand elsewhere on the "
         f"page. Over all questions and kinds of pages {counts['ungrounded']:,} wrong numbers stand nowhere and follow "
         f"from no operation that the question names, {counts['misread_cell']} are another printed value: "
-        f"{percent(report['ungrounded']['rate'])} of the numbers are unsupported, where the same replies about other "
-        f"pages would give {percent(report['floor'])}.",
+        f"{percent(report['ungrounded']['rate'])} of the numbers are invented in this sense, where the same replies "
+        f"about other pages would give {percent(report['floor'])}.",
         f"Difference from those other pages {points(beyond)}. "
         f"Generated pages, one model; labelled replies to real pages agree with the verdicts in "
         f"{percent(metrics('grounding')['trusted']['agreement'][0])} of cases.",
@@ -230,7 +231,7 @@ def reducers() -> Finding:
 
 
 SYSTEMS = {"qwen2_5_vl_7b_chartqa": "Qwen2.5-VL-7B",
-           "internvl3_5_8b_sfa_only_chartqa": "the InternVL3.5-8B of the reported project"}
+           "internvl3_5_8b_sfa_only_chartqa": "the InternVL3.5-8B with SFA whose reported results started this workbook"}
 WRONG = ("misread_cell", "count_error", "calculation_error", "estimation_error", "scale_or_sign",
          "ungrounded")  # classes of numbers that are wrong, whatever their form
 AIMED = 0.85  # of verdicts, those that a careful reader shares
@@ -254,9 +255,10 @@ def real_replies() -> Finding:
         "On real charts most wrong numbers are not invented.",
         f"Invented are {' and '.join(share[name] for name in SYSTEMS)} of the wrong numbers of two systems on ChartQA.",
         f"On ChartQA's test split, judged against what is printed on the page, invented are {told}: shares of the "
-        f"numbers that are marked wrong, corrected for the errors of the verdicts. {forms} of these are the right "
-        f"number in another form; without them, uncorrected, {raw} are invented. A rule that does not look at "
-        f"the page, such as the reported one, calls {older} of all wrong answers hallucinated.",
+        f"numbers that are marked wrong, corrected for the errors of the verdicts. {forms} replies are marked wrong "
+        f"and hold the right number in another form; without them, uncorrected, {raw} are invented. The rule that the "
+        f"project reported, which does not look at the page, calls {older} of the wrong answers about these pages "
+        f"hallucinated.",
         f"Evidence is what an OCR engine reads on the pages. On {cases} labelled replies that nobody tuned to, "
         f"verdicts agree with a reader in {percent(agreement[0])} "
         f"({100 * agreement[1]:.0f} to {100 * agreement[2]:.0f}); those that say “invented” are right in "
@@ -326,14 +328,14 @@ def sinks() -> str:
     found = metrics("sinks")
     own = "has sinks of its own" if found["natural_sinks"] else "has no sinks of its own"
     row = found["changes"]["VHR"]
-    return (f"The shipped model {own}; making its visual heads louder (VHR) changes accuracy by "
-            f"{100 * row['difference']:+.1f} points ({points(row, 1)}).")
+    return (f"The shipped model {own}; with sinks planted in it, making its visual heads louder (VHR) changes accuracy "
+            f"by {100 * row['difference']:+.1f} points ({points(row, 1).removesuffix(' points')}).")
 
 
 def ablation() -> str:
     found = metrics("ablation")["compared"]["vision"]
-    return (f"SFA beside its control: {signed_text(100 * found['difference'], 1)} points ({points(found, 1)}), "
-            f"{len(found['differences'])} seeds.")
+    return (f"SFA beside its control: {signed_text(100 * found['difference'], 1)} points "
+            f"({points(found, 1).removesuffix(' points')}), {len(found['differences'])} seeds.")
 
 
 SHORT: dict[str, Callable[[], str]] = {
@@ -344,6 +346,7 @@ SHORT: dict[str, Callable[[], str]] = {
     "51_real_answers": lambda: real_replies().brief,
     "52_where_binding_is_lost": lambda: lost().text, "55_sinks": sinks, "60_ablation": ablation,
     "61_binding_from_nothing": lambda: from_nothing().text.split("; ")[0] + ".", "65_cost": lambda: cost().text,
+    "70_cross_architecture": lambda: told("architectures"),
 }
 
 
@@ -369,11 +372,14 @@ def scores() -> list[tuple[str, ...]]:  # model, pages, questions, n, accuracy, 
         row = found["summary"] if "summary" in found else found["summaries"].get("baseline-0",
                                                                                   found["summaries"].get("baseline"))
         rows.append((pages, "all kinds of questions", row | row["by_document"], study))
-    larger = next((row for row in metrics("page_model")["reads"]
-                   if (row["arm"], row["questions"]) == (metrics("page_model")["ships"], "all reading")), None)
-    told = [("embedded", *row) for row in rows]
-    told += [("embedded_page", "the same kinds at 224 px, tables up to 8 x 5", "reading one value", larger,
-              "06_page_model")] if larger else []
+    larger = next(row for row in metrics("page_model")["reads"]
+                  if (row["arm"], row["questions"]) == (metrics("page_model")["ships"], "all reading"))
+    told, larger_pages = [("embedded", *row) for row in rows], "the same kinds at 224 px, tables up to 8 x 5"
+    mixed = metrics("grounding")["larger"]["embedded_page"]
+    told += [("embedded_page", larger_pages, "reading one value", larger, "06_page_model"),
+             ("embedded_page", larger_pages, "eight of any kind about a page", metrics("tokens")["table"][0],
+              "20_density_and_tokens"),
+             ("embedded_page", larger_pages, "all kinds of questions", mixed["classes"]["correct"], "50_grounding")]
     return [(model, pages, asked, f"{row['n']:,.0f}", f"{row['rate']:.3f}",
              f"{row['low']:.3f} to {row['high']:.3f}", study) for model, pages, asked, row, study in told]
 
@@ -385,12 +391,6 @@ def score_table(link: Callable[[str], str]) -> str:
 
 
 # ---- pages
-
-def bullets(link: Callable[[str], str], found: list[Finding]) -> str:
-    "Write findings as a list, each with the studies it comes from."
-    return "\n".join(f"- **{one.title}** {one.text} "
-                     f"({', '.join(map(link, one.studies))})" for one in found)
-
 
 def filled(text: str, name: str, body: str) -> str:
     "Put a body between the marks of that name; ValueError where a page has none."
@@ -407,7 +407,12 @@ def rendered(study: str) -> str:
 
 def readme(text: str) -> str:
     "Return README with the findings and scores of the references."
-    text = filled(text, "findings", bullets(rendered, findings()[:len(FIRST)]))
+    briefly = "\n".join(f"- **{one.title}** {one.brief} ({', '.join(map(rendered, one.studies))})"
+                        for one in findings()[:len(FIRST)])
+    whole = "\n\n".join(f"**{one.title}** {one.text} *How sure:* {one.sure} ({', '.join(map(rendered, one.studies))})"
+                        for one in findings())
+    text = filled(text, "findings", f"{briefly}\n\n<details><summary>All findings, with their numbers and what they rest "
+                                    f"on</summary>\n\n{whole}\n\n</details>")
     return filled(text, "scores", score_table(rendered))
 
 

@@ -13,6 +13,7 @@ from sfa_core.figures.page import LARGEST_FILE, save_explorer
 from sfa_core.figures.views import Choice, Recorder, look
 from sfa_core.models.load import load_model
 from sfa_core.models.miniatures import miniature
+from sfa_core.models.pages import pages_for
 from sfa_core.runs.commands import main
 
 HOSTILE = '</script><script>window.hit = 1</script><img src=x onerror="window.hit = 1">'
@@ -38,12 +39,15 @@ def shown(page):
 def family_pages(family):
     if family == "embedded":
         return load_model("embedded"), samples(documents(1, 7_410))[:2]
+    if family == "embedded_page":
+        bundle = load_model("embedded_page")
+        return bundle, samples(pages_for(bundle, 1, seed=7_410))[:2]
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 255, (60, 110, 3), dtype=np.uint8))
     return miniature(family), [Sample("a", "page", "own", "What is the value of red?", ("3",), image)]
 
 
-@pytest.mark.parametrize("family", ["embedded", "llava_onevision", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["embedded", "embedded_page", "llava_onevision", "qwen2_5_vl"])
 def test_the_file_shows_what_is_computed(family, browser, tmp_path):
     bundle, asked = family_pages(family)
     recorder = Recorder(bundle, max_new_tokens=4)

@@ -76,7 +76,7 @@ def in_style(
     subtitle: str = "",  # one sentence that says what is seen
     height: int = 420,  # pixels of the plot and what is below it
     above: int = 0,  # pixels between the title and the plot, for a legend or the names of panels
-    width: int = 900,  # pixels the figure is made for; lines of the subtitle are broken to fit
+    width: int = 700,  # pixels the figure is made for; lines of the subtitle are broken to fit
 ) -> go.Figure:
     """Return a figure the house style, its title and its sentence, and return it."""
     lines = textwrap.wrap(subtitle, max(40, width // 7))
