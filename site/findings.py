@@ -118,8 +118,8 @@ def wrong_numbers() -> Finding:
     wrong = groups["misread"] + groups["invented"]
     return Finding(
         "“Read, but not bound” holds for plain reading, and not for wrong numbers at large.",
-        f"Of {wrong} wrong readings {percent(groups['misread'] / wrong)} stand elsewhere on the page; over all questions "
-        f"{counts['ungrounded']:,} wrong numbers stand nowhere, {counts['misread_cell']} elsewhere.",
+        f"Of {wrong} wrong readings {percent(groups['misread'] / wrong)} stand elsewhere on the page; over all "
+        f"questions {counts['ungrounded']:,} wrong numbers stand nowhere, {counts['misread_cell']} elsewhere.",
         f"Asked for one printed value on pages it knows, the shipped model gives {wrong} wrong numbers in "
         f"{sum(groups.values()):,} answers, and {percent(groups['misread'] / wrong)} of them stand elsewhere on the "
         f"page. Over all questions and kinds of pages {counts['ungrounded']:,} wrong numbers stand nowhere and follow "
@@ -189,8 +189,8 @@ def page_model() -> Finding:
         f"what is printed values are {printed['value_binding']}, column words {printed['column_binding']}. "
         f"With the encoders of {steps:,} steps fixed, a language model "
         f"of two million weights learns to look up {percent(at['vision']['mean'])} of {at['vision']['n']:,} names with "
-        f"SFA and {percent(at['control']['mean'])} without (difference {points(end)}). Trained on questions to the end, "
-        f"on the encoders of the further stage, it reads {rate['vision']} of {ends['all reading']['n']:,} values on "
+        f"SFA and {percent(at['control']['mean'])} without (difference {points(end)}). Trained on questions to the "
+        f"end, on the encoders of the further stage, it reads {rate['vision']} of {ends['all reading']['n']:,} values on "
         f"fresh pages with SFA and {rate['control']} without (difference {gain}; {answers}). The one that ships reads "
         f"{read['rate']:.3f} ({read['low']:.3f} to {read['high']:.3f}).",
         f"{trainings.capitalize()}; the interval is over pages{'' if end['seeds'] == 1 else ' and trainings'}"
