@@ -191,8 +191,8 @@ def page_model() -> Finding:
         f"of two million weights learns to look up {percent(at['vision']['mean'])} of {at['vision']['n']:,} names with "
         f"SFA and {percent(at['control']['mean'])} without (difference {points(end)}). Trained on questions to the "
         f"end, on the encoders of the further stage, it reads {rate['vision']} of {ends['all reading']['n']:,} values "
-        f"on fresh pages with SFA and {rate['control']} without (difference {gain}; {answers}). The one that ships reads "
-        f"{read['rate']:.3f} ({read['low']:.3f} to {read['high']:.3f}).",
+        f"on fresh pages with SFA and {rate['control']} without (difference {gain}; {answers}). The one that ships "
+        f"reads {read['rate']:.3f} ({read['low']:.3f} to {read['high']:.3f}).",
         f"{trainings.capitalize()}; the interval is over pages{'' if end['seeds'] == 1 else ' and trainings'}"
         f"{', and says nothing about other trainings' if end['seeds'] == 1 else ''}.",
         ("06_page_model", "61_binding_from_nothing"))
