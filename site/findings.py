@@ -177,7 +177,8 @@ def page_model() -> Finding:
     read = next(row for row in found["reads"] if (row["arm"], row["questions"]) == (found["ships"], "all reading"))
     ends = {row["questions"]: row for row in found["ends"]}
     rate = {row["arm"]: percent(row["rate"]) for row in found["reads"] if row["questions"] == "all reading"}
-    named = dict(read_label="labels", read_colour="colours", read_cell="cells")
+    named = {"read_label": "labels", "read_colour": "colours", "read_cell": "cells", "bar pages": "on bar charts",
+             "grouped bar pages": "grouped bars", "table pages": "tables"}
     answers = ", ".join(f"{name} {points(ends[kind])}" for kind, name in named.items())
     gain = points(ends["all reading"])
     return Finding(
