@@ -177,7 +177,8 @@ def page_model() -> Finding:
     read = next(row for row in found["reads"] if (row["arm"], row["questions"]) == (found["ships"], "all reading"))
     ends = {row["questions"]: row for row in found["ends"]}
     rate = {row["arm"]: percent(row["rate"]) for row in found["reads"] if row["questions"] == "all reading"}
-    named = dict(read_label="labels", read_colour="colours", read_cell="cells")
+    named = {"read_label": "labels", "read_colour": "colours", "read_cell": "cells", "bar pages": "on bar charts",
+             "grouped bar pages": "grouped bars", "table pages": "tables"}
     answers = ", ".join(f"{name} {points(ends[kind])}" for kind, name in named.items())
     gain = points(ends["all reading"])
     return Finding(
@@ -190,9 +191,9 @@ def page_model() -> Finding:
         f"With the encoders of {steps:,} steps fixed, a language model "
         f"of two million weights learns to look up {percent(at['vision']['mean'])} of {at['vision']['n']:,} names with "
         f"SFA and {percent(at['control']['mean'])} without (difference {points(end)}). Trained on questions to the "
-        f"end, on the encoders of the further stage, it reads {rate['vision']} of {ends['all reading']['n']:,} values on "
-        f"fresh pages with SFA and {rate['control']} without (difference {gain}; {answers}). The one that ships reads "
-        f"{read['rate']:.3f} ({read['low']:.3f} to {read['high']:.3f}).",
+        f"end, on the encoders of the further stage, it reads {rate['vision']} of {ends['all reading']['n']:,} values "
+        f"on fresh pages with SFA and {rate['control']} without (difference {gain}; {answers}). The one that ships "
+        f"reads {read['rate']:.3f} ({read['low']:.3f} to {read['high']:.3f}).",
         f"{trainings.capitalize()}; the interval is over pages{'' if end['seeds'] == 1 else ' and trainings'}"
         f"{', and says nothing about other trainings' if end['seeds'] == 1 else ''}.",
         ("06_page_model", "61_binding_from_nothing"))
@@ -231,7 +232,7 @@ def reducers() -> Finding:
 
 
 SYSTEMS = {"qwen2_5_vl_7b_chartqa": "Qwen2.5-VL-7B",
-           "internvl3_5_8b_sfa_only_chartqa": "the InternVL3.5-8B with SFA whose reported results started this workbook"}
+           "internvl3_5_8b_sfa_only_chartqa": "the InternVL3.5-8B with SFA whose report started this workbook"}
 WRONG = ("misread_cell", "count_error", "calculation_error", "estimation_error", "scale_or_sign",
          "ungrounded")  # classes of numbers that are wrong, whatever their form
 AIMED = 0.85  # of verdicts, those that a careful reader shares
@@ -411,8 +412,8 @@ def readme(text: str) -> str:
                         for one in findings()[:len(FIRST)])
     whole = "\n\n".join(f"**{one.title}** {one.text} *How sure:* {one.sure} ({', '.join(map(rendered, one.studies))})"
                         for one in findings())
-    text = filled(text, "findings", f"{briefly}\n\n<details><summary>All findings, with their numbers and what they rest "
-                                    f"on</summary>\n\n{whole}\n\n</details>")
+    text = filled(text, "findings", f"{briefly}\n\n<details><summary>All findings, with their numbers and what they "
+                                    f"rest on</summary>\n\n{whole}\n\n</details>")
     return filled(text, "scores", score_table(rendered))
 
 

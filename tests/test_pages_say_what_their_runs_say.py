@@ -262,6 +262,7 @@ def test_the_title_of_a_finding_is_what_its_numbers_say():
     printed = {row["measure"]: abs(row["vision"] - row["control"]) for row in pages["printed"]}
     assert gaps["label_colour"] < 0.1 and max(printed["value_binding"], printed["column_binding"]) < 0.1, "catches up"
     assert max((row for row in pages["effects"] if row["names"] == "all names"), key=lambda row: row["step"])["low"] > 0
+    assert next(row for row in pages["ends"] if row["questions"] == "all reading")["low"] > 0, "and still reads more"
     assert all(ratio < 1.15 for name, ratio in findings.timings("cost")["encoder"].items() if "time" in name)
     assert findings.metrics("cost")["counted"]["1025 inference"]["low rank"]["peak_ratio"] > 2
 
