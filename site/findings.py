@@ -270,12 +270,13 @@ def real_replies() -> Finding:
         ("51_real_answers", "50_grounding"))
 
 
-FIRST = (from_nothing, fine_tuned, wrong_numbers, real_replies)  # what README and the landing page tell
+FIRST = (from_nothing, fine_tuned, wrong_numbers, real_replies)  # what the landing page has room for
+TOLD = (from_nothing, page_model, fine_tuned, wrong_numbers, real_replies)  # what README tells
 
 
 def findings() -> list[Finding]:
     "Return the findings in their order: those that README tells, then the others."
-    return [tell() for tell in (*FIRST, page_model, reducers, lost, cost)]
+    return [tell() for tell in (*TOLD, reducers, lost, cost)]
 
 
 # ---- study by study
@@ -409,7 +410,7 @@ def rendered(study: str) -> str:
 def readme(text: str) -> str:
     "Return README with the findings and scores of the references."
     briefly = "\n".join(f"- **{one.title}** {one.brief} ({', '.join(map(rendered, one.studies))})"
-                        for one in findings()[:len(FIRST)])
+                        for one in findings()[:len(TOLD)])
     whole = "\n\n".join(f"**{one.title}** {one.text} *How sure:* {one.sure} ({', '.join(map(rendered, one.studies))})"
                         for one in findings())
     text = filled(text, "findings", f"{briefly}\n\n<details><summary>All findings, with their numbers and what they "
@@ -419,7 +420,7 @@ def readme(text: str) -> str:
 
 def landing() -> str:
     "Return the first page of the site, in Markdown: question, findings, figure, three doors."
-    told = "\n".join(f"- **{one.title}** {one.brief}" for one in findings()[:len(FIRST)])
+    told = "\n".join(f"- **{one.title}** {one.brief}" for one in (tell() for tell in FIRST))
     return LANDING.format(told=told, picture=PICTURE, explored=EXPLORED)
 
 
