@@ -124,7 +124,7 @@ def finding_figure(phone=False):
                                     "colorbar": colour_bar("attention")})
     figure.update_xaxes(title_text="optimiser step, from random weights", row=1, col=1)
     figure.update_yaxes(tickformat=".0%", range=[0, 1.1], tickvals=[0, 0.25, 0.5, 0.75, 1], row=1, col=1)
-    counted = known.groupby("arm")["seed"].nunique().min()
+    counted = known[known["arm"].isin(names)].groupby("arm")["seed"].nunique().min()
     subtitle = (f"224 px pages, {counted} trainings of each arm with the same pages in the same order; bands hold 95 % "
                 f"of the mean. Maps: one page, last layer but one, mean over heads, first training; one scale.")
     heading = "Structure helps from nothing" if phone else (
