@@ -76,9 +76,8 @@ def from_nothing() -> Finding:
                         for dose in off)
     return Finding(
         "From nothing, an encoder learns sooner with structure what belongs to what.",
-        f"After {label['step']:,} steps {percent(label['with'])} of label patches know their bar's colour with SFA, "
-        f"{percent(label['control'])} without ({points(label)}; {label['seeds']} pairs of trainings), and "
-        f"{percent(shuffled['with'])} with the same weights on shuffled places.",
+        f"{percent(label['with'])} of label patches know their bar's colour with SFA, {percent(label['control'])} "
+        f"without ({points(label)}; {label['seeds']} pairs), {percent(shuffled['with'])} with shuffled places.",
         f"After {label['step']:,} steps on 224 px pages {percent(label['with'])} of the label patches know the colour "
         f"of their bar with SFA, {percent(label['control'])} without (difference {points(label)}); the value that "
         f"a patch belongs to is known in {percent(value['with'])} against {percent(value['control'])} "
@@ -100,8 +99,8 @@ def fine_tuned() -> Finding:
     trained = [one["size"] for one in metrics("binding_from_nothing")["checks"].values()]
     return Finding(
         "Fine-tuned briefly, an encoder taught this gains nothing.",
-        f"With SFA beside without: {signed_text(100 * found['difference'], 1)} points "
-        f"({points(found, 1).removesuffix(' points')}) on {found['n']:,} questions; hardly any structure is learned.",
+        f"{signed_text(100 * found['difference'], 1)} points ({points(found, 1).removesuffix(' points')}) on "
+        f"{found['n']:,} questions.",
         f"Fine-tuned with and without SFA, the shipped model answers equally well: "
         f"{signed_text(100 * found['difference'], 1)} points ({points(found, 1)}; {found['n']:,} questions, "
         f"{len(found['seeds'])} seeds), equivalent within {100 * found['margin']:.0f} point. The bias it learns "
@@ -118,7 +117,7 @@ def wrong_numbers() -> Finding:
     wrong = groups["misread"] + groups["invented"]
     return Finding(
         "“Read, but not bound” holds for plain reading, and not for wrong numbers at large.",
-        f"Of {wrong} wrong readings {percent(groups['misread'] / wrong)} stand elsewhere on the page; over all "
+        f"Of wrong readings {percent(groups['misread'] / wrong)} stand elsewhere on the page; over all "
         f"questions {counts['ungrounded']:,} wrong numbers stand nowhere, {counts['misread_cell']} elsewhere.",
         f"Asked for one printed value on pages it knows, the shipped model gives {wrong} wrong numbers in "
         f"{sum(groups.values()):,} answers, and {percent(groups['misread'] / wrong)} of them stand elsewhere on the "
