@@ -25,7 +25,8 @@ from safetensors import SafetensorError
 from sfa_core.documents.benchmarks import load_benchmark
 from sfa_core.core.identity import read_digest
 from sfa_core.training.checkpoints import read_folder
-from sfa_core.runs.collect import facts_of, parameters_of, run_rates, tidy_records
+from sfa_core.runs.collect import parameters_of, run_rates, tidy_records
+from sfa_core.runs.known import facts_of
 from sfa_core.runs.grids import read_grid
 from sfa_core.models.load import load_model
 from sfa_core.runs.folders import alias_name, component, find_run

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['LONGEST', 'HIDDEN_KINDS', 'SafeYaml', 'FINISHED', 'PROMISED', 'PARTIAL', 'FAILED', 'ARM_FOLDERS', 'visible',
            'one_line', 'written', 'component', 'RunState', 'read_mapping', 'check_ends', 'started_at', 'first_line',
-           'read_run', 'run_states', 'reference_folder', 'finished_runs', 'aliases_of', 'reference_arms', 'find_run',
-           'arm_folder', 'alias_name', 'check_alias', 'set_alias']
+           'read_run', 'run_states', 'reference_folder', 'grid_path', 'finished_runs', 'aliases_of', 'reference_arms',
+           'find_run', 'arm_folder', 'alias_name', 'check_alias', 'set_alias']
 
 # %% ../../notebooks/library/12_runs/05_folders.ipynb #6dbe95bb
 import os
 import re
 import reprlib
 import unicodedata
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 import yaml
 
 from ..core.files import new_file
-from ..core.paths import REPOSITORY, exports_root
+from ..core.paths import DATA, REPOSITORY, exports_root
 from ..core.reading import is_folder, parse_json, read_json, read_text
 
 # %% ../../notebooks/library/12_runs/05_folders.ipynb #26fac0f1
@@ -199,6 +200,16 @@ def reference_folder(
     if not found:
         raise FileNotFoundError(f"no reference {name!r}; expected a folder in {places[-1].parent}")
     return found[0]
+
+
+def grid_path(grid: str | Path) -> Path:
+    "Find a grid by its path or by its name in data/grids; FileNotFoundError names the ones there are."
+    for path in (Path(grid), DATA / "grids" / f"{grid}.yaml"):
+        with suppress(OSError, ValueError):  # a text that cannot be a name
+            if path.is_file():
+                return path
+    known = ", ".join(sorted(path.stem for path in (DATA / "grids").glob("*.yaml")))
+    raise FileNotFoundError(f"no grid {written(str(grid))}; expected a YAML file or one of {known or 'none'}")
 
 # %% ../../notebooks/library/12_runs/05_folders.ipynb #0d649444
 def finished_runs(study: str = "*") -> list[Path]:

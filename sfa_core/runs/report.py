@@ -20,11 +20,12 @@ import plotly.io
 from nbconvert import HTMLExporter
 
 from ..core.escape import figure_text
-from .collect import cell_rates, facts_of, flat, parameters_of, run_rates
-from .grids import Grid, axes_of, grid_path, label, plan, read_grid, survey
+from .collect import cell_rates, flat, parameters_of, run_rates
+from .grids import Grid, axes_of, label, plan, read_grid, survey
 from ..core.files import locked, write_atomic
 from ..core.paths import REPOSITORY, exports_root
-from .folders import finished_runs
+from .folders import finished_runs, grid_path
+from .known import facts_of
 from .readable import misfits, parameters_text, readable_runs
 from .results import out_folder
 from .runs import StudyFailed, execute, identify, why

@@ -22,7 +22,8 @@ from ..core.paths import REPOSITORY, working_root
 from ..core.hub import model_version
 from ..core.identity import code_digest, file_digest, folder_digest, key_of, package_versions
 from ..core.reading import is_folder
-from .folders import arm_folder, component, reference_arms, reference_folder, written
+from .folders import arm_folder, component, grid_path, reference_arms, reference_folder, written
+from .known import run_versions
 from .results import shipped_digest
 
 # %% ../../notebooks/library/12_runs/20_studies.ipynb #257d02f7
@@ -161,12 +162,8 @@ def named_versions(
         found, known = arm_folder(text), reference_arms(text) if "/" not in text else []
         return {text: "+".join(folder_digest(path)[:16] for path in (known if found in known else [found]))}
     if tag == "runs":
-        from sfa_core.runs.readable import run_versions  # which reads tables and figures, a second
-
         return run_versions(text)
     if tag == "grid":
-        from sfa_core.runs.grids import grid_path  # which itself reads studies
-
         return {text: file_digest(grid_path(text))[:16]}
     if tag == "reference":
         return {name: folder_digest(reference_folder(name))[:16] for name in text.split()}
