@@ -15,15 +15,12 @@ import pytest
 import yaml
 
 from sfa_core.runs.collect import (
-    all_runs,
     arm_rates,
     figure_index,
     figures_of,
-    place_of,
     published_table,
-    references,
-    uncommitted,
 )
+from sfa_core.runs.known import all_runs, place_of, references, uncommitted
 from sfa_core.scores.records import COLUMNS
 from sfa_core.figures.charts import training_loss
 from sfa_core.runs.results import out_folder, write_figure, write_json, write_metrics, write_records, write_table
