@@ -34,7 +34,7 @@ PLANTED = (  # what lies about in a used checkout and belongs to nobody else
     "build/lib/sfa_core/removed.py", "exports/runs/10_baseline_eval/0123456789ab/metrics.json")
 WANTED = re.compile(
     r"sfa_core/([a-z]+/)?\w+\.py|sfa_core-[\d.]+\.dist-info/.+|sfa_core/_shipped/(data/(density|embedded_model|embedded_page|fonts|grids)/.+|data/README\.md|"
-    r"notebooks/studies/\w+\.ipynb|exports/reference/(arms|curves|verdict_labels|embedded_model\w*)/.+|"
+    r"notebooks/studies/\w+\.ipynb|exports/reference/(arms|curves|tunings|verdict_labels|embedded_model\w*)/.+|"
     r"exports/reference/finetune/metrics\.json|exports/rendered/stage_seconds\.json)")
 MOST = 28e6  # bytes of the wheel: two models of 6 and 12 MB, fonts, studies
 
