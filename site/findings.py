@@ -183,7 +183,7 @@ def page_model() -> Finding:
     return Finding(
         "The control catches up on most, and a language model on top still reads more with structure.",
         f"{rate['vision']} of values on fresh pages are read with SFA in the encoder, {rate['control']} without "
-        f"({gain}; one training of each arm).",
+        f"({gain}; {trainings}).",
         f"After {steps:,} steps label colour is {known['label_colour']}, the value that a patch belongs to "
         f"{known['value_binding']}, column words {known['column_binding']}; after a further stage with more weight on "
         f"what is printed values are {printed['value_binding']}, column words {printed['column_binding']}. "

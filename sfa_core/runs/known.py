@@ -79,4 +79,8 @@ def shown_runs(pattern: str = EVERY_RUN) -> list[Path]:
 
 def run_versions(pattern: str) -> dict[str, str]:  # STUDY/RUN -> version
     "Return a digest of everything that a report reads of the runs it shows."
-    return {f"{name_of(run)} in {run.parent.name}": folder_digest(run, SHOWN)[:16] for run in shown_runs(pattern)}
+    found: dict[str, str] = {}
+    for run in shown_runs(pattern):  # two folders may hold one run
+        name = f"{name_of(run)} in {run.parent.name}"
+        found[name] = "+".join(filter(None, (found.get(name), folder_digest(run, SHOWN)[:16])))
+    return found
